@@ -1,0 +1,35 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each builds .venv when needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# CI shortens the demo with `make demo DEMO_ARGS=--quick`; the same way takes your own text.
+DEMO_ARGS ?=
+TEST_ARGS ?=
+# Where no NVIDIA GPU is found torch is held to the version tested on CPU.
+CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/mole demo $(DEMO_ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch goes first: what is installed after it then finds its requirement met and does not
+# fetch another build. The file `installed` is written last, so a broken installation is redone.
+$(VENV)/installed: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lookup-experts needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINT) torch
+	$(BIN)/python -m pip install --quiet $(CONSTRAINT) --editable '.[train,plot]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINT) --requirement requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo
