@@ -1,0 +1,44 @@
+"""Lookup experts for any Hugging Face causal LM.
+
+    import lookup_experts as le
+
+    model = le.attach(hf_model, num_experts=4)        # training form, in place
+    le.reparameterize(model, "out", tokenizer=...)    # experts -> a table on disk
+    model = le.load("out", store="direct")            # reads the table while it generates
+
+Importing this package imports neither torch nor transformers; once transformers is imported, its
+`AutoModelForCausalLM.from_pretrained` knows the folders that this package writes.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lookup_experts._transformers_hook import register_when_transformers_is_imported
+from lookup_experts.errors import UserError
+
+if TYPE_CHECKING:
+    from lookup_experts.generation.loading import load
+    from lookup_experts.model.attach import attach
+    from lookup_experts.table.build import reparameterize
+
+__version__ = "0.1.0"
+__all__ = ["UserError", "attach", "load", "reparameterize"]
+
+_WHERE = {
+    "attach": "lookup_experts.model.attach",
+    "load": "lookup_experts.generation.loading",
+    "reparameterize": "lookup_experts.generation.folding",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'lookup_experts' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])
+
+
+register_when_transformers_is_imported()

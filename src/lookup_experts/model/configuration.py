@@ -1,0 +1,100 @@
+"""Configurations that Hugging Face's `AutoConfig` learns: light, no model code is imported.
+
+Two model types are added. `gateless_llama` is the paper's backbone (`baselines.py`).
+`lookup_experts` is any backbone with experts attached. Its `config.json` nests the backbone's
+settings under another name than transformers looks for, and states a number of layers that is a
+sentence: without this package nothing can take the folder for the plain backbone.
+
+`AutoModelForCausalLM` picks a model by the class of its configuration, so a configuration of
+ours registers its model class when one is made; importing model code any earlier would run
+into transformers' own circular imports.
+"""
+
+import json
+from functools import cache
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+LOADING_HINT = (
+    "This folder is a model with lookup experts, not a plain one: "
+    "`import lookup_experts`, then use AutoModelForCausalLM or lookup_experts.load"
+)
+# What a saved configuration keeps outside of the nested backbone.
+_TOP_LEVEL = ("architectures", "dtype", "transformers_version", "lookup_experts")
+
+
+class GatelessLlamaConfig(LlamaConfig):
+    """The paper's backbone: Llama's attention and norms, an FFN without a gate, exact GELU."""
+
+    model_type = "gateless_llama"
+
+    hidden_act: str = "gelu"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        register_models(type(self))
+
+
+class LookupConfigMixin:
+    """What the configuration of an attached model adds to that of its backbone.
+
+    In memory it looks like the backbone's, model type included, with one more attribute
+    `lookup_experts` (`attach.LookupSettings` as a dict); only its file is of another shape.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        register_models(type(self))
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        flat = json.loads(super().to_json_string(use_diff=use_diff))  # type: ignore[misc]
+        saved = {key: flat.pop(key) for key in _TOP_LEVEL if key in flat}
+        saved["backbone_type"] = flat.pop("model_type")
+        saved["backbone"] = flat
+        saved["model_type"] = LookupExpertsConfig.model_type
+        saved["num_hidden_layers"] = LOADING_HINT
+        return json.dumps(saved, indent=2, sort_keys=True) + "\n"
+
+
+class LookupExpertsConfig(PreTrainedConfig):
+    """The model type `lookup_experts` as `AutoConfig` meets it in a `config.json`.
+
+    It is never the configuration of a model: `from_dict` gives one of the backbone's kind.
+    """
+
+    model_type = "lookup_experts"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        backbone = CONFIG_MAPPING[config_dict["backbone_type"]]
+        flat = {key: config_dict[key] for key in _TOP_LEVEL if key in config_dict}
+        return attached_config_class(backbone).from_dict({**config_dict["backbone"], **flat}, **kwargs)
+
+
+@cache
+def attached_config_class(backbone: type) -> Any:
+    """The configuration class of a backbone with experts attached; one for each backbone."""
+    return type(
+        f"LookupExperts{backbone.__name__}",
+        (LookupConfigMixin, backbone),
+        {"__module__": __name__, "__doc__": f"{backbone.__name__} with lookup experts."},
+    )
+
+
+@cache
+def register_models(config_class: type) -> None:
+    """Tell `AutoModelForCausalLM` which class the given configuration class belongs to."""
+    from transformers import AutoModelForCausalLM
+
+    from lookup_experts.model.huggingface import model_class_for
+
+    AutoModelForCausalLM.register(config_class, model_class_for(config_class), exist_ok=True)
+
+
+# Importing this module is what makes the real classes known in place of their stand-ins
+# (`_transformers_hook.py`).
+AutoConfig.register(GatelessLlamaConfig.model_type, GatelessLlamaConfig, exist_ok=True)
+AutoConfig.register(LookupExpertsConfig.model_type, LookupExpertsConfig, exist_ok=True)

@@ -1,0 +1,277 @@
+"""Routed experts on the token embedding, their router, and the weighted sum.
+
+The layer of Mixture of Lookup Experts (arXiv 2503.15798, section 3):
+
+    h' = h + FFN_shared(h) + sum_j softmax(h r)_j * FFN_j(e)
+
+`FFN_shared` is the backbone's own FFN and is not here. Where the outputs `FFN_j(e)` come from is
+an `ExpertSource`: `FFNExperts` evaluates them (training form); `table/reader.py` has the other
+one, which reads them from a table. `attach.py` puts `LookupExperts` into a model's blocks.
+
+Shapes: B batch, T tokens, U unique token ids, N experts, L layers with experts, d hidden size,
+e embedding size, D hidden size of an expert.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lookup_experts.errors import UserError, unknown_name
+
+EXPERT_KINDS = ("gelu", "swiglu")
+
+
+class TokenRows(Protocol):
+    """The expert outputs of one batch, layer by layer."""
+
+    @property
+    def index(self) -> Tensor:
+        """[B, T] int64: position -> place of its token id among the unique ids."""
+        ...
+
+    def layer(self, layer: int) -> Tensor:
+        """[U, N, d]: what the experts of the given layer (0 to L - 1) say of each unique id."""
+        ...
+
+
+class ExpertSource(Protocol):
+    """Where expert outputs come from."""
+
+    def rows(self, token_ids: Tensor) -> TokenRows:
+        """Take a batch's token ids [B, T] int64; called once per forward, before any layer."""
+        ...
+
+
+class LayerExperts(nn.Module):
+    """The N routed experts of one layer as batched weights.
+
+    Each expert is an FFN on the RMS-normalised embedding: `gelu`, the paper's,
+    `down(gelu(up(x)))` with the exact GELU and no gate, or `swiglu`, `down(silu(gate(x)) * up(x))`.
+    Weights keep the layout of `nn.Linear`, [out, in], with the expert in front.
+
+    Args:
+        num_experts: N.
+        embedding_size: e, what comes in.
+        expert_size: D, the hidden size of each expert.
+        hidden_size: d, what goes out.
+        kind: one of `EXPERT_KINDS`.
+        norm_eps: the epsilon of the RMSNorm on the embedding.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        embedding_size: int,
+        expert_size: int,
+        hidden_size: int,
+        kind: str = "gelu",
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if kind not in EXPERT_KINDS:
+            raise unknown_name("expert kind", kind, EXPERT_KINDS)
+        self.kind = kind
+        self.norm = nn.RMSNorm(embedding_size, eps=norm_eps)
+        self.up_proj = nn.Parameter(torch.empty(num_experts, expert_size, embedding_size))
+        if kind == "swiglu":
+            self.gate_proj = nn.Parameter(torch.empty(num_experts, expert_size, embedding_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """[U, e] -> [U, N, d]. The result is a view of [N, U, d], which `mix` takes as it is."""
+        inputs = self.norm(embeddings)
+        hidden = torch.matmul(inputs, self.up_proj.transpose(1, 2))  # [N, U, D]
+        if self.kind == "swiglu":
+            gate = torch.matmul(inputs, self.gate_proj.transpose(1, 2))
+            hidden = F.silu(gate) * hidden
+        else:
+            hidden = F.gelu(hidden)
+        return torch.bmm(hidden, self.down_proj.transpose(1, 2)).transpose(0, 1)
+
+    def forward_reference(self, embeddings: Tensor) -> Tensor:
+        """The same, one expert after the other."""
+        inputs = self.norm(embeddings)
+        outputs = []
+        for expert in range(self.up_proj.shape[0]):
+            hidden = F.linear(inputs, self.up_proj[expert])
+            if self.kind == "swiglu":
+                hidden = F.silu(F.linear(inputs, self.gate_proj[expert])) * hidden
+            else:
+                hidden = F.gelu(hidden)
+            outputs.append(F.linear(hidden, self.down_proj[expert]))
+        return torch.stack(outputs, dim=1)
+
+
+class EvaluatedRows:
+    """The rows of `FFNExperts`: a layer is evaluated when it is asked for.
+
+    Evaluating late keeps a layer's experts inside its block, where gradient checkpointing
+    recomputes them and FSDP gathers their weights.
+    """
+
+    def __init__(self, index: Tensor, embeddings: Tensor, layers: Sequence[LayerExperts]) -> None:
+        self.index = index
+        self._embeddings = embeddings
+        self._layers = layers
+
+    def layer(self, layer: int) -> Tensor:
+        return self._layers[layer](self._embeddings)
+
+
+class FFNExperts:
+    """Training form: every layer's experts, evaluated on the embeddings of the unique ids.
+
+    Exact and differentiable: an expert's output depends on the token id alone, so one evaluation
+    per unique id serves all its positions, and their gradients add up.
+
+    Args:
+        embedding: the backbone's input embedding (its scaling, if it has one, included).
+        layers: the experts of each layer, in order.
+    """
+
+    def __init__(self, embedding: nn.Module, layers: Sequence[LayerExperts]) -> None:
+        self._embedding = embedding
+        self._layers = layers
+
+    # Finding the unique ids has a result whose size depends on the data, so torch.compile would
+    # break its graph here anyway; said once, it is one break at the entrance and none later.
+    @torch.compiler.disable
+    def rows(self, token_ids: Tensor) -> EvaluatedRows:
+        unique_ids, index = torch.unique(token_ids, return_inverse=True)
+        self._check_range(unique_ids)
+        return EvaluatedRows(index, self._embedding(unique_ids), self._layers)
+
+    def _check_range(self, unique_ids: Tensor) -> None:
+        # Only where looking costs no synchronisation; on a GPU the embedding itself asserts.
+        vocab_size = getattr(self._embedding, "num_embeddings", None)
+        if vocab_size is None or unique_ids.device.type != "cpu" or unique_ids.numel() == 0:
+            return
+        for token_id in (int(unique_ids[0]), int(unique_ids[-1])):  # sorted
+            if not 0 <= token_id < vocab_size:
+                raise UserError(
+                    f"Token id {token_id} is outside the vocabulary (0 to {vocab_size - 1}). "
+                    "Is this the tokenizer that belongs to the model?"
+                )
+
+
+class TokenContext:
+    """Hands a batch's rows from the model's entrance to its blocks."""
+
+    def __init__(self, source: ExpertSource | None = None) -> None:
+        self.source = source
+        self.rows: TokenRows | None = None
+
+    def enter(self, token_ids: Tensor) -> None:
+        """Start a forward pass over token_ids [B, T]."""
+        if self.source is None:
+            raise RuntimeError("The model has routers but no expert source; use set_expert_source.")
+        self.rows = None  # gives the last batch's buffer back before the next one is asked for
+        self.rows = self.source.rows(token_ids)
+
+    @contextmanager
+    def restored(self, rows: TokenRows | None) -> Iterator[None]:
+        """Within it, blocks see the given rows: recomputation in the backward pass needs the
+        rows of its own forward pass, whatever has been forwarded since."""
+        current, self.rows = self.rows, rows
+        try:
+            yield
+        finally:
+            self.rows = current
+
+
+class LookupExperts(nn.Module):
+    """What a block gains: a router on the hidden state and the mixed rows of its tokens.
+
+    Args:
+        layer: the block's place among the blocks that have experts, 0 to L - 1.
+        hidden_size: d.
+        num_experts: N.
+        context: shared by all blocks of the model.
+        experts: the block's experts in training form; None where rows come from a table.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        hidden_size: int,
+        num_experts: int,
+        context: TokenContext,
+        experts: LayerExperts | None,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.context = context
+        self.router = nn.Linear(hidden_size, num_experts, bias=False)
+        if experts is not None:
+            self.experts = experts
+
+    def router_weights(self, hidden_states: Tensor) -> Tensor:
+        """[..., d] -> [..., N] float32, a softmax over all experts."""
+        return self.router(hidden_states).softmax(dim=-1, dtype=torch.float32)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., d], the input of the block's FFN -> [..., d], what its experts add."""
+        rows = self.context.rows
+        if rows is None:
+            raise RuntimeError(
+                "A block with lookup experts ran outside a forward pass of its base model, "
+                "so the token ids are unknown. Call the model, or its base model, with input_ids."
+            )
+        index = rows.index
+        if index.numel() * hidden_states.shape[-1] != hidden_states.numel():
+            raise RuntimeError(
+                f"Hidden states of shape {tuple(hidden_states.shape)} don't belong to the "
+                f"token ids of shape {tuple(index.shape)} that entered the model."
+            )
+        weights = self.router_weights(hidden_states)
+        mixed = mix(rows.layer(self.layer), index, weights.view(*index.shape, -1))
+        return mixed.view(hidden_states.shape).to(hidden_states.dtype)
+
+
+def mix(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Each position's weighted sum of its token's expert outputs.
+
+    Gathers and adds in one pass, so no [B, T, N, d] tensor is ever made, forward or backward.
+
+    Args:
+        rows: [U, N, d] floating point. Any strides of whole rows will do without a copy: a
+            slice of flat table records, or the view that `LayerExperts` gives.
+        index: [...] int64, position -> place in `rows`.
+        weights: [..., N] floating point; rounded to the rows' dtype.
+
+    Returns:
+        [..., d] in the rows' dtype.
+    """
+    num_experts, hidden_size = rows.shape[1:]
+    flat, id_step, expert_step = _flat_rows(rows)
+    experts = torch.arange(num_experts, device=index.device) * expert_step
+    bags = index.reshape(-1, 1) * id_step + experts
+    mixed = F.embedding_bag(
+        bags,
+        flat,
+        mode="sum",
+        per_sample_weights=weights.reshape(-1, num_experts).to(rows.dtype),
+    )
+    return mixed.view(*index.shape, hidden_size)
+
+
+def mix_reference(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """`mix` by the book: gather [..., N, d], then an einsum."""
+    return torch.einsum("...nd,...n->...d", rows[index], weights.to(rows.dtype))
+
+
+def _flat_rows(rows: Tensor) -> tuple[Tensor, int, int]:
+    """A [M, d] view over [U, N, d], and how many of its rows lie between ids and experts."""
+    num_ids, num_experts, hidden_size = rows.shape
+    if rows.transpose(0, 1).is_contiguous():
+        return rows.transpose(0, 1).reshape(-1, hidden_size), 1, num_ids
+    id_stride, expert_stride, unit = rows.stride()
+    if unit == 1 and id_stride % hidden_size == 0 and expert_stride == hidden_size:
+        id_step = id_stride // hidden_size
+        num_rows = (num_ids - 1) * id_step + num_experts if num_ids else 0
+        return rows.as_strided((num_rows, hidden_size), (hidden_size, 1)), id_step, 1
+    return rows.reshape(-1, hidden_size), num_experts, 1

@@ -1,0 +1,191 @@
+"""Attached models as Hugging Face models: their classes, saving, loading, checkpointing.
+
+An attached model's class is a subclass of its backbone's, made when it is first needed, so that
+`isinstance`, `generate` and the Trainer see the backbone they know, and `save_pretrained` and
+`from_pretrained` carry the experts.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from lookup_experts.errors import UserError
+from lookup_experts.model.attach import (
+    Attachment,
+    LookupSettings,
+    initialize_experts,
+    initializer_std,
+    install,
+)
+from lookup_experts.model.baselines import GatelessLlamaForCausalLM
+from lookup_experts.model.configuration import (
+    GatelessLlamaConfig,
+    LookupConfigMixin,
+    attached_config_class,
+)
+from lookup_experts.model.experts import ExpertSource, LayerExperts
+
+# Tables are no business of this package's: `lookup_experts/__init__.py` says what opens and what
+# copies the table of an inference folder.
+TableOpener = Callable[..., ExpertSource]
+TableCopier = Callable[[Path, Path], None]
+_open_table: TableOpener | None = None
+_copy_table: TableCopier | None = None
+TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
+
+
+def set_table_handlers(open_table: TableOpener, copy_table: TableCopier) -> None:
+    """Say how `from_pretrained` opens a table and how `save_pretrained` takes it along."""
+    global _open_table, _copy_table
+    _open_table, _copy_table = open_table, copy_table
+
+
+def model_class_for(config_class: type) -> type:
+    """The model class that belongs to one of our configuration classes."""
+    if config_class is GatelessLlamaConfig:
+        return GatelessLlamaForCausalLM
+    backbone_config = config_class.__mro__[2]  # LookupExpertsX(LookupConfigMixin, X)
+    return attached_class(MODEL_FOR_CAUSAL_LM_MAPPING[backbone_config])
+
+
+@cache
+def attached_class(backbone: type) -> Any:
+    """The class of an attached model: a subclass of its backbone's; one for each backbone."""
+    return type(
+        f"LookupExperts{backbone.__name__}",
+        (LookupExpertsMixin, backbone),
+        {
+            "__module__": __name__,
+            "__doc__": f"{backbone.__name__} with lookup experts.",
+            "config_class": attached_config_class(backbone.config_class),  # type: ignore[attr-defined]
+        },
+    )
+
+
+def become_attached(model: Any, settings: LookupSettings) -> None:
+    """Turn a backbone that has just gained its modules into a model that saves as what it is."""
+    model.__class__ = attached_class(type(model))
+    if not isinstance(model.config, LookupConfigMixin):
+        model.config.__class__ = model.config_class
+    model.config.lookup_experts = settings.to_dict()
+
+
+class LookupExpertsMixin:
+    """What an attached model does differently from its backbone."""
+
+    lookup_attachment: Attachment | None = None
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        install(self, LookupSettings.from_dict(config.lookup_experts))
+        self.init_weights()  # type: ignore[attr-defined]
+
+    @property
+    def lookup_settings(self) -> LookupSettings:
+        """What was attached."""
+        return LookupSettings.from_dict(self.config.lookup_experts)  # type: ignore[attr-defined]
+
+    @property
+    def expert_source(self) -> ExpertSource | None:
+        """Where the model's expert outputs come from."""
+        return self._attachment.context.source
+
+    def set_expert_source(self, source: ExpertSource) -> None:
+        """Take expert outputs from another source from the next forward pass on."""
+        self._attachment.context.source = source
+        self._attachment.context.rows = None
+
+    @property
+    def _attachment(self) -> Attachment:
+        assert self.lookup_attachment is not None
+        return self.lookup_attachment
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights that a checkpoint doesn't hold; experts start silent, as in `attach`."""
+        if isinstance(module, LayerExperts):
+            initialize_experts(module, "zero", initializer_std(self.config))  # type: ignore[attr-defined]
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        """Checkpointed blocks recompute with the token ids of their own forward pass.
+
+        Without this, another forward before the backward (an evaluation, a second loss) would
+        make the recomputation read the newer ids, and gradients would be wrong without an error.
+        """
+        if enable:
+            given = dict(getattr(gradient_checkpointing_func, "keywords", {}))
+            if given.get("use_reentrant", True):
+                raise UserError(
+                    "Gradient checkpointing with lookup experts needs use_reentrant=False; pass "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                )
+            context_fn = partial(
+                self._checkpoint_contexts, given.get("context_fn", _no_contexts)
+            )
+            gradient_checkpointing_func = partial(
+                gradient_checkpointing_func, context_fn=context_fn
+            )
+        super()._set_gradient_checkpointing(  # type: ignore[misc]
+            enable=enable, gradient_checkpointing_func=gradient_checkpointing_func, **kwargs
+        )
+
+    def _checkpoint_contexts(
+        self, inner: Callable[[], tuple[Any, Any]]
+    ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        forward, recompute = inner()
+        context = self._attachment.context
+        return forward, _both(context.restored(context.rows), recompute)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does; in table form the table beside the weights is opened too.
+
+        Keyword arguments named in `TABLE_OPTIONS` go to the table's reader.
+        """
+        options = {name: kwargs.pop(name) for name in TABLE_OPTIONS if name in kwargs}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.lookup_settings.form == "table":
+            folder = _local_folder(pretrained_model_name_or_path, kwargs)
+            assert _open_table is not None
+            model.set_expert_source(_open_table(folder, model, **options))
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers does; in table form the table is saved with the weights."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if self.lookup_settings.form == "table" and kwargs.get("is_main_process", True):
+            source: Any = self.expert_source
+            assert _copy_table is not None
+            _copy_table(source.folder, Path(save_directory))
+
+
+def _no_contexts() -> tuple[Any, Any]:
+    return nullcontext(), nullcontext()
+
+
+@contextmanager
+def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Any:
+    with ExitStack() as stack:
+        stack.enter_context(first)
+        stack.enter_context(second)
+        yield
+
+
+def _local_folder(name: Any, kwargs: dict[str, Any]) -> Path:
+    """The folder on this machine that a model name stands for."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token") if key in kwargs}
+    return Path(snapshot_download(str(name), **hub))
