@@ -1,0 +1,173 @@
+"""Model folders: what they are, and the authors' checkpoints among them.
+
+The authors of MoLE publish folders whose `config.json` says `"model_type": "llama"` and whose
+weights are something else: an FFN without a gate and, for MoLE, experts and routers. Loaded as
+what they say they are, they give wrong logits without an error. So a folder is judged by the
+names of its tensors as well as by its configuration.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lookup_experts.errors import UserError
+from lookup_experts.model.attach import LookupSettings
+from lookup_experts.model.configuration import GatelessLlamaConfig, attached_config_class
+from lookup_experts.model.huggingface import attached_class
+from lookup_experts.model.baselines import GatelessLlamaForCausalLM
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Architectures that the authors' `config.json` files name.
+OFFICIAL = {"DenseForCausalLM": "dense", "MoleForCausalLM": "mole", "MoeForCausalLM": "moe"}
+_EXPERT_KEY = re.compile(r"(model\.layers\.\d+)\.experts\.(\d+)\.(up_proj|down_proj)\.weight")
+_LAYER_KEY = re.compile(r"(model\.layers\.\d+)\.(router|expert_layernorm)\.weight")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's `config.json`, as it stands there."""
+    if not folder.exists():
+        raise UserError(f"No such folder: {folder}.")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a model folder: it has no config.json.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} should hold a JSON object, it holds a {type(config).__name__}.")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder} is incomplete: {missing[0]}, named in {INDEX}, is missing.")
+        return [folder / name for name in names]
+    raise UserError(f"{folder} is not a model folder: it has neither {WEIGHTS} nor {INDEX}.")
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """The names of all tensors in a model folder; only the files' headers are read."""
+    names: set[str] = set()
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        except Exception as error:
+            raise UserError(f"{path} can't be read as safetensors: {error}.") from error
+    return names
+
+
+def official_kind(folder: Path, config: dict[str, Any]) -> str | None:
+    """`dense`, `mole` or `moe` for a folder in the authors' format, None for any other.
+
+    Raises:
+        UserError: the configuration says one thing and the weights another.
+    """
+    if config.get("model_type") != "llama":
+        return None
+    architecture = (config.get("architectures") or [""])[0]
+    stated = OFFICIAL.get(architecture)
+    names = tensor_names(folder)
+    found = None
+    if any(_LAYER_KEY.fullmatch(name) for name in names):
+        found = "mole" if any("expert_layernorm" in name for name in names) else "moe"
+    elif not any(".gate_proj." in name for name in names):
+        found = "dense"
+    if stated and stated != found:
+        raise UserError(
+            f"{folder}: config.json names the architecture {architecture}, but the weights are "
+            f"those of a {found or 'plain Llama'} model. One of the two belongs to another model."
+        )
+    return found
+
+
+def load_official(folder: Path, kind: str, config: dict[str, Any], dtype: Any = "auto") -> Any:
+    """A model of ours with the weights of a folder in the authors' format.
+
+    Args:
+        folder: holds `config.json` and safetensors weights.
+        kind: what `official_kind` says of it.
+        config: its `config.json`.
+        dtype: of the weights; `auto` keeps that of the files.
+    """
+    if kind == "moe":
+        raise UserError(
+            f"{folder} is a mixture-of-experts checkpoint (MoeForCausalLM); this version loads "
+            "the authors' MoLE and Dense checkpoints."
+        )
+    state = _read_state(folder)
+    fields = {
+        key: value
+        for key, value in config.items()
+        if key not in ("architectures", "model_type", "hidden_act", "num_experts", "auto_map")
+    }
+    model_class: Any = GatelessLlamaForCausalLM
+    config_class: Any = GatelessLlamaConfig
+    if kind == "mole":
+        model_class = attached_class(GatelessLlamaForCausalLM)
+        config_class = attached_config_class(GatelessLlamaConfig)
+        state = _stack_experts(state)
+        fields["lookup_experts"] = LookupSettings(
+            num_experts=config["num_experts"],
+            expert_size=config["intermediate_size"],
+            layers=tuple(range(config["num_hidden_layers"])),
+            norm_eps=config["rms_norm_eps"],
+        ).to_dict()
+    model, report = model_class.from_pretrained(
+        None,
+        config=config_class(**fields),
+        state_dict=state,
+        dtype=next(iter(state.values())).dtype if dtype == "auto" else dtype,
+        output_loading_info=True,
+    )
+    _refuse_partial_loading(folder, report)
+    return model
+
+
+def _read_state(folder: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            state.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return state
+
+
+def _stack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names -> ours: one tensor per expert becomes one per layer."""
+    stacked: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in state.items():
+        if match := _EXPERT_KEY.fullmatch(name):
+            key = f"{match[1]}.mlp.lookup_experts.experts.{match[3]}"
+            experts.setdefault(key, {})[int(match[2])] = tensor
+        elif match := _LAYER_KEY.fullmatch(name):
+            ours = "router" if match[2] == "router" else "experts.norm"
+            stacked[f"{match[1]}.mlp.lookup_experts.{ours}.weight"] = tensor
+        else:
+            stacked[name] = tensor
+    for key, parts in experts.items():
+        stacked[key] = torch.stack([parts[number] for number in sorted(parts)])
+    return stacked
+
+
+def _refuse_partial_loading(folder: Path, report: dict[str, Any]) -> None:
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(what):
+            names = sorted(str(name) for name in report[what])
+            raise UserError(
+                f"{folder}: the weights don't fit the model ({len(names)} {what.split('_')[0]} "
+                f"tensors, the first is {names[0]})."
+            )

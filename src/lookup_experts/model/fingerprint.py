@@ -1,0 +1,34 @@
+"""What ties a table to its model: a hash over everything that was folded."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lookup_experts.model.experts import LayerExperts
+
+
+def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def embedding_hash(embedding: nn.Module) -> str:
+    """The hash of the input embedding alone: an inference folder still has it, so it can be
+    computed again there and compared with what the table was made from."""
+    return hash_tensors(embedding.named_parameters())
+
+
+def fingerprint(embedding: nn.Module, layers: Iterable[LayerExperts]) -> str:
+    """The hash over the embedding and the weights of every routed expert."""
+    digest = hashlib.sha256(embedding_hash(embedding).encode())
+    for number, experts in enumerate(layers):
+        digest.update(f"{number} {experts.kind} {experts.norm.eps}\n".encode())
+        digest.update(hash_tensors(experts.named_parameters()).encode())
+    return digest.hexdigest()
