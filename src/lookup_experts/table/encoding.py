@@ -1,0 +1,367 @@
+"""How a record stores numbers: the float types, int8, nf4 and nf3.
+
+An encoding turns one layer of one record, the outputs of its N experts, into bytes and back:
+first the codes of all N experts, then their scales. Everything here is plain torch and runs
+alike on any device. Where the bytes lie in a file is in `format.py`.
+
+- `float32`, `bfloat16`, `float16`: the numbers themselves, little-endian, no scales.
+- `int8`: round(x / scale) in [-127, 127]; one float32 scale, absmax / 127, for each expert's row.
+- `nf4`, `nf3`: the 4 or 3 bit code of the nearest codebook value of x / scale; one float16 scale,
+  the absmax, for each block of `block_size` neighbours in a row. A block never spans two rows;
+  the last block of a row may be shorter. Codes are packed from the lowest bit up, without gaps:
+  2 nf4 codes in a byte, 8 nf3 codes in three; the end of the layer's last group is zeros.
+
+float16 scales bring nf3 at block 128 to 19.53 % of float16 and nf4 at block 768 to 25.13 %. They
+reach from 6e-8 to 65504: an absmax beyond is refused, one below becomes a block of zeros.
+
+Letters: U records, N experts, d hidden size.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lookup_experts.errors import TableError, UserError, unknown_name
+
+INT8_MAX = 127
+_ELEMENT_OF = {2: torch.int64, 4: torch.complex128}
+"""Types as wide as two and four float32."""
+
+
+@dataclass(frozen=True)
+class Encoding(ABC):
+    """One way to store the rows of a layer; get one with `get_encoding`."""
+
+    name: str
+    block_size: int | None = None
+    """Neighbours in a row that share a scale; None where the encoding has no blocks."""
+    torch_dtype: torch.dtype | None = None
+    """The type that is stored, for the float encodings; None where numbers are codes."""
+
+    @property
+    def is_float(self) -> bool:
+        """Whether records hold plain floats, so that `decode` to that type copies nothing."""
+        return self.torch_dtype is not None
+
+    @abstractmethod
+    def layer_bytes(self, num_experts: int, hidden_size: int) -> int:
+        """Bytes of one layer of one record: codes of the N experts, then their scales."""
+
+    @abstractmethod
+    def encode(self, rows: Tensor) -> Tensor:
+        """The bytes of `rows`.
+
+        Args:
+            rows: [U, N, d], any float type.
+
+        Returns:
+            uint8 [U, layer_bytes].
+
+        Raises:
+            UserError: a number is not finite, or too large for this encoding.
+        """
+
+    @abstractmethod
+    def decode(
+        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        """The rows that `records` hold, [U, N, d] in `dtype`.
+
+        Float encodings give a view into `records` when `dtype` is the stored type.
+
+        Args:
+            records: uint8 [U, layer_bytes]; may be a slice of longer records.
+        """
+
+    @abstractmethod
+    def invalid(self, records: Tensor, num_experts: int, hidden_size: int) -> Tensor:
+        """Which records hold what `encode` never writes, bool [U].
+
+        That is a scale (for float encodings: a number) that is NaN or infinite, or a scale below
+        zero. Records are uint8 [U, layer_bytes].
+        """
+
+    def check_scales(
+        self, records: Tensor, num_experts: int, hidden_size: int, ids: Sequence[int]
+    ) -> None:
+        """Raise a `TableError` that names the first of `ids` whose record is `invalid`."""
+        found = self.invalid(records, num_experts, hidden_size).nonzero()
+        if len(found):
+            raise TableError(
+                f"The record of id {int(ids[int(found[0])])} is damaged: {self.name} scales or "
+                "numbers that are negative or not finite. Build the table again."
+            )
+
+
+@dataclass(frozen=True)
+class FloatEncoding(Encoding):
+    """Numbers stored as they are, in `torch_dtype`."""
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        assert self.torch_dtype is not None
+        return self.torch_dtype
+
+    def layer_bytes(self, num_experts: int, hidden_size: int) -> int:
+        return num_experts * hidden_size * self._dtype.itemsize
+
+    def encode(self, rows: Tensor) -> Tensor:
+        _require_finite(rows)
+        stored = rows.to(self._dtype).contiguous()
+        if not bool(stored.isfinite().all()):
+            raise _too_large(rows, self.name)
+        return stored.view(torch.uint8).flatten(1)
+
+    def decode(
+        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        numbers = _view_as(records, self._dtype)
+        return numbers.unflatten(1, (num_experts, hidden_size)).to(dtype)
+
+    def invalid(self, records: Tensor, num_experts: int, hidden_size: int) -> Tensor:
+        return ~_view_as(records, self._dtype).isfinite().all(dim=1)
+
+
+@dataclass(frozen=True)
+class ScaledEncoding(Encoding):
+    """Codes of few bits, multiplied by the scale of their block."""
+
+    scale_dtype: ClassVar[torch.dtype]
+    largest_code: ClassVar[float]
+    """The value that a block's absmax is mapped to before coding."""
+
+    @abstractmethod
+    def code_bytes(self, num_codes: int) -> int:
+        """Bytes that `num_codes` packed codes take."""
+
+    @abstractmethod
+    def _quantize(self, scaled: Tensor) -> Tensor:
+        """The nearest codes of numbers in [-largest_code, largest_code], uint8, same shape."""
+
+    @abstractmethod
+    def _pack(self, codes: Tensor) -> Tensor:
+        """Codes uint8 [U, num_codes] -> uint8 [U, code_bytes]."""
+
+    @abstractmethod
+    def _lookup(self, packed: Tensor, num_codes: int) -> Tensor:
+        """Packed codes [U, code_bytes] -> what they stand for before scaling, [U, num_codes]."""
+
+    def layer_bytes(self, num_experts: int, hidden_size: int) -> int:
+        num_scales = num_experts * self._blocks_per_row(hidden_size)
+        return self.code_bytes(num_experts * hidden_size) + num_scales * self.scale_dtype.itemsize
+
+    def encode(self, rows: Tensor) -> Tensor:
+        _require_finite(rows)
+        hidden_size = rows.shape[-1]
+        num_blocks, width = self._blocks_per_row(hidden_size), self._block_width(hidden_size)
+        padded = F.pad(rows.float(), (0, num_blocks * width - hidden_size))
+        blocks = padded.unflatten(-1, (num_blocks, width))
+        scales = (blocks.abs().amax(dim=-1) / self.largest_code).to(self.scale_dtype)
+        if not bool(scales.isfinite().all()):
+            raise _too_large(rows, self.name)
+        # Codes are chosen for the scale as it is stored; a block of zeros has the scale zero.
+        divisor = scales.float().masked_fill(scales == 0, 1.0).unsqueeze(-1)
+        codes = self._quantize(blocks / divisor).flatten(2)[..., :hidden_size]
+        return torch.cat([self._pack(codes.flatten(1)), scales.flatten(1).view(torch.uint8)], dim=1)
+
+    def decode(
+        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        num_codes = num_experts * hidden_size
+        values = self._lookup(records[:, : self.code_bytes(num_codes)], num_codes)
+        scales = self._scales(records, num_experts, hidden_size)
+        width = self._block_width(hidden_size)
+        if hidden_size % width:
+            each = scales.repeat_interleave(width, dim=-1)[..., :hidden_size]
+            return (values.unflatten(1, (num_experts, hidden_size)) * each).to(dtype)
+        blocks = values.unflatten(1, (num_experts, -1, width))
+        return (blocks * scales.unsqueeze(-1)).flatten(2).to(dtype)
+
+    def invalid(self, records: Tensor, num_experts: int, hidden_size: int) -> Tensor:
+        scales = self._scales(records, num_experts, hidden_size)
+        return ~(scales.isfinite() & (scales >= 0)).flatten(1).all(dim=1)
+
+    def _block_width(self, hidden_size: int) -> int:
+        return hidden_size if self.block_size is None else min(self.block_size, hidden_size)
+
+    def _blocks_per_row(self, hidden_size: int) -> int:
+        return -(-hidden_size // self._block_width(hidden_size))
+
+    def _scales(self, records: Tensor, num_experts: int, hidden_size: int) -> Tensor:
+        """The scales of records uint8 [U, layer_bytes], float32 [U, N, blocks]."""
+        stored = _view_as(
+            records[:, self.code_bytes(num_experts * hidden_size) :], self.scale_dtype
+        )
+        return stored.float().unflatten(1, (num_experts, self._blocks_per_row(hidden_size)))
+
+
+@dataclass(frozen=True)
+class Int8Encoding(ScaledEncoding):
+    """Signed bytes with one scale for each expert's row."""
+
+    scale_dtype = torch.float32
+    largest_code = float(INT8_MAX)
+
+    def code_bytes(self, num_codes: int) -> int:
+        return num_codes
+
+    def _quantize(self, scaled: Tensor) -> Tensor:
+        return scaled.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8).view(torch.uint8)
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        return codes
+
+    def _lookup(self, packed: Tensor, num_codes: int) -> Tensor:
+        return packed.view(torch.int8)
+
+
+@dataclass(frozen=True)
+class NormalFloatEncoding(ScaledEncoding):
+    """Codes of `bits` bits for the values of `normal_float_codebook(bits)`."""
+
+    bits: int = 4
+
+    scale_dtype = torch.float16
+    largest_code = 1.0
+
+    @property
+    def _group(self) -> tuple[int, int]:
+        """The least (codes, bytes) that fill whole bytes: (2, 1) for 4 bits, (8, 3) for 3."""
+        shared = math.gcd(self.bits, 8)
+        return 8 // shared, self.bits // shared
+
+    def code_bytes(self, num_codes: int) -> int:
+        codes, num_bytes = self._group
+        return -(-num_codes // codes) * num_bytes
+
+    def _quantize(self, scaled: Tensor) -> Tensor:
+        codebook = normal_float_codebook(self.bits).to(scaled.device)
+        midpoints = (codebook[1:] + codebook[:-1]) / 2
+        return torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8)
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        num_codes, num_bytes = self._group
+        groups = F.pad(codes, (0, -codes.shape[1] % num_codes)).unflatten(1, (-1, num_codes))
+        words = (groups.int() << _steps(num_codes, self.bits, codes.device)).sum(-1, keepdim=True)
+        return ((words >> _steps(num_bytes, 8, codes.device)) & 0xFF).to(torch.uint8).flatten(1)
+
+    def _lookup(self, packed: Tensor, num_codes: int) -> Tensor:
+        # One look-up yields several numbers: two for a byte of nf4, four for 12 bits of nf3.
+        if self.bits == 4:
+            entries, codes_per_entry = packed.int(), 2
+        else:
+            entries, codes_per_entry = _halves_of_three_bytes(packed), 4
+        table = _lookup_table(self.bits, codes_per_entry, str(packed.device))
+        values = table.index_select(0, entries.flatten()).view(torch.float32)
+        return values.view(len(packed), entries.shape[1] * codes_per_entry)[:, :num_codes]
+
+
+ENCODINGS: dict[str, Encoding] = {
+    encoding.name: encoding
+    for encoding in (
+        FloatEncoding("float32", torch_dtype=torch.float32),
+        FloatEncoding("bfloat16", torch_dtype=torch.bfloat16),
+        FloatEncoding("float16", torch_dtype=torch.float16),
+        Int8Encoding("int8"),
+        NormalFloatEncoding("nf4", block_size=768, bits=4),
+        NormalFloatEncoding("nf3", block_size=128, bits=3),
+    )
+}
+"""Every encoding by name, with its default block size."""
+
+
+def get_encoding(name: str, block_size: int | None = None) -> Encoding:
+    """The encoding called `name`.
+
+    Args:
+        block_size: for nf4 and nf3, the neighbours that share a scale; None for the default.
+
+    Raises:
+        UserError: an unknown name, or a block size that this encoding can't have.
+    """
+    if name not in ENCODINGS:
+        raise unknown_name("encoding", name, ENCODINGS)
+    encoding = ENCODINGS[name]
+    if block_size is None:
+        return encoding
+    if encoding.block_size is None:
+        raise UserError(f"Encoding {name} has no blocks, but block size {block_size} was given.")
+    if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
+        raise UserError(f"Block size {block_size!r} of {name} must be a whole number from 1 up.")
+    return replace(encoding, block_size=block_size)
+
+
+def normal_float_codebook(bits: int) -> Tensor:
+    """The 2^bits values of NormalFloat, ascending from -1 to 1, float32.
+
+    Quantiles of the standard normal distribution: 2^(bits-1) evenly spaced for the positive
+    side, one fewer for the negative side, and an exact zero, divided by the largest (QLoRA,
+    arXiv 2305.14314, appendix E; `create_normal_map` of bitsandbytes). The outermost quantile
+    is 1 - (1/(2·2^bits) + 1/(2·(2^bits - 1))) / 2 (arXiv 2306.06965, section 2), which for 4
+    bits is the 0.9677083 of bitsandbytes.
+    """
+    num_values, half = 2**bits, 2 ** (bits - 1)
+    outermost = 1 - (1 / (2 * num_values) + 1 / (2 * (num_values - 1))) / 2
+    positive = _normal_quantiles(outermost, half)
+    negative = -_normal_quantiles(outermost, half - 1)
+    values = torch.cat([negative, torch.zeros_like(positive[:1]), positive.flip(0)])
+    return (values / values.max()).float()
+
+
+def _normal_quantiles(outermost: float, count: int) -> Tensor:
+    """`count` quantiles, evenly spaced from probability `outermost` down towards 0.5, float64."""
+    steps = torch.linspace(outermost, 0.5, count + 1, dtype=torch.float64, device="cpu")
+    return torch.special.ndtri(steps[:-1])
+
+
+@lru_cache
+def _lookup_table(bits: int, codes_per_entry: int, device: str) -> Tensor:
+    """The numbers behind `codes_per_entry` packed codes, [2^(bits·codes_per_entry)].
+
+    The two or four float32 of an entry are one element of 8 or 16 bytes, because selecting
+    elements takes a quarter of the time of selecting short rows.
+    """
+    entries = torch.arange(2 ** (bits * codes_per_entry), device="cpu").unsqueeze(1)
+    codes = (entries >> _steps(codes_per_entry, bits, torch.device("cpu"))) & (2**bits - 1)
+    values = normal_float_codebook(bits)[codes].to(device)
+    return values.view(_ELEMENT_OF[codes_per_entry]).flatten()
+
+
+def _halves_of_three_bytes(packed: Tensor) -> Tensor:
+    """Each three bytes [U, 3·G] as two numbers of 12 bits, int32 [U, 2·G], low bits first."""
+    words = F.pad(packed.unflatten(1, (-1, 3)), (0, 1)).view(torch.int32)
+    return torch.cat([words & 0xFFF, words >> 12], dim=-1).flatten(1)
+
+
+def _steps(count: int, step: int, device: torch.device) -> Tensor:
+    """0, step, 2·step, ... (`count` of them), int32."""
+    return torch.arange(0, count * step, step, dtype=torch.int32, device=device)
+
+
+def _view_as(records: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes [U, n] seen as `dtype` [U, n / itemsize]; copied only where they aren't aligned."""
+    size = dtype.itemsize
+    if records.storage_offset() % size or records.stride(0) % size or records.stride(1) != 1:
+        records = records.clone(memory_format=torch.contiguous_format)
+    return records.view(dtype)
+
+
+def _require_finite(rows: Tensor) -> None:
+    if rows.dim() != 3 or not rows.is_floating_point():
+        raise ValueError(f"Expected floats [U, N, d], got {rows.dtype} {tuple(rows.shape)}.")
+    if not bool(rows.isfinite().all()):
+        raise UserError("Expert outputs hold NaN or infinite numbers, which a table can't store.")
+
+
+def _too_large(rows: Tensor, name: str) -> UserError:
+    return UserError(
+        f"Expert outputs reach {rows.abs().max().item():.3g}, too large for {name}. "
+        "Use bfloat16 or float32."
+    )

@@ -1,0 +1,229 @@
+"""Reads through io_uring, straight over the kernel's interface: no library, no compiler.
+
+A batch of reads goes to the kernel in one system call, and so gives up the GIL once, where a
+`preadv` for each record must win it back each time. Interface: io_uring_setup(2),
+io_uring_enter(2), and linux/io_uring.h. Which reads, from where to where, is in `store.py`.
+
+The ring is two queues in memory shared with the kernel: we put requests at the tail of the
+submission queue, the kernel puts results at the tail of the completion queue. Heads and tails
+only ever grow (modulo 2^32), and each request gives one result, so the four of them are the whole
+state: tail(SQ) - head(SQ) requests wait to be taken, tail(SQ) - head(CQ) have not been answered.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+from typing import Self
+
+import numpy as np
+
+SETUP, ENTER = 425, 426
+"""System call numbers, the same on all architectures but alpha."""
+ENTER_GETEVENTS = 1
+FEATURE_SINGLE_MMAP = 1
+OP_READ = 22
+OFFSET_OF_REQUESTS = 0x10000000
+COUNTER_MASK = 0xFFFFFFFF
+
+REQUEST = np.dtype(
+    [
+        ("opcode", "u1"),
+        ("flags", "u1"),
+        ("priority", "u2"),
+        ("fd", "i4"),
+        ("offset", "u8"),
+        ("address", "u8"),
+        ("length", "u4"),
+        ("read_flags", "u4"),
+        ("user_data", "u8"),
+        ("unused", "u8", (3,)),
+    ]
+)
+"""struct io_uring_sqe."""
+RESULT = np.dtype([("user_data", "u8"), ("result", "i4"), ("flags", "u4")])
+"""struct io_uring_cqe."""
+
+_STRONGLY_ORDERED = platform.machine() in ("x86_64", "i686", "s390x")
+
+
+class Ring:
+    """A ring that reads rows of equal length; for one caller at a time.
+
+    Args:
+        depth: the most reads under way at once, a power of two.
+
+    Raises:
+        OSError: the kernel doesn't offer io_uring (ENOSYS, EOPNOTSUPP), forbids it (EPERM), or
+            has no memory for it (ENOMEM).
+    """
+
+    def __init__(self, depth: int = 64) -> None:
+        parameters = np.zeros(30, np.uint32)
+        self._fd = _syscall(SETUP, depth, parameters.ctypes.data)
+        try:
+            if not parameters[5] & FEATURE_SINGLE_MMAP:
+                raise OSError(errno.EOPNOTSUPP, "io_uring is too old here")
+            self._map(parameters[:2].tolist(), parameters[10:20].tolist(), parameters[20:].tolist())
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.depth = int(parameters[0])
+
+    def _map(self, entries: list[int], sq: list[int], cq: list[int]) -> None:
+        """Map the queues; `sq` and `cq` are io_sqring_offsets and io_cqring_offsets."""
+        num_bytes = max(sq[6] + 4 * entries[0], cq[5] + RESULT.itemsize * entries[1])
+        self._queues = _map_shared(self._fd, num_bytes, 0)
+        self._request_memory = _map_shared(
+            self._fd, entries[0] * REQUEST.itemsize, OFFSET_OF_REQUESTS
+        )
+
+        def counters(offset: int, count: int = 1) -> np.ndarray:
+            return np.frombuffer(self._queues, np.uint32, count, offset)
+
+        self._sq_head, self._sq_tail = counters(sq[0]), counters(sq[1])
+        self._cq_head, self._cq_tail = counters(cq[0]), counters(cq[1])
+        self._sq_mask, self._cq_mask = int(counters(sq[2])[0]), int(counters(cq[2])[0])
+        self._requests = np.frombuffer(self._request_memory, REQUEST, entries[0])
+        self._results = np.frombuffer(self._queues, RESULT, entries[1], cq[5])
+        counters(sq[6], entries[0])[:] = np.arange(entries[0])
+
+    def read_rows(self, fds: np.ndarray, offsets: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Read a row of `target` from each (file, offset), up to `depth` at once.
+
+        Returns when all are answered: with one system call if there are at most `depth`.
+
+        Args:
+            fds: int32 [n], open files.
+            offsets: int64 [n], bytes.
+            target: uint8 [n, length], C-contiguous; for O_DIRECT files aligned to 4096.
+
+        Returns:
+            int64 [n]: bytes read, or an errno below zero.
+
+        Raises:
+            OSError: the kernel refuses to take requests at all.
+        """
+        self._drain()  # what an interrupted call left behind
+        requests = _read_requests(fds, offsets, target)
+        results = np.zeros(len(requests), np.int64)
+        try:
+            self._run(requests, results)
+        except BaseException:
+            # The kernel must not write into memory that the caller may hand on.
+            self._drain()
+            raise
+        return results
+
+    def _run(self, requests: np.ndarray, results: np.ndarray) -> None:
+        queued = answered = 0
+        while answered < len(requests):
+            room = self.depth - (queued - answered)
+            queued += self._queue(requests[queued : queued + room])
+            all_queued = queued == len(requests)
+            # Wait for all at the end; before, for half, so that the disk never runs dry.
+            self._enter(queued - answered if all_queued else (queued - answered + 1) // 2)
+            answered += self._collect(results)
+
+    def _queue(self, requests: np.ndarray) -> int:
+        """Put requests in the submission queue; how many."""
+        tail = int(self._sq_tail[0])
+        slots = (tail + np.arange(len(requests))) & self._sq_mask
+        self._requests[slots] = requests
+        self._sq_tail[0] = (tail + len(requests)) & COUNTER_MASK
+        return len(requests)
+
+    def _enter(self, wait_for: int) -> None:
+        """Hand over what is queued and wait for `wait_for` results; may come back with fewer.
+
+        An interrupted wait or a partial submission leaves its rest in the queues, where the next
+        call finds it.
+        """
+        try:
+            self._call(self._distance(self._sq_head, self._sq_tail), wait_for)
+        except OSError as error:
+            under_way = self._distance(self._cq_head, self._sq_head)
+            if error.errno not in (errno.EAGAIN, errno.EBUSY) or not under_way:
+                raise
+            # The kernel is short of memory for more: let what is under way finish first.
+            self._call(0, 1)
+
+    def _call(self, to_submit: int, wait_for: int) -> None:
+        try:
+            _syscall(ENTER, self._fd, to_submit, wait_for, ENTER_GETEVENTS)
+        except InterruptedError:
+            return  # by a signal, before anything was taken; the caller looks at the queues
+
+    def _collect(self, results: np.ndarray) -> int:
+        """Take what the completion queue holds into `results`; how many."""
+        head = int(self._cq_head[0])
+        count = self._distance(self._cq_head, self._cq_tail)
+        if not _STRONGLY_ORDERED:
+            # Between loading the tail and loading results stands an entry into the kernel,
+            # which other processors order loads by; there is no fence in Python.
+            _syscall(ENTER, self._fd, 0, 0, 0)
+        found = self._results[(head + np.arange(count)) & self._cq_mask]
+        results[found["user_data"].astype(np.int64)] = found["result"]
+        self._cq_head[0] = (head + count) & COUNTER_MASK
+        return count
+
+    def _drain(self) -> None:
+        """Withdraw what the kernel hasn't taken, wait for what it has, and forget the results."""
+        self._sq_tail[0] = self._sq_head[0]
+        while waiting := self._distance(self._cq_head, self._sq_tail):
+            self._enter(waiting)
+            self._cq_head[0] = self._cq_tail[0]
+
+    @staticmethod
+    def _distance(start: np.ndarray, end: np.ndarray) -> int:
+        return (int(end[0]) - int(start[0])) & COUNTER_MASK
+
+    def close(self) -> None:
+        """Give the ring back to the kernel."""
+        if self._fd < 0:
+            return
+        for view in ("_sq_head", "_sq_tail", "_cq_head", "_cq_tail", "_requests", "_results"):
+            delattr(self, view)
+        self._queues.close()
+        self._request_memory.close()
+        os.close(self._fd)
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_requests(fds: np.ndarray, offsets: np.ndarray, target: np.ndarray) -> np.ndarray:
+    requests = np.zeros(len(target), REQUEST)
+    rows = np.arange(len(target))
+    requests["opcode"] = OP_READ
+    requests["fd"] = fds
+    requests["offset"] = offsets
+    requests["address"] = target.ctypes.data + rows * target.strides[0]
+    requests["length"] = target.shape[1]
+    requests["user_data"] = rows
+    return requests
+
+
+def _map_shared(fd: int, num_bytes: int, offset: int) -> mmap.mmap:
+    populate = getattr(mmap, "MAP_POPULATE", 0)
+    return mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | populate, offset=offset)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.syscall.argtypes = [ctypes.c_long] * 7
+
+
+def _syscall(number: int, *arguments: int) -> int:
+    """A system call that gives up the GIL; its result, or an `OSError`."""
+    padded = (*arguments, *([0] * (6 - len(arguments))))
+    result = _libc.syscall(number, *padded)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return int(result)
