@@ -17,9 +17,9 @@ from lookup_experts._transformers_hook import register_when_transformers_is_impo
 from lookup_experts.errors import UserError
 
 if TYPE_CHECKING:
+    from lookup_experts.generation.folding import reparameterize
     from lookup_experts.generation.loading import load
     from lookup_experts.model.attach import attach
-    from lookup_experts.table.build import reparameterize
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "attach", "load", "reparameterize"]

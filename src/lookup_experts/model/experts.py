@@ -41,8 +41,12 @@ class TokenRows(Protocol):
 class ExpertSource(Protocol):
     """Where expert outputs come from."""
 
-    def rows(self, token_ids: Tensor) -> TokenRows:
-        """Take a batch's token ids [B, T] int64; called once per forward, before any layer."""
+    def rows(self, token_ids: Tensor, ready: bool = False) -> TokenRows:
+        """Take a batch's token ids [B, T] int64; called once per forward, before any layer.
+
+        Args:
+            ready: True where blocks can't wait for rows later on: in a compiled graph.
+        """
         ...
 
 
@@ -140,7 +144,7 @@ class FFNExperts:
     # Finding the unique ids has a result whose size depends on the data, so torch.compile would
     # break its graph here anyway; said once, it is one break at the entrance and none later.
     @torch.compiler.disable
-    def rows(self, token_ids: Tensor) -> EvaluatedRows:
+    def rows(self, token_ids: Tensor, ready: bool = False) -> EvaluatedRows:
         unique_ids, index = torch.unique(token_ids, return_inverse=True)
         self._check_range(unique_ids)
         return EvaluatedRows(index, self._embedding(unique_ids), self._layers)
@@ -170,7 +174,7 @@ class TokenContext:
         if self.source is None:
             raise RuntimeError("The model has routers but no expert source; use set_expert_source.")
         self.rows = None  # gives the last batch's buffer back before the next one is asked for
-        self.rows = self.source.rows(token_ids)
+        self.rows = self.source.rows(token_ids, ready=torch.compiler.is_compiling())
 
     @contextmanager
     def restored(self, rows: TokenRows | None) -> Iterator[None]:

@@ -31,19 +31,8 @@ from lookup_experts.model.configuration import (
 )
 from lookup_experts.model.experts import ExpertSource, LayerExperts
 
-# Tables are no business of this package's: `lookup_experts/__init__.py` says what opens and what
-# copies the table of an inference folder.
-TableOpener = Callable[..., ExpertSource]
-TableCopier = Callable[[Path, Path], None]
-_open_table: TableOpener | None = None
-_copy_table: TableCopier | None = None
-TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
-
-
-def set_table_handlers(open_table: TableOpener, copy_table: TableCopier) -> None:
-    """Say how `from_pretrained` opens a table and how `save_pretrained` takes it along."""
-    global _open_table, _copy_table
-    _open_table, _copy_table = open_table, copy_table
+TABLE_OPTIONS = ("store", "verify_checksums", "notify")
+"""Keyword arguments of `from_pretrained` that are for the reader of the table."""
 
 
 def model_class_for(config_class: type) -> type:
@@ -155,18 +144,21 @@ class LookupExpertsMixin:
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.lookup_settings.form == "table":
+            # transformers enters here, so this is the one place where an import goes upwards.
+            from lookup_experts.table.reader import open_reader
+
             folder = _local_folder(pretrained_model_name_or_path, kwargs)
-            assert _open_table is not None
-            model.set_expert_source(_open_table(folder, model, **options))
+            model.set_expert_source(open_reader(folder, model, **options))
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers does; in table form the table is saved with the weights."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if self.lookup_settings.form == "table" and kwargs.get("is_main_process", True):
+            from lookup_experts.table.build import copy_table
+
             source: Any = self.expert_source
-            assert _copy_table is not None
-            _copy_table(source.folder, Path(save_directory))
+            copy_table(source.folder, Path(save_directory) / "table")
 
 
 def _no_contexts() -> tuple[Any, Any]:

@@ -1,0 +1,133 @@
+"""Training form -> table form: a model folder becomes an inference folder.
+
+The inference folder holds the backbone with its routers, the tokenizer, and the table. It is made
+under another name and renamed when it is complete; an interrupted run is taken up again by the
+same call.
+"""
+
+import copy
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lookup_experts.errors import UserError
+from lookup_experts.generation.loading import TOKENIZER_FILES, load, local_folder
+from lookup_experts.model.attach import expert_layers
+from lookup_experts.model.huggingface import LookupExpertsMixin
+from lookup_experts.table.build import build_table, evaluate_experts, plan_table
+from lookup_experts.table.encoding import get_encoding
+from lookup_experts.table.format import Progress, Table
+
+_TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+def reparameterize(
+    model_or_folder: Any,
+    out: str | Path,
+    *,
+    encoding: str = "bfloat16",
+    block_size: int | None = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Table:
+    """Fold a model's routed experts into a table and write the inference folder.
+
+    Args:
+        model_or_folder: an attached model in training form, or a folder with one (the authors'
+            format included).
+        out: the folder to make; must not exist yet.
+        encoding: how the table stores numbers.
+        block_size: of the encodings nf4 and nf3: how many neighbours share a scale.
+        tokenizer: saved with the model; default: the one in the folder, if there is one.
+        progress: called with (ids done, ids in all).
+        notify: told when an interrupted run is taken up again.
+
+    Returns:
+        The finished table.
+
+    Raises:
+        UserError: `out` exists, the model has no experts to fold, or the disk is too small.
+    """
+    chosen = get_encoding(encoding, block_size)
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another folder, or delete it.")
+    folder = None if isinstance(model_or_folder, nn.Module) else local_folder(model_or_folder)
+    model = model_or_folder if folder is None else load(folder)
+    _require_experts(model)
+    partial = out.with_name(f"{out.name}.partial")
+    if partial.exists():
+        notify(f"Going on with the interrupted run in {partial}.")
+    partial.mkdir(parents=True, exist_ok=True)
+    _save_tokenizer(tokenizer, folder, partial)
+    embedding = model.get_input_embeddings()
+    layers = expert_layers(model.lookup_attachment)
+    plan = plan_table(
+        embedding,
+        layers,
+        embedding.weight.shape[0],
+        chosen,
+        tokenizer_hash=tokenizer_hash(partial),
+    )
+    build_table(partial / "table", plan, evaluate_experts(embedding, layers), progress)
+    save_without_experts(model, partial, plan.manifest.fingerprint)
+    partial.rename(out)
+    return Table(out / "table", plan.manifest)
+
+
+def tokenizer_hash(folder: Path) -> str | None:
+    """SHA-256 of a folder's tokenizer file; None where there is none."""
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    return None
+
+
+def save_without_experts(model: Any, folder: Path, fingerprint: str) -> None:
+    """Save the backbone with its routers, marked as being in table form."""
+    settings = replace(model.lookup_settings, form="table", fingerprint=fingerprint)
+    state = {name: value for name, value in model.state_dict().items() if not _is_expert(name)}
+    training_config = model.config
+    model.config = copy.deepcopy(training_config)
+    model.config.lookup_experts = settings.to_dict()
+    try:
+        # The class's own method would take the table of a table-form model along; there is none.
+        super(LookupExpertsMixin, model).save_pretrained(folder, state_dict=state)
+    finally:
+        model.config = training_config
+
+
+def _is_expert(name: str) -> bool:
+    return ".lookup_experts.experts." in name
+
+
+def _require_experts(model: Any) -> None:
+    if not isinstance(model, LookupExpertsMixin):
+        raise UserError(
+            f"This {type(model).__name__} has no lookup experts, so there is nothing to fold. "
+            "Attach and train some first."
+        )
+    if model.lookup_settings.form != "experts":
+        raise UserError("The experts of this model were folded into a table already.")
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path | None, target: Path) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
+    elif folder is not None:
+        for pattern in _TOKENIZER_PATTERNS:
+            for file in folder.glob(pattern):
+                shutil.copy2(file, target / file.name)

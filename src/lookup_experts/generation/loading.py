@@ -1,0 +1,124 @@
+"""From a folder to a model that is ready to generate."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lookup_experts.errors import UserError, unknown_name
+from lookup_experts.model.checkpoint import load_official, official_kind, read_config, weight_files
+from lookup_experts.model.configuration import LookupExpertsConfig
+from lookup_experts.model.huggingface import LookupExpertsMixin
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load(
+    folder: str | Path,
+    *,
+    store: str = "auto",
+    device: str | torch.device = "cpu",
+    dtype: str = "auto",
+    verify_checksums: bool = False,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Any:
+    """The model in a folder, in evaluation mode.
+
+    Takes a folder in training form, in table form, in the authors' format, or a plain Hugging
+    Face model. What comes back is a transformers model; `generate` is transformers' own.
+
+    Args:
+        folder: a folder, or a name on the Hugging Face hub.
+        store: where the records of a table are read from: `memory`, `mmap`, `direct` (from disk
+            past the page cache), or `auto`.
+        device: where the model runs.
+        dtype: of the weights: `float32`, `bfloat16`, `float16`, or `auto` for that of the folder.
+        verify_checksums: compare every record that is read with its checksum.
+        notify: told which store was chosen and why.
+
+    Raises:
+        UserError: no such folder, no model in it, or one that can't be loaded; a table that is
+            missing, damaged or of another model.
+    """
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    path = local_folder(folder)
+    config = read_config(path)
+    kind = official_kind(path, config)
+    if kind is not None:
+        model = load_official(path, kind, config, _torch_dtype(dtype)).to(device)
+        return model.eval()
+    if config.get("model_type") == LookupExpertsConfig.model_type:
+        weight_files(path)
+        options = {"store": store, "verify_checksums": verify_checksums, "notify": notify}
+        return _load_huggingface(path, device, dtype, options).eval()
+    return _load_huggingface(path, device, dtype, {}).eval()
+
+
+def local_folder(folder: str | Path) -> Path:
+    """The folder on this machine that a path or a name on the hub stands for."""
+    path = Path(folder)
+    if path.exists():
+        if not path.is_dir():
+            raise UserError(f"{path} is a file; give the model's folder.")
+        return path
+    if not isinstance(folder, str) or not _HUB_NAME.fullmatch(folder):
+        raise UserError(f"No such folder: {path}.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(folder))
+    except Exception as error:  # the hub's client raises many kinds, all of them: not to be had
+        raise UserError(
+            f"No such folder: {path}; and no model of that name could be fetched from the "
+            f"Hugging Face hub ({type(error).__name__})."
+        ) from error
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    path = local_folder(folder)
+    if not any((path / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}), so text can't become token "
+            "ids. Put the tokenizer's files there."
+        )
+    return AutoTokenizer.from_pretrained(path)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def _load_huggingface(
+    path: Path, device: str | torch.device, dtype: str, options: dict[str, Any]
+) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} can't be loaded as a causal LM: {_first_line(error)}") from error
+    model = model.to(device)
+    if isinstance(model, LookupExpertsMixin) and model.lookup_settings.form == "table":
+        source: Any = model.expert_source
+        source.move_to(device)
+    return model
+
+
+def _torch_dtype(dtype: str) -> Any:
+    return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

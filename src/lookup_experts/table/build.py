@@ -1,0 +1,330 @@
+"""From experts to a table on disk: streaming, resumable, checked.
+
+The vocabulary is taken in chunks of a fixed number of ids, so memory is bounded however large it
+is. A chunk is evaluated layer by layer, encoded into one buffer of records and written by a
+second thread while the next chunk is evaluated.
+
+While a build is under way the folder holds `build.json`: what is being built and how many ids are
+finished. A build that was killed goes on from there, after checking what the disk really holds
+against its checksums; `table.json`, without which the folder is no table, is written last.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lookup_experts import __version__
+from lookup_experts.errors import DiskFullError, TableError
+from lookup_experts.model.experts import LayerExperts
+from lookup_experts.model.fingerprint import embedding_hash, fingerprint
+from lookup_experts.table.encoding import Encoding
+from lookup_experts.table.format import (
+    Progress,
+    RecordLayout,
+    ShardInfo,
+    ShardWriter,
+    Table,
+    TableManifest,
+    TableShape,
+    open_table,
+    plan_shards,
+    write_manifest,
+)
+from lookup_experts.table.store import open_store
+from lookup_experts.units import format_bytes
+
+JOURNAL = "build.json"
+CHUNK_BUDGET_BYTES = 200 * 2**20
+"""What one chunk may take: its two record buffers and the experts' activations."""
+MAX_CHUNK_IDS = 4096
+SAMPLE_IDS = 64
+
+RowsOf = Callable[[Tensor], Iterator[Tensor]]
+"""Token ids [c] int64 -> the rows [c, N, d] of each layer, in order."""
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What is to be built, in which pieces; a build goes on only with an equal plan."""
+
+    manifest: TableManifest
+    chunk_ids: int
+
+    def to_json(self) -> str:
+        return json.dumps({"manifest": self.manifest.to_json(), "chunk_ids": self.chunk_ids})
+
+    def chunks(self) -> Iterator[tuple[ShardInfo, range]]:
+        """(shard, ids) of every chunk, in order; none reaches over the end of a shard."""
+        for shard in self.manifest.shards:
+            end = shard.first_id + shard.num_ids
+            for first in range(shard.first_id, end, self.chunk_ids):
+                yield shard, range(first, min(first + self.chunk_ids, end))
+
+
+def evaluate_experts(embedding: nn.Module, layers: Sequence[LayerExperts]) -> RowsOf:
+    """The rows of training-form experts, on the device where they are."""
+
+    def rows_of(token_ids: Tensor) -> Iterator[Tensor]:
+        device = next(embedding.parameters()).device
+        embeddings = embedding(token_ids.to(device))
+        for experts in layers:
+            yield experts(embeddings)
+
+    return rows_of
+
+
+def plan_table(
+    embedding: nn.Module,
+    layers: Sequence[LayerExperts],
+    vocab_size: int,
+    encoding: Encoding,
+    *,
+    tokenizer_hash: str | None = None,
+    chunk_budget_bytes: int = CHUNK_BUDGET_BYTES,
+) -> BuildPlan:
+    """What the table of the given experts will be.
+
+    Args:
+        embedding: the backbone's input embedding.
+        layers: the experts of each layer, in order.
+        vocab_size: V, records 0 to V - 1; the rows of the embedding.
+        encoding: how records store numbers.
+        tokenizer_hash: of the tokenizer that the ids belong to.
+        chunk_budget_bytes: bounds memory beyond the model.
+    """
+    num_experts, expert_size, _ = layers[0].up_proj.shape
+    hidden_size = layers[0].down_proj.shape[1]
+    layout = RecordLayout(TableShape(vocab_size, len(layers), num_experts, hidden_size), encoding)
+    manifest = TableManifest(
+        layout=layout,
+        shards=tuple(plan_shards(layout)),
+        fingerprint=fingerprint(embedding, layers),
+        embedding_hash=embedding_hash(embedding),
+        tokenizer_hash=tokenizer_hash,
+        created_by=f"lookup-experts {__version__}",
+    )
+    itemsize = layers[0].up_proj.element_size()
+    activations = 3 if layers[0].kind == "swiglu" else 2
+    per_id = (
+        2 * layout.stride
+        + num_experts * expert_size * itemsize * activations
+        # Encoding holds a few float32 copies of one layer's rows.
+        + num_experts * hidden_size * (2 * itemsize + 4 * 4)
+    )
+    chunk_ids = min(MAX_CHUNK_IDS, max(1, chunk_budget_bytes // per_id))
+    return BuildPlan(manifest, chunk_ids)
+
+
+def build_table(
+    folder: Path, plan: BuildPlan, rows_of: RowsOf, progress: Progress | None = None
+) -> Table:
+    """Write the table that `plan` describes, or finish one that was begun.
+
+    Args:
+        folder: made if it isn't there; may hold an unfinished build of the same plan.
+        plan: what to build.
+        rows_of: where the rows come from.
+        progress: called with (ids done, ids in all) after each chunk.
+
+    Raises:
+        DiskFullError: not enough space; checked before the first chunk.
+        TableError: the folder holds another build, or what was written doesn't read back.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    finished = _resume(folder, plan)
+    _require_space(folder, plan.manifest)
+    _write_chunks(folder, plan, rows_of, finished, progress)
+    write_manifest(folder, plan.manifest)
+    table = open_table(folder)
+    check_sample(table, rows_of)
+    (folder / JOURNAL).unlink()
+    return table
+
+
+def _resume(folder: Path, plan: BuildPlan) -> int:
+    """How many ids the journal calls finished; 0 and a new journal where nothing was begun."""
+    path = folder / JOURNAL
+    if not path.exists():
+        if any(folder.iterdir()):
+            raise TableError(
+                f"{folder} is not empty and holds no unfinished build; give an empty folder."
+            )
+        _write_journal(folder, plan, 0)
+        return 0
+    journal = json.loads(path.read_text())
+    if journal["plan"] != plan.to_json():
+        raise TableError(
+            f"{folder} holds an unfinished build of another table (other weights, encoding or "
+            "version). Delete it to start anew."
+        )
+    return int(journal["finished_ids"])
+
+
+def _write_journal(folder: Path, plan: BuildPlan, finished_ids: int) -> None:
+    temporary = folder / f"{JOURNAL}.tmp"
+    temporary.write_text(json.dumps({"plan": plan.to_json(), "finished_ids": finished_ids}))
+    temporary.replace(folder / JOURNAL)
+
+
+def _require_space(folder: Path, manifest: TableManifest) -> None:
+    needed = 0
+    for shard in manifest.shards:
+        path = folder / shard.file
+        held = path.stat().st_blocks * 512 if path.exists() else 0
+        needed += max(0, shard.bytes - held)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskFullError(
+            f"The table needs {format_bytes(needed)} more in {folder}, where {format_bytes(free)} "
+            "are free. Free some space, choose another disk, or a smaller encoding."
+        )
+
+
+def _write_chunks(
+    folder: Path, plan: BuildPlan, rows_of: RowsOf, finished: int, progress: Progress | None
+) -> None:
+    """Evaluate and write every chunk from id `finished` on.
+
+    Evaluation and writing overlap: one chunk is being written while the next is evaluated, each
+    in a buffer of its own.
+    """
+    layout = plan.manifest.layout
+    vocab_size = layout.shape.vocab_size
+    buffers = [np.zeros((plan.chunk_ids, layout.stride), np.uint8) for _ in range(2)]
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1, "table-writer") as thread, _OpenShard(folder, plan) as shards:
+        for number, (shard, ids) in enumerate(plan.chunks()):
+            if ids.stop <= finished and shards.is_intact(shard, ids, finished):
+                continue
+            records = buffers[number % 2][: len(ids)]
+            encode_chunk(layout, rows_of, ids, records)
+            if writing is not None:
+                writing.result()
+            writing = thread.submit(_write_chunk, shards, shard, ids, records, folder, plan)
+            if progress:
+                progress(ids.start, vocab_size)
+        if writing is not None:
+            writing.result()
+        shards.finish()
+    if progress:
+        progress(vocab_size, vocab_size)
+
+
+@torch.inference_mode()
+def encode_chunk(layout: RecordLayout, rows_of: RowsOf, ids: range, records: np.ndarray) -> None:
+    """Fill `records`, uint8 [c, stride], with the records of `ids`; padding stays as it is."""
+    target = torch.from_numpy(records)
+    for layer, rows in enumerate(rows_of(torch.arange(ids.start, ids.stop))):
+        target[:, layout.layer_slice(layer)] = layout.encoding.encode(rows)
+
+
+def _write_chunk(
+    shards: "_OpenShard",
+    shard: ShardInfo,
+    ids: range,
+    records: np.ndarray,
+    folder: Path,
+    plan: BuildPlan,
+) -> None:
+    shards.writer(shard).write(ids.start - shard.first_id, records)
+    _write_journal(folder, plan, ids.stop)
+
+
+class _OpenShard:
+    """The writer of the shard that is being written; shards come one after the other."""
+
+    def __init__(self, folder: Path, plan: BuildPlan) -> None:
+        self._folder, self._plan = folder, plan
+        self._writer: ShardWriter | None = None
+        self._shard: ShardInfo | None = None
+        self._intact_rows = 0
+
+    def __enter__(self) -> "_OpenShard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def writer(self, shard: ShardInfo) -> ShardWriter:
+        if self._shard != shard or self._writer is None:
+            self.finish()
+            manifest = self._plan.manifest
+            self._writer = ShardWriter(
+                self._folder / shard.file, manifest.layout, shard, manifest.fingerprint
+            )
+            self._shard, self._intact_rows = shard, -1
+        return self._writer
+
+    def is_intact(self, shard: ShardInfo, ids: range, finished: int) -> bool:
+        """Whether the disk really holds the records of a chunk that the journal calls finished."""
+        writer = self.writer(shard)
+        if self._intact_rows < 0:
+            self._intact_rows = writer.verified_rows(max(0, finished - shard.first_id))
+        return ids.stop - shard.first_id <= self._intact_rows
+
+    def finish(self) -> None:
+        """Bring the open shard to the disk."""
+        if self._writer is not None:
+            self._writer.finish()
+            self._writer = None
+
+
+@torch.inference_mode()
+def check_sample(table: Table, rows_of: RowsOf, num_ids: int = SAMPLE_IDS) -> None:
+    """Read records all over the table back and compare them with a new evaluation.
+
+    Raises:
+        TableError: a record differs by more than its encoding explains.
+    """
+    layout = table.layout
+    shape = layout.shape
+    ids = np.unique(np.linspace(0, shape.vocab_size - 1, num_ids).astype(np.int64))
+    records = np.zeros((len(ids), layout.stride), np.uint8)
+    with open_store(table, "mmap", notify=lambda message: None) as store:
+        store.read(ids, records)
+    read = torch.from_numpy(records)
+    for layer, rows in enumerate(rows_of(torch.from_numpy(ids))):
+        stored = read[:, layout.layer_slice(layer)]
+        once_more = layout.encoding.encode(rows)
+        found, expected = (
+            layout.encoding.decode(codes, shape.num_experts, shape.hidden_size, torch.float32)
+            for codes in (stored, once_more.to(stored.device))
+        )
+        error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+        if not math.isfinite(error) or error > 0.01:
+            raise TableError(
+                f"{table.folder}: layer {layer} reads back with a relative error of {error:.2g} "
+                "against the experts; the disk or the memory is not reliable. Build it again."
+            )
+
+
+def copy_table(source: Path, target: Path) -> None:
+    """Put the table folder `source` at `target` too: linked where possible, else copied."""
+    if target.exists() and os.path.samefile(source, target):
+        return
+    temporary = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        _link_or_copy(file, temporary / file.name)
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Tables are never written to after they are finished, so two names for one file are safe."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
