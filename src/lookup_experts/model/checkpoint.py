@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lookup_experts.errors import UserError
 from lookup_experts.model.attach import LookupSettings
+from lookup_experts.model.baselines import GatelessLlamaForCausalLM
 from lookup_experts.model.configuration import GatelessLlamaConfig, attached_config_class
 from lookup_experts.model.huggingface import attached_class
-from lookup_experts.model.baselines import GatelessLlamaForCausalLM
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

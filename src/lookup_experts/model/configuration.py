@@ -49,6 +49,10 @@ class LookupConfigMixin:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         register_models(type(self))
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict(_flattened(config_dict), **kwargs)  # type: ignore[misc]
+
     def to_json_string(self, use_diff: bool = True) -> str:
         flat = json.loads(super().to_json_string(use_diff=use_diff))  # type: ignore[misc]
         saved = {key: flat.pop(key) for key in _TOP_LEVEL if key in flat}
@@ -70,8 +74,15 @@ class LookupExpertsConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         backbone = CONFIG_MAPPING[config_dict["backbone_type"]]
-        flat = {key: config_dict[key] for key in _TOP_LEVEL if key in config_dict}
-        return attached_config_class(backbone).from_dict({**config_dict["backbone"], **flat}, **kwargs)
+        return attached_config_class(backbone).from_dict(config_dict, **kwargs)
+
+
+def _flattened(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as it is saved -> as it is in memory, where it already has that shape."""
+    if "backbone" not in config_dict:
+        return config_dict
+    top_level = {key: config_dict[key] for key in _TOP_LEVEL if key in config_dict}
+    return {**config_dict["backbone"], **top_level}
 
 
 @cache
@@ -84,8 +95,7 @@ def attached_config_class(backbone: type) -> Any:
     )
 
 
-@cache
-def register_models(config_class: type) -> None:
+def register_models(config_class: Any) -> None:
     """Tell `AutoModelForCausalLM` which class the given configuration class belongs to."""
     from transformers import AutoModelForCausalLM
 

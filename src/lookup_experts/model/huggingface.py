@@ -35,16 +35,17 @@ TABLE_OPTIONS = ("store", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""
 
 
-def model_class_for(config_class: type) -> type:
+def model_class_for(config_class: type) -> Any:
     """The model class that belongs to one of our configuration classes."""
     if config_class is GatelessLlamaConfig:
         return GatelessLlamaForCausalLM
-    backbone_config = config_class.__mro__[2]  # LookupExpertsX(LookupConfigMixin, X)
-    return attached_class(MODEL_FOR_CAUSAL_LM_MAPPING[backbone_config])
+    if issubclass(config_class, LookupConfigMixin):
+        return attached_class(model_class_for(config_class.__mro__[2]))  # (ours, mixin, backbone)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
 
 
 @cache
-def attached_class(backbone: type) -> Any:
+def attached_class(backbone: Any) -> Any:
     """The class of an attached model: a subclass of its backbone's; one for each backbone."""
     return type(
         f"LookupExperts{backbone.__name__}",
@@ -52,14 +53,15 @@ def attached_class(backbone: type) -> Any:
         {
             "__module__": __name__,
             "__doc__": f"{backbone.__name__} with lookup experts.",
-            "config_class": attached_config_class(backbone.config_class),  # type: ignore[attr-defined]
+            "config_class": attached_config_class(backbone.config_class),
         },
     )
 
 
 def become_attached(model: Any, settings: LookupSettings) -> None:
     """Turn a backbone that has just gained its modules into a model that saves as what it is."""
-    model.__class__ = attached_class(type(model))
+    backbone: Any = type(model)
+    model.__class__ = attached_class(backbone)
     if not isinstance(model.config, LookupConfigMixin):
         model.config.__class__ = model.config_class
     model.config.lookup_experts = settings.to_dict()
@@ -71,7 +73,7 @@ class LookupExpertsMixin:
     lookup_attachment: Attachment | None = None
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self, LookupSettings.from_dict(config.lookup_experts))
         self.init_weights()  # type: ignore[attr-defined]
 
@@ -117,9 +119,7 @@ class LookupExpertsMixin:
                     "Gradient checkpointing with lookup experts needs use_reentrant=False; pass "
                     'gradient_checkpointing_kwargs={"use_reentrant": False}.'
                 )
-            context_fn = partial(
-                self._checkpoint_contexts, given.get("context_fn", _no_contexts)
-            )
+            context_fn = partial(self._checkpoint_contexts, given.get("context_fn", _no_contexts))
             gradient_checkpointing_func = partial(
                 gradient_checkpointing_func, context_fn=context_fn
             )

@@ -11,7 +11,6 @@ against its checksums; `table.json`, without which the folder is no table, is wr
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -310,7 +309,7 @@ def check_sample(table: Table, rows_of: RowsOf, num_ids: int = SAMPLE_IDS) -> No
 
 def copy_table(source: Path, target: Path) -> None:
     """Put the table folder `source` at `target` too: linked where possible, else copied."""
-    if target.exists() and os.path.samefile(source, target):
+    if target.exists() and target.samefile(source):
         return
     temporary = target.with_name(f"{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,67 @@
+"""`mole chat`."""
+
+from typing import Any
+
+from lookup_experts import console
+from lookup_experts.commands import options
+
+
+def chat(
+    folder: options.ModelFolder,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.7,
+    top_p: options.TopP = 0.95,
+    top_k: options.TopK = 0,
+    seed: options.Seed = None,
+    store: options.Store = "auto",
+    checksums: options.Checksums = False,
+    tokenizer: options.Tokenizer = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Talk to a model, turn by turn; an empty line or Ctrl-D ends.
+
+    A model whose tokenizer has no chat template just continues the text.
+
+    Example: `mole chat out/ --store direct`
+    """
+    from lookup_experts.generation.loading import load, load_tokenizer
+    from lookup_experts.generation.text import Sampling
+
+    console.quiet_transformers()
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    loaded_tokenizer = load_tokenizer(tokenizer or folder)
+    model = load(
+        folder,
+        store=store,
+        device=device,
+        dtype=dtype,
+        verify_checksums=checksums,
+        notify=console.say,
+    )
+    if loaded_tokenizer.chat_template is None:
+        console.say("The tokenizer has no chat template: the model continues the text as it is.")
+    converse(model, loaded_tokenizer, sampling)
+
+
+def converse(model: Any, tokenizer: Any, sampling: Any) -> None:
+    """Read turns from stdin until an empty one, and answer each."""
+    from lookup_experts.generation.conversation import Conversation
+
+    conversation = Conversation(model, tokenizer, sampling)
+    while turn := _read_turn():
+        conversation.answer(turn, on_text=_write_now)
+        console.result("")
+
+
+def _read_turn() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _write_now(text: str) -> None:
+    import typer
+
+    typer.echo(text, nl=False)

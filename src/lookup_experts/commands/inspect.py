@@ -1,0 +1,51 @@
+"""`mole inspect`."""
+
+from typing import Any
+
+from lookup_experts import console
+from lookup_experts.commands import options
+
+
+def inspect(folder: options.ModelFolder, json: options.Json = False) -> None:
+    """Tell what is in a model folder or a table.
+
+    Reads headers alone, so it is quick for any size.
+
+    Example: `mole inspect out/ --json`
+    """
+    from lookup_experts.generation.inspection import inspect_folder
+
+    console.quiet_transformers()
+    described = inspect_folder(folder)
+    if json:
+        console.json_result(described)
+    else:
+        console.result(format_description(described))
+
+
+def format_description(described: dict[str, Any]) -> str:
+    """The same for a person."""
+    from lookup_experts.units import format_bytes
+
+    lines = [described["folder"], f"  form            {described['form']}"]
+    if "backbone" in described:
+        lines.append(f"  backbone        {described['backbone']} ({described['format']} format)")
+    settings = described.get("lookup_experts")
+    if settings:
+        lines.append(
+            f"  experts         {settings['num_experts']} {settings['expert_kind']} experts of "
+            f"size {settings['expert_size']} in {len(settings['layers'])} layers"
+        )
+    for name, count in described.get("parameters", {}).items():
+        lines.append(f"  {name.replace('_', ' '):<15} {count:,} parameters")
+    table = described.get("table")
+    if table:
+        shape = table["shape"]
+        lines += [
+            f"  table           {format_bytes(table['table_bytes'])}, {table['encoding']}, "
+            f"{table['shards']} shards",
+            f"  record          {format_bytes(table['record_bytes'])} for each of "
+            f"{shape['vocab_size']:,} token ids",
+            f"  fingerprint     {table['fingerprint']}",
+        ]
+    return "\n".join(lines)

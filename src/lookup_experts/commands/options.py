@@ -1,0 +1,29 @@
+"""Options that several commands share, so that they read the same everywhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelFolder = Annotated[
+    str, typer.Argument(help="A model folder, or a name on the Hugging Face hub.")
+]
+Store = Annotated[
+    str,
+    typer.Option(help="Where the table is read from: memory, mmap, direct (disk), or auto."),
+]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, typer.Option(help="Weights: float32, bfloat16, float16, or auto.")]
+Checksums = Annotated[
+    bool, typer.Option("--checksums", help="Compare every record that is read with its checksum.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(help="A folder with a tokenizer, where the model's folder has none."),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, always.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0: from all.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]

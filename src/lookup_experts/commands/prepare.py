@@ -1,0 +1,86 @@
+"""`mole prepare`: text to token shards."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lookup_experts.training.prepare import PreparedText
+
+
+def prepare(
+    text: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TEXT...",
+            help="Files (.txt, .md, .py, .jsonl, .parquet, .txt.gz, .jsonl.gz), folders of them, "
+            "or Hugging Face data sets as `name` or `name:config`.",
+        ),
+    ],
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            help="A Hugging Face tokenizer: a folder, a `tokenizer.json`, or a name on the hub."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    validation: Annotated[
+        float, typer.Option(help="The share of the tokens to hold out, in whole documents.")
+    ] = 0.01,
+    text_field: Annotated[
+        str, typer.Option(help="The field with the text, in rows of .jsonl, .parquet, data sets.")
+    ] = "text",
+    eos_token: Annotated[
+        str | None,
+        typer.Option(
+            help="The token to put after every document.", show_default="the tokenizer's eos"
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that tokenise.", show_default="one per core")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as one JSON object.")
+    ] = False,
+) -> None:
+    """Turn text into token shards for training.
+
+    A text file is one document, and so is each row of a .jsonl or .parquet file or a data set. If
+    the command is interrupted, run it again: it goes on where it stopped.
+
+    Example: **mole prepare books/ notes.txt --tokenizer EleutherAI/gpt-neox-20b --out data**
+    """
+    import json
+
+    from lookup_experts.training.prepare import prepare as prepare_text
+
+    prepared = prepare_text(
+        text,
+        tokenizer=tokenizer,
+        out=out,
+        validation=validation,
+        text_field=text_field,
+        eos_token=eos_token,
+        num_workers=workers,
+    )
+    typer.echo(json.dumps(prepared.summary()) if as_json else _in_words(prepared))
+
+
+def _in_words(prepared: "PreparedText") -> str:
+    manifest = prepared.manifest
+    lines = []
+    if prepared.was_complete:
+        lines.append(f"{prepared.folder} is complete already; nothing was done.")
+    for split in manifest.splits:
+        lines.append(
+            f"{split}: {manifest.num_tokens(split):,} tokens, "
+            f"{manifest.num_documents(split):,} documents end here"
+        )
+    if manifest.held_out["by"] == "tail":
+        lines.append("There is one document only, so the end of it was held out.")
+    if manifest.num_empty_documents:
+        lines.append(f"Left out: {manifest.num_empty_documents:,} documents without text.")
+    if not prepared.was_complete:
+        lines.append(f"Written to {prepared.folder}.")
+    return "\n".join(lines)

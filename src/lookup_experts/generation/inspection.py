@@ -1,0 +1,177 @@
+"""What is in a model folder or a table, from headers alone, and whether a table is sound."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from lookup_experts.errors import TableError, UserError
+from lookup_experts.generation.folding import tokenizer_hash
+from lookup_experts.generation.loading import load, local_folder
+from lookup_experts.model.attach import LookupSettings
+from lookup_experts.model.checkpoint import official_kind, read_config, weight_files
+from lookup_experts.model.configuration import LookupExpertsConfig
+from lookup_experts.model.fingerprint import embedding_hash
+from lookup_experts.table.format import (
+    MANIFEST_NAME,
+    Progress,
+    Table,
+    VerifyReport,
+    open_table,
+    verify_table,
+)
+
+EXPERT_MARKS = (".lookup_experts.experts.", ".experts.", ".expert_layernorm.")
+
+
+def inspect_folder(folder: str | Path) -> dict[str, Any]:
+    """What a folder holds, as plain JSON values; no weights and no records are read.
+
+    Keys: `folder`, `form` (`experts`, `table`, `dense`, `moe`, or `bare table`), `format`
+    (`lookup-experts`, `official` or `huggingface`), `backbone`, `lookup_experts` (the settings),
+    `parameters` (`resident`: what a running model in table form holds; `experts`: routed experts
+    in training form; `table`: numbers that the table stands for, `loaded_per_token` of them for
+    each token), and `table`.
+    """
+    path = local_folder(folder)
+    if (path / MANIFEST_NAME).exists():
+        return {
+            "folder": str(path),
+            "form": "bare table",
+            "table": describe_table(open_table(path)),
+        }
+    config = read_config(path)
+    official = official_kind(path, config)
+    described: dict[str, Any] = {"folder": str(path)}
+    settings: LookupSettings | None = None
+    if official is not None:
+        form = {"mole": "experts"}.get(official, official)
+        described |= {"form": form, "format": "official", "backbone": "gateless_llama"}
+        if official == "mole":
+            settings = LookupSettings(
+                config["num_experts"],
+                config["intermediate_size"],
+                tuple(range(config["num_hidden_layers"])),
+            )
+    elif config.get("model_type") == LookupExpertsConfig.model_type:
+        settings = LookupSettings.from_dict(config["lookup_experts"])
+        described |= {
+            "form": settings.form,
+            "format": "lookup-experts",
+            "backbone": config["backbone_type"],
+        }
+    else:
+        described |= {
+            "form": "dense",
+            "format": "huggingface",
+            "backbone": config.get("model_type"),
+        }
+    described["lookup_experts"] = settings.to_dict() if settings else None
+    described["parameters"] = count_parameters(path)
+    described["table"] = None
+    if settings is not None and settings.form == "table":
+        table = open_table(path / "table")
+        described["table"] = describe_table(table)
+        described["parameters"] |= table_parameters(table)
+    return described
+
+
+def count_parameters(folder: Path) -> dict[str, int]:
+    """Numbers of weights by the headers of a model folder's files."""
+    counts = {"resident": 0, "experts": 0}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                kind = "experts" if any(mark in name for mark in EXPERT_MARKS) else "resident"
+                counts[kind] += math.prod(file.get_slice(name).get_shape())
+    return counts
+
+
+def table_parameters(table: Table) -> dict[str, int]:
+    """Numbers that a table stands for: in all, and brought for each token (dN per layer)."""
+    shape = table.layout.shape
+    per_token = shape.num_layers * shape.num_experts * shape.hidden_size
+    return {"table": per_token * shape.vocab_size, "loaded_per_token": per_token}
+
+
+def describe_table(table: Table) -> dict[str, Any]:
+    """A table's manifest in plain JSON values."""
+    layout, manifest = table.layout, table.manifest
+    return {
+        "shape": asdict(layout.shape),
+        "encoding": layout.encoding.name,
+        "block_size": layout.encoding.block_size,
+        "record_bytes": layout.record_bytes,
+        "stride": layout.stride,
+        "table_bytes": layout.table_bytes,
+        "shards": len(manifest.shards),
+        "fingerprint": manifest.fingerprint,
+        "created_by": manifest.created_by,
+    }
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify_folder` found."""
+
+    folder: str
+    report: VerifyReport
+    matches_model: bool | None
+    """None for a bare table: there was no model to compare with."""
+    problems: tuple[str, ...]
+    """One sentence each; empty if all is well."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**asdict(self), "intact": not self.problems}
+
+
+def verify_folder(folder: str | Path, progress: Progress | None = None) -> Verification:
+    """Read a whole table, check every record, and that it belongs to the model beside it.
+
+    Args:
+        folder: an inference folder, or the folder of a table alone.
+        progress: called with (ids done, ids in all).
+
+    Raises:
+        TableError: the table's files are missing, truncated or foreign.
+        UserError: there is no table to verify.
+    """
+    path = local_folder(folder)
+    bare = (path / MANIFEST_NAME).exists()
+    if not bare:
+        config = read_config(path)
+        if config.get("model_type") != LookupExpertsConfig.model_type:
+            raise UserError(f"{path} has no table to verify: it is no model in table form.")
+        if LookupSettings.from_dict(config["lookup_experts"]).form != "table":
+            raise UserError(
+                f"{path} has no table to verify: its experts are in training form. "
+                "Fold them first: mole reparameterize."
+            )
+    table = open_table(path if bare else path / "table")
+    report = verify_table(table, progress)
+    problems = [f"record {bad.id} in {bad.file}: {bad.problem}" for bad in report.bad]
+    if report.num_bad:
+        problems.insert(0, f"{report.num_bad} of {report.num_ids} records are damaged")
+    mismatches = [] if bare else _mismatches(path, table)
+    return Verification(
+        str(path), report, None if bare else not mismatches, tuple(problems + mismatches)
+    )
+
+
+def _mismatches(path: Path, table: Table) -> list[str]:
+    """What of the model beside a table isn't what the table was made from."""
+    found = []
+    try:
+        model = load(path, store="mmap")
+    except TableError as error:
+        return [str(error)]
+    if table.manifest.embedding_hash != embedding_hash(model.get_input_embeddings()):
+        found.append("the model's embedding isn't the one that the table was made from")
+    made_with = table.manifest.tokenizer_hash
+    if made_with is not None and tokenizer_hash(path) != made_with:
+        found.append("the tokenizer isn't the one that the table was made with")
+    model.expert_source.close()
+    return found

@@ -1,0 +1,225 @@
+"""Text from a model: transformers' `generate`, timed and streamed.
+
+Nothing of decoding is written anew here. What is added is what `--stats` tells: where the time
+went, and what the table was asked for.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from lookup_experts.errors import UserError
+from lookup_experts.table.reader import ReaderStatistics, TableExperts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the defaults are greedy."""
+
+    max_new_tokens: int = 100
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 considers all."""
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, valid, wanted in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+        ):
+            if not valid:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be {wanted}.")
+
+    def generate_arguments(self) -> dict[str, Any]:
+        """As keyword arguments of transformers' `generate`."""
+        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        if self.temperature == 0:
+            return {**arguments, "do_sample": False}
+        return {
+            **arguments,
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated and what it took."""
+
+    token_ids: list[int]
+    """The new tokens."""
+    text: str | None
+    """The new tokens as text; None without a tokenizer."""
+    prompt_tokens: int
+    seconds_to_first_token: float
+    seconds: float
+    """All in all."""
+    reader: ReaderStatistics | None
+    """What the table was asked for; None for a model without one."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding, the prompt's own pass left out; 0 for a single token."""
+        decoding = self.seconds - self.seconds_to_first_token
+        return (len(self.token_ids) - 1) / decoding if len(self.token_ids) > 1 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+
+
+class _Clock(BaseStreamer):
+    """Notes when tokens arrive, and hands them on."""
+
+    def __init__(self, streamer: BaseStreamer | None) -> None:
+        self._streamer = streamer
+        self._calls = 0
+        self.first_token_at = 0.0
+
+    def put(self, value: Tensor) -> None:
+        self._calls += 1
+        if self._calls == 2:  # the first call brings the prompt
+            self.first_token_at = time.perf_counter()
+        if self._streamer is not None:
+            self._streamer.put(value)
+
+    def end(self) -> None:
+        if self._streamer is not None:
+            self._streamer.end()
+
+
+class _CallbackStreamer(TextStreamer):
+    """Gives text to a function as soon as it can't change any more."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
+
+
+def generate_ids(
+    model: Any,
+    prompt_ids: Iterable[int],
+    sampling: Sampling,
+    *,
+    tokenizer: Any = None,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue a prompt given as token ids.
+
+    Args:
+        model: any causal LM of transformers.
+        prompt_ids: at least one token id.
+        sampling: how tokens are chosen.
+        tokenizer: to give text back; None for ids alone.
+        on_text: called with pieces of text as they come; needs a tokenizer.
+
+    Raises:
+        UserError: the prompt is empty, has an id outside of the vocabulary, or leaves no room.
+    """
+    ids = _checked(model, list(prompt_ids))
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    streamer = _CallbackStreamer(tokenizer, on_text) if tokenizer and on_text else None
+    clock = _Clock(streamer)
+    source = getattr(model, "expert_source", None)
+    table = source if isinstance(source, TableExperts) else None
+    if table is not None:
+        table.reset_stats()
+    inputs = torch.tensor([ids], device=model.device)
+    started_at = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            streamer=clock,
+            pad_token_id=_pad_token_id(model),
+            **sampling.generate_arguments(),
+        )
+    seconds = time.perf_counter() - started_at
+    new_ids = output[0, len(ids) :].tolist()
+    return Generation(
+        token_ids=new_ids,
+        text=tokenizer.decode(new_ids, skip_special_tokens=True) if tokenizer else None,
+        prompt_tokens=len(ids),
+        seconds_to_first_token=clock.first_token_at - started_at,
+        seconds=seconds,
+        reader=table.stats() if table is not None else None,
+    )
+
+
+def generate_text(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    sampling: Sampling,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue a prompt given as text; see `generate_ids`."""
+    ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise UserError("The prompt is empty; give at least one word.")
+    return generate_ids(model, ids, sampling, tokenizer=tokenizer, on_text=on_text)
+
+
+def _checked(model: Any, ids: list[int]) -> list[int]:
+    if not ids:
+        raise UserError("The prompt is empty; give at least one token.")
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise UserError(
+                f"Token id {token_id} is outside the vocabulary (0 to {vocab_size - 1}). Is this "
+                "the tokenizer that belongs to the model?"
+            )
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and len(ids) >= context:
+        raise UserError(
+            f"The prompt has {len(ids)} tokens and the model's context is {context}; shorten it."
+        )
+    return ids
+
+
+def _pad_token_id(model: Any) -> int:
+    """Only one sequence is generated, so nothing is padded; transformers wants an id all the
+    same, or it prints a warning."""
+    config = model.generation_config
+    for token_id in (config.pad_token_id, config.eos_token_id):
+        if isinstance(token_id, list):
+            token_id = token_id[0]
+        if token_id is not None:
+            return token_id
+    return 0
+
+
+def format_statistics(generation: Generation) -> str:
+    """The lines of `--stats`."""
+    lines = [
+        f"{generation.prompt_tokens} prompt tokens, {len(generation.token_ids)} new tokens",
+        f"first token after {generation.seconds_to_first_token * 1000:.0f} ms, "
+        f"then {generation.tokens_per_second:.1f} tokens/s",
+    ]
+    reader = generation.reader
+    if reader is not None:
+        from lookup_experts.units import format_bytes
+
+        lines.append(
+            f"table: {reader.store} ({reader.backend}), {reader.ids_asked} ids asked, "
+            f"{reader.ids_unique} unique, {format_bytes(reader.bytes_read)} read in "
+            f"{reader.read_seconds * 1000:.0f} ms, waited {reader.wait_seconds * 1000:.0f} ms"
+        )
+    return "\n".join(lines)
