@@ -1,0 +1,87 @@
+"""From a recipe to a model before training, and what its parameters amount to."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lookup_experts.errors import UserError
+from lookup_experts.model.attach import attach
+from lookup_experts.model.baselines import GatelessLlamaForCausalLM
+from lookup_experts.model.configuration import GatelessLlamaConfig
+from lookup_experts.training.recipe import Recipe
+
+VOCAB_MULTIPLE = 64
+"""Matrix kernels are fastest where the output head has a multiple of this many rows."""
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How many numbers a model has."""
+
+    total: int
+    """All parameters in training form."""
+    trained: int
+    """Those that training changes."""
+    resident: int
+    """Those in memory once the routed experts are folded into a table on disk."""
+
+
+def build_model(recipe: Recipe, vocab_size: int) -> Any:
+    """A model before training, float32 on the CPU; the same recipe gives the same weights.
+
+    Args:
+        recipe: sizes, experts, initialisation and seed.
+        vocab_size: rows of the embedding and of the head.
+
+    Returns:
+        A `GatelessLlamaForCausalLM`, with lookup experts attached where the recipe has them.
+    """
+    sizes = recipe.model
+    config = GatelessLlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.ffn_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        max_position_embeddings=recipe.training.context_length,
+        initializer_range=sizes.init_std,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.training.seed)
+        model = GatelessLlamaForCausalLM(config)
+        if sizes.experts is not None:
+            attach(
+                model,
+                sizes.experts.num_experts,
+                expert_size=sizes.experts.size,
+                expert_kind=sizes.experts.kind,
+                layers=sizes.experts.layers,
+                init="normal",
+            )
+    return model
+
+
+def with_vocabulary(recipe: Recipe, tokenizer_size: int) -> Recipe:
+    """The recipe with its vocabulary size settled for a tokenizer of `tokenizer_size` ids."""
+    stated = recipe.model.vocab_size
+    if stated is None:
+        rounded = -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        return replace(recipe, model=replace(recipe.model, vocab_size=rounded))
+    if stated < tokenizer_size:
+        raise UserError(
+            f"model.vocab_size is {stated}, but the tokenizer of the data has {tokenizer_size} "
+            "ids. Leave model.vocab_size out of the recipe, or raise it."
+        )
+    return recipe
+
+
+def count_parameters(model: Any) -> ParameterCounts:
+    """A model's parameters; one that is used in two places counts once."""
+    total = sum(p.numel() for p in model.parameters())
+    attachment = getattr(model, "lookup_attachment", None)
+    modules = attachment.modules if attachment is not None else ()
+    routed = sum(p.numel() for module in modules for p in module.experts.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return ParameterCounts(total, trained, total - routed)
