@@ -40,6 +40,7 @@ from lookup_experts.table.format import (
     read_exactly,
 )
 from lookup_experts.table.uring import Ring
+from lookup_experts.units import format_bytes
 
 STORES = ("memory", "mmap", "direct")
 
@@ -128,7 +129,8 @@ def open_store(
 def _choose(table_bytes: int, budget: int | None, notify: Notify) -> str:
     budget = available_memory_bytes() // 2 if budget is None else budget
     kind, verb = ("memory", "fits") if table_bytes <= budget else ("direct", "does not fit")
-    notify(f"Store: {kind}, because the table ({_gb(table_bytes)}) {verb} in {_gb(budget)}.")
+    sizes = f"the table ({format_bytes(table_bytes)}) {verb} in {format_bytes(budget)}"
+    notify(f"Store: {kind}, because {sizes}.")
     return kind
 
 
@@ -155,10 +157,6 @@ def aligned_buffer(num_bytes: int) -> np.ndarray:
     """Zeros, uint8 [num_bytes], at a multiple of 4096; the kernel takes it back when unused."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     return np.frombuffer(mmap.mmap(-1, max(1, num_bytes), flags=flags), np.uint8, num_bytes)
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
 
 
 # ------------------------------------------------------------------------------- common to all
@@ -255,19 +253,22 @@ def _all_checksums(table: Table) -> np.ndarray:
 
 
 def _open_shards(table: Table, flags: int, stack: ExitStack) -> list[int]:
-    """A descriptor for each shard, closed by `stack`."""
+    """A descriptor for each shard, closed by `stack`; EINVAL (no direct reads) as an `OSError`."""
     fds: list[int] = []
     for shard in table.shards:
-        path = table.path(shard)
         try:
-            fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags))
+            fds.append(os.open(table.path(shard), os.O_RDONLY | os.O_CLOEXEC | flags))
         except OSError as error:
             if error.errno == errno.EINVAL:
                 raise
-            hint = " Raise the limit with ulimit -n." if error.errno == errno.EMFILE else ""
-            raise TableError(f"{path}: can't be opened: {error.strerror}.{hint}") from error
+            raise _not_opened(table.path(shard), error) from error
         stack.callback(os.close, fds[-1])
     return fds
+
+
+def _not_opened(path: Path, error: OSError) -> TableError:
+    hint = " Raise the limit with ulimit -n." if error.errno == errno.EMFILE else ""
+    return TableError(f"{path}: can't be opened: {error.strerror}.{hint}")
 
 
 # -------------------------------------------------------------------------------------- memory
@@ -284,8 +285,8 @@ class MemoryStore(RecordStore):
         num_bytes, available = self.layout.table_bytes, available_memory_bytes()
         if num_bytes > available:
             raise UserError(
-                f"The table takes {_gb(num_bytes)}, but {_gb(available)} of memory are available. "
-                "Use the store 'direct' or 'mmap'."
+                f"The table takes {format_bytes(num_bytes)} of memory, and "
+                f"{format_bytes(available)} are available. Use the store 'direct' or 'mmap'."
             )
         self._records = aligned_buffer(num_bytes).reshape(-1, self.layout.stride)
         self._load()
@@ -370,12 +371,9 @@ class MappedStore(RecordStore):
     def __init__(self, table: Table, verify_checksums: bool) -> None:
         super().__init__(table, verify_checksums)
         with ExitStack() as stack:
-            with ExitStack() as opened:
-                fds = _open_shards(table, 0, opened)
-                self._maps = [
-                    stack.enter_context(mmap.mmap(fd, shard.bytes, access=mmap.ACCESS_READ))
-                    for fd, shard in zip(fds, table.shards, strict=True)
-                ]
+            self._maps = [
+                stack.enter_context(_map_shard(table.path(shard), shard)) for shard in table.shards
+            ]
             self._resources = stack.pop_all()
         self._records = [
             np.frombuffer(mapped, np.uint8, shard.num_ids * self.layout.stride, DATA_START).reshape(
@@ -410,6 +408,17 @@ class MappedStore(RecordStore):
         super().close()
         self._records.clear()  # a map can't be closed while arrays look into it
         self._resources.close()
+
+
+def _map_shard(path: Path, shard: ShardInfo) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found < shard.bytes:
+                raise _truncated(path, shard, found)
+            return mmap.mmap(file.fileno(), shard.bytes, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise _not_opened(path, error) from error
 
 
 def _gather(records: np.ndarray, rows: np.ndarray, where: np.ndarray, out: np.ndarray) -> None:
@@ -565,13 +574,22 @@ class DirectStore(RecordStore):
         shards, rows = self._locate(ids)
         offsets = DATA_START + rows * self.layout.stride
         starts = offsets // BLOCK * BLOCK
-        results = self._backend.read_rows(self._fds[shards], starts, target)
+        results = self._read_rows(self._fds[shards], starts, target)
         needed = offsets - starts + self.layout.stride
         for row in np.flatnonzero(results < needed):
             self._finish(
                 int(ids[row]), int(starts[row]), target[row], int(results[row]), int(needed[row])
             )
         return (offsets - starts) // self.layout.stride
+
+    def _read_rows(self, fds: np.ndarray, offsets: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """As `Ring.read_rows`; one read alone has nothing to overlap with and goes straight."""
+        if len(target) == 1:
+            return np.array([_pread(int(fds[0]), target[0], int(offsets[0]))])
+        try:
+            return self._backend.read_rows(fds, offsets, target)
+        except OSError as error:
+            raise TableError(f"{self.table.folder}: can't be read: {error.strerror}.") from error
 
     def _finish(self, token_id: int, start: int, row: np.ndarray, result: int, needed: int) -> None:
         """Take a read up again that came back short; an error if it can't be completed."""
