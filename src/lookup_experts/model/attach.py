@@ -63,6 +63,9 @@ class LookupSettings:
         for key in values:
             if key not in known:
                 raise unknown_name("lookup_experts setting", key, known)
+        for key in ("num_experts", "expert_size", "layers"):
+            if key not in values:
+                raise UserError(f"The lookup_experts settings of a model have no {key!r}.")
         return cls(**{**values, "layers": tuple(values["layers"])})
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,7 +141,9 @@ def settings_for(
         )
     return LookupSettings(
         num_experts=num_experts,
-        expert_size=expert_size or ffn_size(model.config, hidden_size_of(model)),
+        expert_size=(
+            ffn_size(model.config, hidden_size_of(model)) if expert_size is None else expert_size
+        ),
         layers=chosen,
         expert_kind=expert_kind,
         norm_eps=getattr(model.config, "rms_norm_eps", None) or 1e-6,

@@ -14,7 +14,8 @@ e embedding size, D hidden size of an expert.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from copy import deepcopy
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -185,6 +186,13 @@ class TokenContext:
             yield
         finally:
             self.rows = current
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TokenContext":
+        # Without the rows: they belong to one forward pass and may be part of an autograd graph,
+        # which can't be copied.
+        memo[id(self)] = copied = TokenContext()
+        copied.source = deepcopy(self.source, memo)
+        return copied
 
 
 class LookupExperts(nn.Module):
