@@ -360,9 +360,8 @@ def _view_as(records: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _finite_rows(numbers: Tensor) -> Tensor:
     """Whether all numbers of each row of [U, n] are finite, bool [U]."""
-    # Extremes carry NaN on, and take a hundredth of the time of asking every 16-bit number.
-    lowest, highest = numbers.aminmax(dim=1)
-    return lowest.isfinite() & highest.isfinite()
+    # A maximum carries NaN on, and takes a tenth of the time of asking every 16-bit number.
+    return numbers.abs().amax(dim=1).isfinite()
 
 
 def _require_finite(rows: Tensor) -> None:
