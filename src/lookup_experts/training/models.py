@@ -85,3 +85,9 @@ def count_parameters(model: Any) -> ParameterCounts:
     routed = sum(p.numel() for module in modules for p in module.experts.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return ParameterCounts(total, trained, total - routed)
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass; transformers renamed the method in 5.x."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})

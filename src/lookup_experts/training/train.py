@@ -1,0 +1,259 @@
+"""Training a recipe from scratch, on transformers' Trainer.
+
+`train` checks everything that can be checked, then trains, or goes on where it stopped, and leaves
+a Hugging Face folder. The parts: `recipe.py` what to do, `data.py` and `order.py` what the model
+sees, `models.py` the model, `trainer.py` and `callbacks.py` the Trainer, `run_folder.py` and
+`checkpoints.py` the files.
+"""
+
+import json
+import platform
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+from torch.utils.data import Dataset, Subset
+from transformers import TrainerCallback
+
+from lookup_experts.errors import UserError
+from lookup_experts.training.callbacks import (
+    LogAtMilestones,
+    Record,
+    RefuseNonFinite,
+    ShowProgress,
+    StopOnSignal,
+)
+from lookup_experts.training.checkpoints import checkpoint_step, last_checkpoint
+from lookup_experts.training.data import TokenDataset, TokenShards
+from lookup_experts.training.disk_space import check_disk_space, told_when_disk_is_full
+from lookup_experts.training.history import History, tokens_per_second
+from lookup_experts.training.manifest import Manifest
+from lookup_experts.training.models import (
+    ParameterCounts,
+    build_model,
+    count_parameters,
+    enable_gradient_checkpointing,
+    with_vocabulary,
+)
+from lookup_experts.training.order import ShuffledSequences
+from lookup_experts.training.prepare import TOKENIZER_NAME
+from lookup_experts.training.progress import Display, make_display, without_transformers_bars
+from lookup_experts.training.recipe import Recipe
+from lookup_experts.training.run_folder import RunFolder, identify_data, write_text
+from lookup_experts.training.trainer import RecipeTrainer, is_main_process
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training stopped on a signal, with a checkpoint; the message says how to go on."""
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What came out of a run; the content of its summary.json."""
+
+    steps: int
+    """Optimizer steps."""
+    tokens: int
+    """Tokens trained on."""
+    seconds: float
+    """Spent on steps, in all sittings; validation and checkpoints not included."""
+    tokens_per_second: float
+    """Of these seconds."""
+    training_loss: float
+    """The mean per token, in nats, over the last lines' steps of the history."""
+    validation_loss: float | None
+    """The mean per token, in nats, at the end; None where no text was held out."""
+    validation_perplexity: float | None
+    """e to the validation loss."""
+    parameters: ParameterCounts
+    """Of the model in training form."""
+    device: str
+    """Where it was trained."""
+    versions: dict[str, str]
+    """Of the programs it was trained with."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        values = json.loads(path.read_bytes())
+        return cls(**{**values, "parameters": ParameterCounts(**values["parameters"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    def in_words(self) -> str:
+        """One line for a person."""
+        measured = (
+            f"training loss {self.training_loss:.4f} (no text was held out)"
+            if self.validation_loss is None or self.validation_perplexity is None
+            else f"validation loss {self.validation_loss:.4f}, "
+            f"perplexity {self.validation_perplexity:.2f}"
+        )
+        return (
+            f"{measured} after {self.steps:,} steps, {self.tokens:,} tokens, "
+            f"{self.tokens_per_second:,.0f} tokens/s"
+        )
+
+
+def train(
+    recipe: Recipe, data: str | Path, out: str | Path, *, progress: bool = True
+) -> TrainingSummary:
+    """Train a recipe into a Hugging Face folder; go on where an earlier call stopped.
+
+    A run that was killed and taken up gives the weights of one that was not, bit for bit on a CPU.
+    Under torchrun every process calls this.
+
+    Args:
+        recipe: the model and how it is trained; see `load_recipe`.
+        data: a folder of `prepare`.
+        out: the run's folder, see `run_folder.py`; new, empty, or of the same recipe and data.
+        progress: show progress on stderr.
+
+    Raises:
+        UserError: recipe, data and folder don't go together, or the loss is no longer finite.
+        DiskFullError: there is too little space; the last checkpoint is kept.
+        TrainingInterrupted: SIGINT or SIGTERM; the last step is in a checkpoint.
+    """
+    _require_accelerate()
+    manifest = Manifest.load(Path(data))
+    recipe = with_vocabulary(recipe, manifest.vocab_size)
+    sequences = TokenDataset(TokenShards(data), recipe.training.context_length)
+    held_out = _held_out_sequences(data, manifest, recipe)
+    run = RunFolder(out)
+    display = make_display(recipe.training.num_steps, shown=progress and is_main_process())
+    with run.locked() if is_main_process() else nullcontext():
+        if is_main_process():
+            run.check(recipe, identify_data(manifest))
+        if run.summary.exists():
+            display.message(f"{run.path} is finished already; there is nothing to do.")
+            return TrainingSummary.load(run.summary)
+        model = _model_for(recipe, manifest)
+        if is_main_process():
+            check_disk_space(run, recipe, count_parameters(model).total)
+            run.begin(recipe, identify_data(manifest))
+        with told_when_disk_is_full(run), without_transformers_bars():
+            return _train_model(model, recipe, run, sequences, held_out, Path(data), display)
+
+
+def _require_accelerate() -> None:
+    if find_spec("accelerate") is None:
+        raise UserError(
+            "Training needs the package accelerate: pip install 'lookup-experts[train]'."
+        )
+
+
+def _held_out_sequences(
+    data: str | Path, manifest: Manifest, recipe: Recipe
+) -> Dataset[Any] | None:
+    """The sequences of every validation, spread evenly; None where no text was held out."""
+    if not manifest.splits["validation"]:
+        return None
+    sequences = TokenDataset(TokenShards(data, "validation"), recipe.training.context_length)
+    count = min(recipe.training.validate_sequences, len(sequences))
+    return Subset(sequences, [i * len(sequences) // count for i in range(count)])
+
+
+def _model_for(recipe: Recipe, manifest: Manifest) -> Any:
+    """The model before training; it begins and ends a text with the data's one special token."""
+    assert recipe.model.vocab_size is not None
+    model = build_model(recipe, recipe.model.vocab_size)
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = config.eos_token_id = manifest.eos_token_id
+    if recipe.training.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return model
+
+
+def _train_model(
+    model: Any,
+    recipe: Recipe,
+    run: RunFolder,
+    sequences: TokenDataset,
+    held_out: Dataset[Any] | None,
+    data: Path,
+    display: Display,
+) -> TrainingSummary:
+    """All steps that are left, then the model and the summary."""
+    training = recipe.training
+    checkpoint = last_checkpoint(run.checkpoints)
+    step = checkpoint_step(checkpoint) if checkpoint else 0
+    num_sequences = training.num_steps * training.sequences_per_step
+    stop = StopOnSignal()
+    history = History(run.history, step)
+    trainer = RecipeTrainer(
+        run,
+        recipe,
+        model,
+        ShuffledSequences(sequences, num_sequences, training.seed),
+        held_out,
+        [stop, LogAtMilestones(), RefuseNonFinite(run)],
+    )
+    if is_main_process():
+        for callback in _speaking_callbacks(run, recipe, history, display, step):
+            trainer.add_callback(callback)
+    with stop, display:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.requested and trainer.state.global_step < training.num_steps:
+        raise TrainingInterrupted(
+            f"Stopped after step {trainer.state.global_step:,} of {training.num_steps:,}, with a "
+            "checkpoint. Run the same command again to go on."
+        )
+    return _finish(trainer, model, recipe, run, history, data / TOKENIZER_NAME)
+
+
+def _finish(
+    trainer: RecipeTrainer,
+    model: Any,
+    recipe: Recipe,
+    run: RunFolder,
+    history: History,
+    tokenizer: Path,
+) -> TrainingSummary:
+    """Write the trained model and the summary, which says that the run is finished."""
+    model.config.use_cache = True  # the Trainer turns it off for training
+    trainer.save_trained_model(run.unfinished_model)
+    if is_main_process():
+        run.install_model(tokenizer)
+        summary = _summarise(model, recipe, history, str(trainer.args.device))
+        write_text(run.summary, json.dumps(summary.to_dict(), indent=1) + "\n")
+    trainer.accelerator.wait_for_everyone()
+    return TrainingSummary.load(run.summary)
+
+
+def _speaking_callbacks(
+    run: RunFolder, recipe: Recipe, history: History, display: Display, step: int
+) -> list[TrainerCallback]:
+    """Those that write and show, in the main process alone."""
+    history.drop_later_lines()
+    record = Record(history, recipe.training)
+    callbacks: list[TrainerCallback] = [record, ShowProgress(display, record, recipe.training)]
+    if find_spec("tensorboard") is not None:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        # What was written about later steps by a run that was killed is hidden.
+        writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+        callbacks.append(TensorBoardCallback(writer))
+    return callbacks
+
+
+def _summarise(model: Any, recipe: Recipe, history: History, device: str) -> TrainingSummary:
+    tokens = recipe.training.num_steps * recipe.training.tokens_per_step
+    return TrainingSummary(
+        steps=recipe.training.num_steps,
+        tokens=tokens,
+        seconds=history.seconds,
+        tokens_per_second=round(tokens_per_second(tokens, history.seconds), 1),
+        training_loss=history.last("loss"),
+        validation_loss=history.last("validation_loss"),
+        validation_perplexity=history.last("validation_perplexity"),
+        parameters=count_parameters(model),
+        device=device,
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "lookup-experts")},
+        },
+    )

@@ -1,0 +1,156 @@
+"""Transformers' Trainer as recipes want it: its arguments, and the few things done differently."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from lookup_experts.errors import UserError
+from lookup_experts.training.checkpoints import UNFINISHED, publish_checkpoint
+from lookup_experts.training.history import perplexity
+from lookup_experts.training.recipe import Recipe
+from lookup_experts.training.run_folder import RunFolder
+
+
+def num_processes() -> int:
+    """How many processes train together: what torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def training_arguments(recipe: Recipe, run: RunFolder, validates: bool) -> TrainingArguments:
+    """The recipe in the Trainer's words.
+
+    `precision: bf16` is its mixed precision: weights, gradients and optimizer in float32, matrix
+    products in bfloat16 by autocast, on CPU as on GPUs.
+    """
+    training = recipe.training
+    on_gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(run.checkpoints),
+        max_steps=training.num_steps,
+        per_device_train_batch_size=training.sequences_per_micro_batch,
+        per_device_eval_batch_size=training.sequences_per_micro_batch,
+        gradient_accumulation_steps=_micro_batches_per_step(recipe),
+        optim="adamw_torch_fused",
+        learning_rate=training.learning_rate,
+        adam_beta1=training.betas[0],
+        adam_beta2=training.betas[1],
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.clip,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": training.min_lr_ratio},
+        warmup_steps=round(training.warmup_fraction * training.num_steps),
+        bf16=training.precision == "bf16",
+        seed=training.seed,
+        logging_steps=training.log_every,
+        logging_nan_inf_filter=False,  # it hides what `RefuseNonFinite` looks for
+        eval_strategy="steps" if validates else "no",
+        eval_steps=training.validate_every,
+        save_steps=training.checkpoint_every,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        use_cpu=not on_gpu,
+    )
+    # The Trainer would use several GPUs of one process by DataParallel, which copies the model in
+    # every step and knows nothing of attached experts; torchrun is the way to use them.
+    if num_processes() == 1:
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _micro_batches_per_step(recipe: Recipe) -> int:
+    """How many micro batches each process computes for one step."""
+    training = recipe.training
+    at_once = training.sequences_per_micro_batch * num_processes()
+    if training.sequences_per_step % at_once:
+        raise UserError(
+            f"training.sequences_per_step {training.sequences_per_step} can't be shared among "
+            f"{num_processes()} processes with {training.sequences_per_micro_batch} sequences "
+            "each; change training.sequences_per_micro_batch or the number of processes."
+        )
+    return training.sequences_per_step // at_once
+
+
+class RecipeTrainer(Trainer):
+    """Keeps the order of its data set, decays matrices alone, writes whole checkpoints.
+
+    Args:
+        run: where everything goes.
+        recipe: what is trained and how.
+        model: what is trained.
+        train_dataset: the sequences of the whole run in their order.
+        eval_dataset: those of a validation, or None.
+        callbacks: what happens beside the steps.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        recipe: Recipe,
+        model: Any,
+        train_dataset: Dataset[Any],
+        eval_dataset: Dataset[Any] | None,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=training_arguments(recipe, run, validates=eval_dataset is not None),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)  # which prints every log on stdout
+        self._run = run
+        self._keep_checkpoints = recipe.training.keep_checkpoints
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(train_dataset or self.train_dataset)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices, the head and the stacked ones of experts among them; no embeddings, norms."""
+        embeddings = {
+            id(parameter)
+            for module in model.modules()
+            if isinstance(module, nn.Embedding)
+            for parameter in module.parameters()
+        }
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim >= 2 and id(parameter) not in embeddings
+        ]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = perplexity(logs["eval_loss"])
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Let the Trainer write under another name; rename when every process is done."""
+        self.args.output_dir = str(self._run.checkpoints / UNFINISHED)
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self.args.output_dir = str(self._run.checkpoints)
+        self.accelerator.wait_for_everyone()
+        if is_main_process():
+            step = self.state.global_step
+            publish_checkpoint(self._run.checkpoints, step, self._keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def save_trained_model(self, folder: Path) -> None:
+        """Write what `from_pretrained` takes; all processes take part, the main one writes."""
+        self.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)
