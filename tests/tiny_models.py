@@ -56,6 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": _HEADS,
     "mixtral": _EXPERTS,
     "qwen3_moe": _EXPERTS | _HEADS,
+    "phimoe": _EXPERTS,
     "gpt_oss": _EXPERTS | _HEADS | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
 

@@ -186,7 +186,7 @@ def test_an_expert_is_the_formula_of_the_paper():
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match="'gelo'.*Did you mean 'gelu'"):
+    with pytest.raises(UserError, match=r"'gelo'.*Did you mean 'gelu'"):
         LayerExperts(1, 2, 2, 2, kind="gelo")
 
 
@@ -245,7 +245,7 @@ def test_the_layer_adds_what_the_formula_says():
         model(input_ids=ids)
     hidden = seen["inputs"]
     router = (hidden @ block.lookup_experts.router.weight.T).softmax(-1)
-    rows = block.lookup_experts.experts.forward_reference(model.get_input_embeddings()(ids[0]))
+    rows = block.lookup_experts.routed.forward_reference(model.get_input_embeddings()(ids[0]))
     expected = torch.einsum("btn,tnd->btd", router, rows)
     torch.testing.assert_close(seen["output"], expected, rtol=1e-5, atol=1e-5)
 

@@ -111,7 +111,7 @@ def save_without_experts(model: Any, folder: Path, fingerprint: str) -> None:
 
 
 def _is_expert(name: str) -> bool:
-    return ".lookup_experts.experts." in name
+    return ".lookup_experts.routed." in name
 
 
 def _require_experts(model: Any) -> None:

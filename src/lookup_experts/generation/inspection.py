@@ -23,7 +23,7 @@ from lookup_experts.table.format import (
     verify_table,
 )
 
-EXPERT_MARKS = (".lookup_experts.experts.", ".experts.", ".expert_layernorm.")
+EXPERT_MARKS = (".lookup_experts.routed.", ".experts.", ".expert_layernorm.")
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def attach(
     std = initializer_std(model.config)
     for module in model.lookup_attachment.modules:
         nn.init.normal_(module.router.weight, 0.0, std)
-        initialize_experts(module.experts, init, std)
+        initialize_experts(module.routed, init, std)
     return model
 
 
@@ -174,7 +174,7 @@ def install(model: Any, settings: LookupSettings) -> Attachment:
 
 def expert_layers(attachment: Attachment) -> list[LayerExperts]:
     """The training-form experts of every layer, in order."""
-    return [module.experts for module in attachment.modules]
+    return [module.routed for module in attachment.modules]
 
 
 def _build_block(
@@ -213,8 +213,7 @@ def initializer_std(config: Any) -> float:
 def initialize_experts(experts: LayerExperts, init: str, std: float) -> None:
     """Fill one layer's experts; `zero` silences their outputs.
 
-    Drawn with `torch.nn.init`, which transformers guards while it loads a checkpoint, so that
-    weights that were loaded stay.
+    Drawn with `torch.nn.init`, which transformers can guard, so that loaded weights stay.
     """
     nn.init.ones_(experts.norm.weight)
     for name, weight in experts.named_parameters(recurse=False):

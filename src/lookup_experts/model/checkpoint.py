@@ -151,10 +151,10 @@ def _stack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
     experts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in state.items():
         if match := _EXPERT_KEY.fullmatch(name):
-            key = f"{match[1]}.mlp.lookup_experts.experts.{match[3]}"
+            key = f"{match[1]}.mlp.lookup_experts.routed.{match[3]}"
             experts.setdefault(key, {})[int(match[2])] = tensor
         elif match := _LAYER_KEY.fullmatch(name):
-            ours = "router" if match[2] == "router" else "experts.norm"
+            ours = "router" if match[2] == "router" else "routed.norm"
             stacked[f"{match[1]}.mlp.lookup_experts.{ours}.weight"] = tensor
         else:
             stacked[name] = tensor

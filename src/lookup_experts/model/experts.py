@@ -219,7 +219,9 @@ class LookupExperts(nn.Module):
         self.context = context
         self.router = nn.Linear(hidden_size, num_experts, bias=False)
         if experts is not None:
-            self.experts = experts
+            # Not named `experts`: the weight conversions of transformers take any `.experts.` in a
+            # checkpoint of a mixture-of-experts backbone for that backbone's own.
+            self.routed = experts
 
     def router_weights(self, hidden_states: Tensor) -> Tensor:
         """[..., d] -> [..., N] float32, a softmax over all experts."""

@@ -11,14 +11,16 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 from torch.utils.checkpoint import checkpoint
+from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lookup_experts.errors import UserError
 from lookup_experts.model.attach import (
     Attachment,
     LookupSettings,
+    expert_layers,
     initialize_experts,
     initializer_std,
     install,
@@ -29,7 +31,7 @@ from lookup_experts.model.configuration import (
     LookupConfigMixin,
     attached_config_class,
 )
-from lookup_experts.model.experts import ExpertSource, LayerExperts
+from lookup_experts.model.experts import ExpertSource
 
 TABLE_OPTIONS = ("store", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""
@@ -97,12 +99,19 @@ class LookupExpertsMixin:
         assert self.lookup_attachment is not None
         return self.lookup_attachment
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Weights that a checkpoint doesn't hold; experts start silent, as in `attach`."""
-        if isinstance(module, LayerExperts):
-            initialize_experts(module, "zero", initializer_std(self.config))  # type: ignore[attr-defined]
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Weights that a checkpoint doesn't hold; experts start silent, as in `attach`.
+
+        The base model initialises what is inside of it by itself, and doesn't know experts.
+        """
+        super().initialize_weights()  # type: ignore[misc]
+        if self.lookup_attachment is None or self.lookup_settings.form != "experts":
+            return
+        std = initializer_std(self.config)  # type: ignore[attr-defined]
+        with guard_torch_init_functions():  # weights that were loaded stay
+            for experts in expert_layers(self.lookup_attachment):
+                initialize_experts(experts, "zero", std)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any

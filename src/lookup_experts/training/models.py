@@ -82,7 +82,7 @@ def count_parameters(model: Any) -> ParameterCounts:
     total = sum(p.numel() for p in model.parameters())
     attachment = getattr(model, "lookup_attachment", None)
     modules = attachment.modules if attachment is not None else ()
-    routed = sum(p.numel() for module in modules for p in module.experts.parameters())
+    routed = sum(p.numel() for module in modules for p in module.routed.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return ParameterCounts(total, trained, total - routed)
 
