@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.attach import attach
+from lookup_experts.model.attach import attach, expert_layers
 from lookup_experts.model.baselines import GatelessLlamaForCausalLM
 from lookup_experts.model.configuration import GatelessLlamaConfig
 from lookup_experts.training.recipe import Recipe
@@ -81,8 +81,8 @@ def count_parameters(model: Any) -> ParameterCounts:
     """A model's parameters; one that is used in two places counts once."""
     total = sum(p.numel() for p in model.parameters())
     attachment = getattr(model, "lookup_attachment", None)
-    modules = attachment.modules if attachment is not None else ()
-    routed = sum(p.numel() for module in modules for p in module.routed.parameters())
+    layers = expert_layers(attachment) if attachment is not None else []
+    routed = sum(p.numel() for layer in layers for p in layer.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return ParameterCounts(total, trained, total - routed)
 
