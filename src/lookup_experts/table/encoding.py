@@ -198,10 +198,14 @@ class ScaledEncoding(Encoding):
 
     def _scales(self, records: Tensor, num_experts: int, hidden_size: int) -> Tensor:
         """The scales of records uint8 [U, layer_bytes], float32 [U, N, blocks]."""
-        stored = _view_as(
-            records[:, self.code_bytes(num_experts * hidden_size) :], self.scale_dtype
+        stored = records[:, self.code_bytes(num_experts * hidden_size) :]
+        # Copied, because behind the codes they may start anywhere; there are few of them.
+        aligned = stored.clone(memory_format=torch.contiguous_format)
+        return (
+            aligned.view(self.scale_dtype)
+            .float()
+            .unflatten(1, (num_experts, self._blocks_per_row(hidden_size)))
         )
-        return stored.float().unflatten(1, (num_experts, self._blocks_per_row(hidden_size)))
 
 
 @dataclass(frozen=True)
@@ -352,6 +356,10 @@ def _steps(count: int, step: int, device: torch.device) -> Tensor:
 
 def _view_as(records: Tensor, dtype: torch.dtype) -> Tensor:
     """The bytes of [U, n] seen as `dtype`, [U, m]; copied only where they aren't aligned."""
+    if torch.compiler.is_compiling():
+        # Asking for the offset would break the graph. Floats are aligned in any table: a layer
+        # is a whole number of them, and a stride is a multiple of 64.
+        return records.view(dtype)
     size = max(1, dtype.itemsize // records.element_size())
     if records.storage_offset() % size or records.stride(0) % size or records.stride(1) != 1:
         records = records.clone(memory_format=torch.contiguous_format)
