@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lookup_experts import console
+from lookup_experts.commands import options
+
 if TYPE_CHECKING:
     from lookup_experts.training.prepare import PreparedText
 
@@ -40,21 +43,18 @@ def prepare(
     workers: Annotated[
         int | None, typer.Option(help="Processes that tokenise.", show_default="one per core")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as one JSON object.")
-    ] = False,
+    json: options.Json = False,
 ) -> None:
     """Turn text into token shards for training.
 
     A text file is one document, and so is each row of a .jsonl or .parquet file or a data set. If
     the command is interrupted, run it again: it goes on where it stopped.
 
-    Example: **mole prepare books/ notes.txt --tokenizer EleutherAI/gpt-neox-20b --out data**
+    Example: `mole prepare books/ notes.txt --tokenizer EleutherAI/gpt-neox-20b --out data/`
     """
-    import json
-
     from lookup_experts.training.prepare import prepare as prepare_text
 
+    console.quiet_transformers()
     prepared = prepare_text(
         text,
         tokenizer=tokenizer,
@@ -63,8 +63,12 @@ def prepare(
         text_field=text_field,
         eos_token=eos_token,
         num_workers=workers,
+        progress=console.progress_bar,
     )
-    typer.echo(json.dumps(prepared.summary()) if as_json else _in_words(prepared))
+    if json:
+        console.json_result(prepared.summary())
+    else:
+        console.result(_in_words(prepared))
 
 
 def _in_words(prepared: "PreparedText") -> str:

@@ -1,0 +1,136 @@
+"""Every kind of file is read as what it is; what can't be read is told with its place."""
+
+import gzip
+import json
+import random
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lookup_experts.errors import UserError
+from lookup_experts.training import documents
+from lookup_experts.training.documents import read_documents
+from lookup_experts.training.inputs import find_inputs
+
+
+def read(path, text_field: str = "text") -> list[str]:
+    """The documents of a file; the last position read is the end of the file."""
+    (source,) = find_inputs([str(path)], path.parent / "out" / "folder")
+    texts = [""]
+    position = 0
+    for chunk in read_documents(source, text_field):
+        assert chunk.position >= position
+        position = chunk.position
+        texts[-1] += chunk.text
+        if chunk.ends_document:
+            texts.append("")
+    assert texts.pop() == ""
+    assert position <= source.num_bytes
+    return texts
+
+
+def rows(*rows: object) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".TXT"])
+def test_a_plain_file_is_one_document(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes("é line\r\n\n next".encode())
+    assert read(path) == ["é line\r\n\n next"]
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfhello")
+    assert read(path) == ["hello"]
+
+
+def test_a_long_file_comes_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "CHUNK_CHARACTERS", 1000)
+    path = tmp_path / "a.txt.gz"
+    text = "".join(chr(random.Random(0).randrange(32, 3000)) for _ in range(5500))
+    path.write_bytes(gzip.compress(text.encode()))
+    (source,) = find_inputs([str(path)], tmp_path / "out")
+    assert len(list(read_documents(source, "text"))) == 7
+    assert read(path) == [text]
+
+
+def test_empty_files_are_empty_documents(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"")
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    assert read(tmp_path / "a.txt") == [""]
+    assert read(tmp_path / "a.jsonl") == []
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_row_is_a_document(tmp_path, pack):
+    path = tmp_path / ("a.jsonl" if pack is bytes else "a.jsonl.gz")
+    content = rows({"text": "one\n"}, {"text": ""}, {"text": None}) + b"\n" + rows({"text": "é"})
+    path.write_bytes(pack(content))
+    assert read(path) == ["one\n", "", "", "é"]
+
+
+def test_the_text_field_can_be_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(rows({"body": "x", "text": "y"}))
+    assert read(path, "body") == ["x"]
+
+
+def test_parquet_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_ROWS_AT_ONCE", 3)
+    path = tmp_path / "a.parquet"
+    texts = ["one", None, "", *(f"row {i}" for i in range(20))]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts, "id": list(range(23))}), path, row_group_size=5
+    )
+    assert read(path) == [text or "" for text in texts]
+    with pytest.raises(UserError, match=r"a\.parquet: no field 'body'; there are 'text', 'id'"):
+        read(path, "body")
+    with pytest.raises(UserError, match=r"row 1: the field 'id' holds a int"):
+        read(path, "id")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (rows({"text": "a"}) + b'{"text": "b\n', r"a\.jsonl, line 2: not valid JSON"),
+        (b'{"text": "\xff"}\n', r"line 1: not valid JSON"),
+        (rows({"text": "a"}, ["text"]), r"line 2: a list; expected a JSON object"),
+        (rows({"text": "a"}, {"body": "b"}), r"line 2: no field 'text'; there are 'body'"),
+        (rows({}), r"line 1: no field 'text'; there are none.*--text-field"),
+        (rows({"text": 3}), r"line 1: the field 'text' holds a int"),
+        (b'{"text": "\\ud800"}\n', r"line 1: the text holds half of a surrogate pair"),
+    ],
+)
+def test_bad_rows_are_told_with_their_line(tmp_path, content, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "é".encode("latin1") + b" text", "not UTF-8 text"),
+        ("a.txt.gz", b"no gzip", "damaged gzip"),
+        ("a.jsonl.gz", gzip.compress(rows({"text": "x" * 99}))[:-12], "damaged gzip"),
+        ("a.parquet", b"PAR1 and then nothing", "can't be read as parquet"),
+    ],
+)
+def test_damaged_files_are_told(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.*{message}"):
+        read(path)
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install 'lookup-experts\[train\]'"):
+        read(path)
