@@ -11,7 +11,12 @@ from lookup_experts.errors import TableError, UserError
 from lookup_experts.generation.folding import tokenizer_hash
 from lookup_experts.generation.loading import load, local_folder
 from lookup_experts.model.attach import LookupSettings
-from lookup_experts.model.checkpoint import official_kind, read_config, weight_files
+from lookup_experts.model.checkpoint import (
+    official_kind,
+    official_settings,
+    read_config,
+    weight_files,
+)
 from lookup_experts.model.configuration import LookupExpertsConfig
 from lookup_experts.model.fingerprint import embedding_hash
 from lookup_experts.table.format import (
@@ -50,11 +55,7 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         form = {"mole": "experts"}.get(official, official)
         described |= {"form": form, "format": "official", "backbone": "gateless_llama"}
         if official == "mole":
-            settings = LookupSettings(
-                config["num_experts"],
-                config["intermediate_size"],
-                tuple(range(config["num_hidden_layers"])),
-            )
+            settings = official_settings(path, config)
     elif config.get("model_type") == LookupExpertsConfig.model_type:
         settings = LookupSettings.from_dict(config["lookup_experts"])
         described |= {

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.model.checkpoint import load_official, official_kind, read_config, weight_files
+from lookup_experts.model.checkpoint import (
+    load_official,
+    official_kind,
+    read_config,
+    refuse_partial_loading,
+    weight_files,
+)
 from lookup_experts.model.configuration import LookupExpertsConfig
 from lookup_experts.model.huggingface import LookupExpertsMixin
 
@@ -104,11 +110,18 @@ def _load_huggingface(
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are in the report
+            **options,
+        )
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} can't be loaded as a causal LM: {_first_line(error)}") from error
+    refuse_partial_loading(path, report, "missing", "mismatched")
     model = model.to(device)
     if isinstance(model, LookupExpertsMixin) and model.lookup_settings.form == "table":
         source: Any = model.expert_source

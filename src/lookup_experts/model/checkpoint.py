@@ -33,16 +33,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A model folder's `config.json`, as it stands there."""
     if not folder.exists():
         raise UserError(f"No such folder: {folder}.")
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json.")
+    return _read_json_object(folder / "config.json")
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} should hold a JSON object, it holds a {type(config).__name__}.")
-    return config
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold a JSON object, it holds a {type(content).__name__}.")
+    return content
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -50,7 +53,10 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        places = _read_json_object(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise UserError(f"{folder / INDEX} has no weight_map, so it is no index of weights.")
+        names = sorted(set(places.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(f"{folder} is incomplete: {missing[0]}, named in {INDEX}, is missing.")
@@ -120,21 +126,32 @@ def load_official(folder: Path, kind: str, config: dict[str, Any], dtype: Any = 
         model_class = attached_class(GatelessLlamaForCausalLM)
         config_class = attached_config_class(GatelessLlamaConfig)
         state = _stack_experts(state)
-        fields["lookup_experts"] = LookupSettings(
-            num_experts=config["num_experts"],
-            expert_size=config["intermediate_size"],
-            layers=tuple(range(config["num_hidden_layers"])),
-            norm_eps=config["rms_norm_eps"],
-        ).to_dict()
+        fields["lookup_experts"] = official_settings(folder, config).to_dict()
     model, report = model_class.from_pretrained(
         None,
         config=config_class(**fields),
         state_dict=state,
         dtype=next(iter(state.values())).dtype if dtype == "auto" else dtype,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they are in the report
     )
-    _refuse_partial_loading(folder, report)
+    refuse_partial_loading(folder, report, "missing", "mismatched", "unexpected")
     return model
+
+
+def official_settings(folder: Path, config: dict[str, Any]) -> LookupSettings:
+    """What the `config.json` of a MoLE checkpoint in the authors' format says of its experts."""
+    sizes = {}
+    for key in ("num_experts", "intermediate_size", "num_hidden_layers"):
+        sizes[key] = config.get(key)
+        if not isinstance(sizes[key], int):
+            raise UserError(f"{folder}: config.json should state {key} as a whole number.")
+    return LookupSettings(
+        num_experts=sizes["num_experts"],
+        expert_size=sizes["intermediate_size"],
+        layers=tuple(range(sizes["num_hidden_layers"])),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+    )
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:
@@ -163,11 +180,18 @@ def _stack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return stacked
 
 
-def _refuse_partial_loading(folder: Path, report: dict[str, Any]) -> None:
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(what):
-            names = sorted(str(name) for name in report[what])
+def refuse_partial_loading(folder: Path, report: dict[str, Any], *kinds: str) -> None:
+    """Raise a `UserError` if transformers' loading report names tensors of the given kinds.
+
+    Args:
+        folder: what was loaded.
+        report: the loading info of `from_pretrained`.
+        kinds: of `missing`, `mismatched` (in shape) and `unexpected`.
+    """
+    for kind in kinds:
+        names = sorted(str(name) for name in report[f"{kind}_keys"])
+        if names:
             raise UserError(
-                f"{folder}: the weights don't fit the model ({len(names)} {what.split('_')[0]} "
-                f"tensors, the first is {names[0]})."
+                f"{folder}: the weights don't fit the model ({len(names)} {kind} tensors, the "
+                f"first is {names[0]})."
             )
