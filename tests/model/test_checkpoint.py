@@ -15,7 +15,6 @@ import lookup_experts as le
 from lookup_experts.errors import UserError
 from lookup_experts.model.attach import expert_layers
 from lookup_experts.model.checkpoint import official_kind, read_config, tensor_names, weight_files
-from lookup_experts.model.experts import mix_reference
 
 CONFIG = {
     "architectures": ["MoleForCausalLM"],
