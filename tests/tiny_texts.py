@@ -15,12 +15,8 @@ WORDS = [
     "ran",
     "slowly",
     "under",
-    "over",
-    "and",
-    "but",
     "never",
-    "again",
-    "until",
+    "and",
 ]
 
 

@@ -46,7 +46,7 @@ def test_a_split_is_its_shards_one_after_the_other(folder, split):
     assert opened.num_tokens == len(expected) > 100
     assert np.array_equal(opened.window(0, len(expected)), expected)
     random = np.random.default_rng(0)
-    for start in [0, 99, 100, 101, 199, *random.integers(0, len(expected), 100)]:
+    for start in [0, 99, 100, 101, *random.integers(0, len(expected), 100)]:
         length = int(random.integers(1, len(expected) - start + 1))
         assert np.array_equal(opened.window(int(start), length), expected[start : start + length])
 
@@ -85,9 +85,7 @@ def test_examples_are_consecutive_windows(folder):
 
 def test_examples_through_loader_processes(folder):
     dataset = TokenDataset(TokenShards(folder), context_length=64)
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_size=4, num_workers=1, multiprocessing_context="spawn"
-    )
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=1)
     joined = torch.cat([batch["input_ids"].flatten() for batch in loader])
     assert np.array_equal(joined.numpy(), all_tokens(folder, "train")[: 64 * len(dataset)])
 

@@ -73,18 +73,15 @@ def prepare(
 
 def _in_words(prepared: "PreparedText") -> str:
     manifest = prepared.manifest
-    lines = []
-    if prepared.was_complete:
-        lines.append(f"{prepared.folder} is complete already; nothing was done.")
-    for split in manifest.splits:
-        lines.append(
-            f"{split}: {manifest.num_tokens(split):,} tokens, "
-            f"{manifest.num_documents(split):,} documents end here"
-        )
+    done = "is complete already; nothing was done" if prepared.was_complete else "is complete"
+    lines = [f"{prepared.folder} {done}."]
+    lines += [
+        f"{split}: {manifest.num_tokens(split):,} tokens, "
+        f"documents that end in it: {manifest.num_documents(split):,}"
+        for split in manifest.splits
+    ]
     if manifest.held_out["by"] == "tail":
-        lines.append("There is one document only, so the end of it was held out.")
+        lines.append("There is one document only, so the end of it was held out for validation.")
     if manifest.num_empty_documents:
-        lines.append(f"Left out: {manifest.num_empty_documents:,} documents without text.")
-    if not prepared.was_complete:
-        lines.append(f"Written to {prepared.folder}.")
+        lines.append(f"Left out, because empty: {manifest.num_empty_documents:,} documents.")
     return "\n".join(lines)

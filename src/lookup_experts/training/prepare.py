@@ -181,7 +181,7 @@ def _run(
     total = int(num_tokens.sum())
     if total == 0:
         raise UserError(
-            f"There is no text in the {len(keys)} documents of the inputs. "
+            f"There is no text in the inputs, only empty documents: {len(keys)}. "
             f"Delete {folder} and name other inputs or another --text-field."
         )
     held_out = hold_out(keys, num_tokens, job.validation)
