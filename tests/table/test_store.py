@@ -16,12 +16,12 @@ import pytest
 from random_tables import flip_bit, make_table
 
 from lookup_experts.errors import TableError, UserError
+from lookup_experts.table import direct, uring
 from lookup_experts.table import store as stores
-from lookup_experts.table import uring
+from lookup_experts.table.direct import ThreadedReads
 from lookup_experts.table.format import ShardWriter
 from lookup_experts.table.store import (
     STORES,
-    ThreadedReads,
     aligned_buffer,
     available_memory_bytes,
     open_store,
@@ -31,9 +31,9 @@ from lookup_experts.table.uring import Ring
 pytestmark = pytest.mark.timeout(60)
 
 SMALL = {"hidden_size": 20, "encoding": "nf3"}
-BLOCK = {"hidden_size": 512, "encoding": "float16"}
+ONE_BLOCK = {"hidden_size": 512, "encoding": "float16"}
 LARGE = {"hidden_size": 1700, "num_experts": 3, "encoding": "bfloat16"}
-SIZES = {"64": SMALL, "4096": BLOCK, "20480": LARGE}
+SIZES = {"64": SMALL, "4096": ONE_BLOCK, "20480": LARGE}
 
 
 def silent(_message: str) -> None:
@@ -130,7 +130,7 @@ def test_every_batch_from_the_disk(tmp_path, size, direct_backend, ids_per_shard
 
 
 def test_batches_larger_than_the_bounce_buffer(tmp_path, monkeypatch, direct_backend):
-    monkeypatch.setattr(stores, "_BOUNCE_BYTES", 5 * 4096)
+    monkeypatch.setattr(direct, "_BOUNCE_BYTES", 5 * 4096)
     table, records = make_table(tmp_path, vocab_size=600, **SMALL)
     with open_store(table, "direct", notify=silent) as store:
         check(store, records, np.arange(600))
@@ -146,7 +146,7 @@ def test_only_memory_has_the_whole(tmp_path):
 
 
 def test_counters(tmp_path):
-    table, records = make_table(tmp_path, **BLOCK)
+    table, records = make_table(tmp_path, **ONE_BLOCK)
     for kind in STORES:
         with open_store(table, kind, notify=silent) as store:
             for ids in batches(40):
@@ -331,7 +331,7 @@ def test_truncated_while_mapped(tmp_path):
 
 @pytest.mark.parametrize("kind", STORES)
 def test_a_replaced_shard_is_read_in_its_old_state(tmp_path, kind):
-    table, records = make_table(tmp_path, **BLOCK)
+    table, records = make_table(tmp_path, **ONE_BLOCK)
     with open_store(table, kind, notify=silent) as store:
         (tmp_path / "new").write_bytes(b"something else")
         (tmp_path / "new").rename(table.path(table.shards[0]))
@@ -463,7 +463,7 @@ def test_threads_share_a_direct_store(tmp_path, direct_backend):
 
 
 def share_a_store(folder: Path, kind: str) -> None:
-    table, records = make_table(folder, vocab_size=200, ids_per_shard=70, **BLOCK)
+    table, records = make_table(folder, vocab_size=200, ids_per_shard=70, **ONE_BLOCK)
     with open_store(table, kind, notify=silent) as store, ThreadPoolExecutor(6) as threads:
 
         def read_often(seed: int) -> None:
@@ -476,7 +476,7 @@ def share_a_store(folder: Path, kind: str) -> None:
 
 
 def test_processes_share_a_table(tmp_path):
-    _, records = make_table(tmp_path, vocab_size=200, ids_per_shard=70, **BLOCK)
+    _, records = make_table(tmp_path, vocab_size=200, ids_per_shard=70, **ONE_BLOCK)
     script = """
 import sys, zlib
 import numpy as np

@@ -38,6 +38,10 @@ class TokenRows(Protocol):
         """[U, N, d]: what the experts of the given layer (0 to L - 1) say of each unique id."""
         ...
 
+    def mix(self, layer: int, weights: Tensor) -> Tensor:
+        """[B·T, d]: `mix(layer(layer), index.view(-1), weights)` for weights [B·T, N]."""
+        ...
+
 
 class ExpertSource(Protocol):
     """Where expert outputs come from."""
@@ -125,6 +129,9 @@ class EvaluatedRows:
 
     def layer(self, layer: int) -> Tensor:
         return self._layers[layer](self._embeddings)
+
+    def mix(self, layer: int, weights: Tensor) -> Tensor:
+        return mix(self.layer(layer), self.index.view(-1), weights)
 
 
 class FFNExperts:
@@ -224,8 +231,16 @@ class LookupExperts(nn.Module):
             self.routed = experts
 
     def router_weights(self, hidden_states: Tensor) -> Tensor:
-        """[..., d] -> [..., N] float32, a softmax over all experts."""
-        return self.router(hidden_states).softmax(dim=-1, dtype=torch.float32)
+        """[..., d] -> [..., N], a softmax over all experts, computed in float32.
+
+        The result is float32 where gradients are taken, else in the dtype of the hidden states:
+        the kernels compute the softmax of a shorter type in float32 and round its result, so that
+        is what rounding afterwards gives, for one operation less.
+        """
+        logits = self.router(hidden_states)
+        if torch.is_grad_enabled():
+            return logits.softmax(dim=-1, dtype=torch.float32)
+        return logits.softmax(dim=-1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., d], the input of the block's FFN -> [..., d], what its experts add."""
@@ -242,7 +257,7 @@ class LookupExperts(nn.Module):
                 f"token ids of shape {tuple(index.shape)} that entered the model."
             )
         weights = self.router_weights(hidden_states)
-        mixed = mix(rows.layer(self.layer), index, weights.view(*index.shape, -1))
+        mixed = rows.mix(self.layer, weights.view(index.numel(), -1))
         return mixed.view(hidden_states.shape).to(hidden_states.dtype)
 
 

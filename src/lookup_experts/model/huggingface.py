@@ -33,7 +33,7 @@ from lookup_experts.model.configuration import (
 )
 from lookup_experts.model.experts import ExpertSource
 
-TABLE_OPTIONS = ("store", "verify_checksums", "notify")
+TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""
 
 

@@ -6,9 +6,9 @@ needs them, after its attention.
 """
 
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,17 @@ from torch import Tensor, nn
 
 from lookup_experts.errors import TableError
 from lookup_experts.model.experts import TokenRows
+from lookup_experts.table.cache import RowCache, Taken
 from lookup_experts.table.format import Table, TableShape, open_table
-from lookup_experts.table.store import Store, aligned_buffer, open_store
+from lookup_experts.table.rows import Decoding, MemoryRows, StreamedRows, WaitClock
+from lookup_experts.table.store import Store, ThreadedRead, aligned_buffer, open_store
+from lookup_experts.units import parse_bytes
+
+SLOT_BATCH = 64
+"""Most unique ids of a batch that goes through the row cache; the depth of the ring. Larger ones
+are prompts, whose records are streamed."""
+GROUP_BYTES = 16 * 2**20
+"""What each of the two buffers of a streamed prompt takes, unless one layer is larger."""
 
 
 @dataclass
@@ -29,12 +38,17 @@ class ReaderStatistics:
 
     store: str
     backend: str
+    cache_bytes: int
+    """Budget of the row cache."""
     batches: int = 0
     ids_asked: int = 0
     ids_unique: int = 0
+    """Summed over batches."""
+    cache_hits: int = 0
+    """Of the unique ids; those that went past the cache (prompts) don't count."""
     bytes_read: int = 0
     read_seconds: float = 0.0
-    """Spent by the store, beside the model's work."""
+    """From asking the store to having the records, beside the model's work."""
     wait_seconds: float = 0.0
     """Spent by the model, waiting for records."""
 
@@ -51,6 +65,8 @@ class TableExperts:
         store: where its records are read from.
         dtype: what rows are decoded to; the model's.
         device: where rows are needed.
+        cache_bytes: budget of the row cache; 0 is off. A store that has the whole table in
+            memory needs none.
     """
 
     def __init__(
@@ -59,17 +75,21 @@ class TableExperts:
         store: Store,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        cache_bytes: int = 0,
     ) -> None:
         self.table = table
         self._store = store
-        self._dtype = dtype
-        self._device = torch.device(device)
-        self._buffers = BufferPool(table.layout.stride)
+        self._decoding = Decoding(table.layout, dtype, torch.device(device))
+        self._clock = WaitClock()
         self._thread = ThreadPoolExecutor(1, "table-reader")
         self._lock = threading.Lock()
-        self._statistics = ReaderStatistics(store.name, store.backend)
         whole = store.whole()
         self._whole = None if whole is None else torch.from_numpy(whole)
+        self._cache_bytes = 0 if whole is not None else cache_bytes
+        self._cache = RowCache(table.layout.stride, self._cache_bytes, SLOT_BATCH)
+        self._slots = torch.from_numpy(self._cache.memory)
+        self._since = ReaderStatistics("", "", 0)
+        self._counted = ReaderStatistics(store.name, store.backend, self._cache_bytes)
 
     @property
     def folder(self) -> Path:
@@ -85,58 +105,123 @@ class TableExperts:
             ready: have it finished, too.
 
         Raises:
-            TableError: an id is outside of the table's vocabulary.
+            TableError: an id is outside of the table's vocabulary, or reading can't begin.
         """
-        if self._whole is not None:
-            self._check_range(token_ids)
-            self._count(token_ids.numel(), 0)
-            return RecordRows(self, token_ids, self._whole, None)
-        unique_ids, index = torch.unique(token_ids, return_inverse=True)
-        host_ids = unique_ids.cpu()
-        self._check_range(host_ids)
-        self._count(token_ids.numel(), len(host_ids))
-        records = self._buffers.take(len(host_ids), reuse=not torch.is_grad_enabled())
-        reading = self._thread.submit(self._store.read, host_ids.numpy(), records.array)
-        rows = RecordRows(self, index, torch.from_numpy(records.array), reading, records)
-        if ready:
-            rows.wait()
-        return rows
+        if torch.is_grad_enabled() or ready or self._whole is not None:
+            rows = self._rows_in_memory(token_ids)
+            if ready:
+                rows.wait()
+            return rows
+        rows_in_slots = None
+        if token_ids.numel() <= 4 * SLOT_BATCH:
+            rows_in_slots = self._rows_in_slots(token_ids)
+        return rows_in_slots or self._streamed_rows(token_ids)
 
-    def decode(self, records: Tensor, layer: int) -> Tensor:
-        """One layer of uint8 [U, stride] -> [U, N, d]; a view where nothing is to be converted."""
-        layout = self.table.layout
-        shape = layout.shape
-        codes = records[:, layout.layer_slice(layer)].to(self._device)
-        return layout.encoding.decode(codes, shape.num_experts, shape.hidden_size, self._dtype)
+    def _rows_in_slots(self, token_ids: Tensor) -> MemoryRows | None:
+        """Through the row cache; None for a batch of too many unique ids.
+
+        In plain Python, which beats tensor operations for the few ids of a decoding step.
+        """
+        ids = token_ids.flatten().tolist()
+        places: dict[int, int] = {}
+        positions = [places.setdefault(token_id, len(places)) for token_id in ids]
+        unique_ids = list(places)
+        if not ids or len(unique_ids) > SLOT_BATCH:
+            return None
+        self._check_bounds(min(unique_ids), max(unique_ids))
+        taken = self._cache.take(unique_ids)
+        if taken is None:  # other batches hold the slots
+            return None
+        self._count(len(ids), len(unique_ids), len(unique_ids) - len(taken.missing))
+        batch = SlotBatch(self, taken)
+        batch.begin()
+        return MemoryRows(
+            self._decoding,
+            self._slots,
+            torch.tensor([slot.number for _, slot in taken.entries]),
+            torch.tensor(positions, device=token_ids.device).view(token_ids.shape),
+            self._clock,
+            pending=batch if batch.is_pending else None,
+            on_release=batch.release,
+        )
+
+    def _rows_in_memory(self, token_ids: Tensor) -> MemoryRows:
+        """Out of the whole table, or of memory of the batch's own: autograd may hold on to it."""
+        unique_ids, index = self._unique(token_ids)
+        if self._whole is not None:
+            return MemoryRows(self._decoding, self._whole, unique_ids, index, self._clock)
+        records = aligned_buffer(len(unique_ids) * self.table.layout.stride)
+        records = records.reshape(len(unique_ids), self.table.layout.stride)
+        return MemoryRows(
+            self._decoding,
+            torch.from_numpy(records),
+            torch.arange(len(unique_ids)),
+            index,
+            self._clock,
+            ThreadedRead(self._thread.submit(self._store.read, unique_ids.numpy(), records)),
+        )
+
+    def _streamed_rows(self, token_ids: Tensor) -> StreamedRows:
+        unique_ids, index = self._unique(token_ids)
+        return StreamedRows(
+            self._decoding,
+            self._store,
+            self._thread,
+            unique_ids.numpy(),
+            index,
+            self._clock,
+            GROUP_BYTES,
+        )
+
+    def _unique(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Unique ids on the host, and position -> place among them where the model is."""
+        unique_ids, index = torch.unique(token_ids, return_inverse=True)
+        unique_ids = unique_ids.cpu()
+        if len(unique_ids):
+            self._check_bounds(int(unique_ids[0]), int(unique_ids[-1]))
+        self._count(token_ids.numel(), len(unique_ids), 0)
+        return unique_ids, index
+
+    def _check_bounds(self, low: int, high: int) -> None:
+        vocab_size = self.table.layout.shape.vocab_size
+        if low < 0 or high >= vocab_size:
+            raise TableError(
+                f"Token id {low if low < 0 else high} is outside of the table's vocabulary (0 to "
+                f"{vocab_size - 1}). Is this the tokenizer that belongs to the model?"
+            )
 
     def move_to(self, device: torch.device | str) -> None:
-        """Decode to another device from the next batch on."""
-        self._device = torch.device(device)
-
-    def wait(self, reading: "Future[None]") -> None:
-        """Let the model wait for its records; an error of the reading thread is raised here."""
-        started_at = time.perf_counter()
-        reading.result()
-        with self._lock:
-            self._statistics.wait_seconds += time.perf_counter() - started_at
+        """Give rows on another device from the next batch on."""
+        layout, dtype = self._decoding.layout, self._decoding.dtype
+        self._decoding = Decoding(layout, dtype, torch.device(device))
 
     def stats(self) -> ReaderStatistics:
         """The counts since the reader was opened, or since `reset_stats`."""
-        with self._lock:
-            counted = ReaderStatistics(**asdict(self._statistics))
-        counted.bytes_read = self._store.bytes_read - self._bytes_before
-        counted.read_seconds = self._store.seconds_reading - self._seconds_before
-        return counted
+        now, since = self._totals(), self._since
+        values = {
+            name: value - getattr(since, name) if isinstance(value, int | float) else value
+            for name, value in asdict(now).items()
+        }
+        return ReaderStatistics(**{**values, "cache_bytes": self._cache_bytes})
 
     def reset_stats(self) -> None:
         """Count from zero."""
-        with self._lock:
-            self._statistics = ReaderStatistics(self._store.name, self._store.backend)
-        self._bytes_before = self._store.bytes_read
-        self._seconds_before = self._store.seconds_reading
+        self._since = self._totals()
 
-    _bytes_before = 0
-    _seconds_before = 0.0
+    def _totals(self) -> ReaderStatistics:
+        with self._lock:
+            totals = ReaderStatistics(**asdict(self._counted))
+        totals.bytes_read = self._store.bytes_read
+        totals.read_seconds = self._store.seconds_reading
+        totals.wait_seconds = self._clock.seconds
+        return totals
+
+    def _count(self, asked: int, unique: int, hits: int) -> None:
+        with self._lock:
+            self._counted.batches += 1
+            self._counted.ids_asked += asked
+            self._counted.ids_unique += unique
+            self._counted.cache_hits += hits
 
     def close(self) -> None:
         """Stop the reading thread and close the files."""
@@ -146,124 +231,60 @@ class TableExperts:
     def __deepcopy__(self, memo: dict[int, Any]) -> "TableExperts":
         return self  # a copy of a model reads the same table
 
-    def _count(self, asked: int, unique: int) -> None:
-        with self._lock:
-            self._statistics.batches += 1
-            self._statistics.ids_asked += asked
-            self._statistics.ids_unique += unique
 
-    def _check_range(self, ids: Tensor) -> None:
-        if ids.numel() == 0 or ids.device.type != "cpu":
-            return
-        low, high = (int(bound) for bound in ids.aminmax())
-        vocab_size = self.table.layout.shape.vocab_size
-        if low < 0 or high >= vocab_size:
-            wrong = low if low < 0 else high
-            raise TableError(
-                f"Token id {wrong} is outside of the table's vocabulary (0 to {vocab_size - 1}). "
-                "Is this the tokenizer that belongs to the model?"
-            )
+class SlotBatch:
+    """The slots of one batch from asking for its records to giving them back.
 
-
-class RecordRows:
-    """The rows of one batch, decoded layer by layer from its records.
-
-    It holds the buffer of its records; the buffer is used again once nobody holds the rows.
+    As a `PendingRead` it stands for all of them: what this batch reads, and what others are
+    reading for it.
     """
 
-    def __init__(
-        self,
-        reader: TableExperts,
-        index: Tensor,
-        records: Tensor,
-        reading: "Future[None] | None",
-        buffer: "Buffer | None" = None,
-    ) -> None:
-        self.index = index
-        self._reader = reader
-        self._records = records
-        self._reading = reading
-        self._buffer = buffer
+    def __init__(self, reader: TableExperts, taken: Taken) -> None:
+        self._store, self._cache, self._taken = reader._store, reader._cache, taken
+        self._open = bool(taken.missing)
+        self.is_pending = self._open or bool(taken.under_way)
+        """Whether there is anything to wait for."""
 
-    def layer(self, layer: int) -> Tensor:
-        """[U, N, d]; waits for the records if they aren't there yet."""
-        if self._reading is not None:
-            self.wait()
-        return self._reader.decode(self._records, layer)
+    def begin(self) -> None:
+        """Start to read what is missing."""
+        taken = self._taken
+        if not taken.missing:
+            return
+        ids = np.array([token_id for token_id, _ in taken.missing])
+        slots = np.array([slot.number for _, slot in taken.missing])
+        try:
+            taken.arrival.begin(lambda: self._store.begin(ids, self._cache.memory, slots))
+        except BaseException:
+            self._cache.forget(taken)
+            self._cache.release(taken)
+            raise
 
     def wait(self) -> None:
-        """Return when the records are there."""
-        if self._reading is not None:
-            self._reader.wait(self._reading)
-            self._reading = None
+        """See `PendingRead.wait`."""
+        if self._open:
+            self._open = False
+            try:
+                self._taken.arrival.wait()
+            except BaseException:
+                self._cache.forget(self._taken)
+                raise
+            self._cache.arrived(self._taken)
+        for arrival in self._taken.under_way:
+            arrival.wait()
 
-    def __del__(self) -> None:
-        buffer, reading = self._buffer, self._reading
-        if buffer is None:
-            return
-        if reading is None or reading.done():
-            buffer.give_back()
-        else:  # nobody waited: a forward pass that failed; the read must not meet a new owner
-            reading.add_done_callback(lambda _: buffer.give_back())
-
-
-class BufferPool:
-    """Aligned record buffers that are used again.
-
-    Args:
-        stride: bytes per record.
-    """
-
-    def __init__(self, stride: int) -> None:
-        self._stride = stride
-        self._lock = threading.Lock()
-        self._free: list[np.ndarray] = []
-
-    def take(self, num_records: int, reuse: bool) -> "Buffer":
-        """A buffer of [num_records, stride].
-
-        Args:
-            reuse: False where autograd may hold on to it: then it is new, and never given again.
-        """
-        num_bytes = max(1, num_records) * self._stride
-        memory = self._take_free(num_bytes) if reuse else None
-        if memory is None:
-            # Powers of two, so that batches of many sizes share few buffers.
-            memory = aligned_buffer(1 << (num_bytes - 1).bit_length() if reuse else num_bytes)
-        array = memory[: num_records * self._stride].reshape(num_records, self._stride)
-        return Buffer(array, memory, self if reuse else None)
-
-    def give_back(self, memory: np.ndarray) -> None:
-        """Keep the largest buffer for the next batch; a smaller one is let go."""
-        with self._lock:
-            self._free = [max((memory, *self._free), key=len)]
-
-    def _take_free(self, num_bytes: int) -> np.ndarray | None:
-        with self._lock:
-            if self._free and len(self._free[0]) >= num_bytes:
-                return self._free.pop()
-            return None
-
-
-@dataclass
-class Buffer:
-    """A batch's share of a pool's memory."""
-
-    array: np.ndarray
-    memory: np.ndarray
-    pool: BufferPool | None
-
-    def give_back(self) -> None:
-        """Let the next batch have the memory; once."""
-        pool, self.pool = self.pool, None
-        if pool is not None:
-            pool.give_back(self.memory)
+    def release(self) -> None:
+        """Give the slots back. If nobody waited (a forward pass that failed), the read is waited
+        for now: the kernel must not write into slots that have a new owner."""
+        with suppress(TableError):
+            self.wait()
+        self._cache.release(self._taken)
 
 
 def open_reader(
     folder: Path,
     model: Any,
     store: str = "auto",
+    cache: int | str = 0,
     verify_checksums: bool = False,
     notify: Callable[[str], None] = lambda message: None,
 ) -> TableExperts:
@@ -273,18 +294,20 @@ def open_reader(
         folder: the inference folder; the table is in its folder `table`.
         model: an attached model in table form.
         store: `memory`, `mmap`, `direct` or `auto`.
+        cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off.
         verify_checksums: compare every record that is read with its checksum.
         notify: told which store was chosen and why.
 
     Raises:
         TableError: the table is missing, damaged, or of another model.
     """
+    cache_bytes = parse_bytes(cache)
     table = open_table(folder / "table")
     check_match(table, model)
     embedding: nn.Module = model.get_input_embeddings()
     weight = next(embedding.parameters())
     opened = open_store(table, store, verify_checksums=verify_checksums, notify=notify)
-    return TableExperts(table, opened, weight.dtype, weight.device)
+    return TableExperts(table, opened, weight.dtype, weight.device, cache_bytes)
 
 
 def check_match(table: Table, model: Any) -> None:

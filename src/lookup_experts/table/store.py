@@ -2,7 +2,7 @@
 
 `open_store` gives a `Store`; `store.read(ids, out)` brings the records of a batch of ids. What a
 record means is in `format.py` and `encoding.py`; caching and prefetching are in `cache.py` and
-`reader.py`; the kernel interface of io_uring is in `uring.py`.
+`reader.py`; the store `direct` is in `direct.py`.
 
 | store | reads from | best when |
 |---|---|---|
@@ -21,9 +21,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -39,23 +38,11 @@ from lookup_experts.table.format import (
     read_checksums,
     read_exactly,
 )
-from lookup_experts.table.uring import Ring
 from lookup_experts.units import format_bytes
 
 STORES = ("memory", "mmap", "direct")
 
-_NUM_THREADS = 8
-_BOUNCE_BYTES = 2**23
 _LOAD_BYTES = 2**24
-_RING_REFUSALS = (
-    errno.EPERM,
-    errno.EACCES,
-    errno.ENOSYS,
-    errno.ENOMEM,
-    errno.EINVAL,
-    errno.EOPNOTSUPP,
-)
-_PASSING_ERRORS = (errno.EINTR, errno.EAGAIN)
 
 Notify = Callable[[str], None]
 
@@ -73,18 +60,35 @@ class Store(Protocol):
     """Calls of `read` that had ids."""
     seconds_reading: float
     """Seconds spent in those calls, summed over threads."""
+    reads_parts: bool
+    """Whether `read` brings parts of records; not while checksums, which cover all, are checked."""
 
-    def read(self, ids: np.ndarray, out: np.ndarray) -> None:
-        """Put the records of `ids` into `out`.
+    def read(self, ids: np.ndarray, out: np.ndarray, start: int = 0) -> None:
+        """Put the records of `ids`, or the same part of each, into `out`.
 
         Args:
             ids: int64 [U], unique.
-            out: uint8 [U, stride], C-contiguous. Aligned to 4096 (`aligned_buffer`, pinned
-                memory), `direct` reads straight into it; otherwise it copies.
+            out: uint8 [U, width], C-contiguous; a whole record has width `stride`. Aligned to
+                4096 (`aligned_buffer`, pinned memory), `direct` reads straight into it;
+                otherwise it copies.
+            start: the first byte of the part; it and `width` are multiples of 4096.
 
         Raises:
             TableError: an id is outside the table; a record can't be read in full, or is
                 damaged (with `verify_checksums`). Names file and id. `out` is then undefined.
+        """
+
+    def begin(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> "PendingRead":
+        """Start to put whole records into rows of `memory`; for small batches.
+
+        Args:
+            ids: int64 [U], unique.
+            memory: uint8 [M, stride], aligned to 4096.
+            slots: int64 [U], the row of `memory` for each id. Nobody else may touch these rows
+                until the read is over.
+
+        Raises:
+            TableError: an id is outside the table.
         """
 
     def whole(self) -> np.ndarray | None:
@@ -92,6 +96,17 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Give back files, threads and memory."""
+
+
+class PendingRead(Protocol):
+    """A read that was begun."""
+
+    def wait(self) -> None:
+        """Return when the records are there; may be called again, and from any thread.
+
+        Raises:
+            TableError: as `Store.read`.
+        """
 
 
 def open_store(
@@ -123,6 +138,8 @@ def open_store(
         return MemoryStore(table, verify_checksums)
     if kind == "mmap":
         return MappedStore(table, verify_checksums)
+    from lookup_experts.table.direct import DirectStore
+
     return DirectStore(table, verify_checksums, notify)
 
 
@@ -162,6 +179,17 @@ def aligned_buffer(num_bytes: int) -> np.ndarray:
 # ------------------------------------------------------------------------------- common to all
 
 
+class ThreadedRead:
+    """A `PendingRead` that a thread of ours carries out."""
+
+    def __init__(self, future: "Future[None]") -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        """See `PendingRead.wait`."""
+        self._future.result()
+
+
 class RecordStore:
     """What all stores share: checking requests and records, finding files, counting."""
 
@@ -173,18 +201,37 @@ class RecordStore:
         self.bytes_read, self.reads, self.seconds_reading = 0, 0, 0.0
         self._first_ids = np.array([shard.first_id for shard in table.shards])
         self._checksums = _all_checksums(table) if verify_checksums else None
+        self.reads_parts = not verify_checksums and self.layout.stride >= BLOCK
         self._count_lock = threading.Lock()
         self._closed = False
+        self._thread: ThreadPoolExecutor | None = None
 
-    def read(self, ids: np.ndarray, out: np.ndarray) -> None:
+    def read(self, ids: np.ndarray, out: np.ndarray, start: int = 0) -> None:
         """See `Store.read`."""
-        self._check_request(ids, out)
+        self._check_request(ids, out, start)
         if not len(ids):
             return
         started_at = time.perf_counter()
-        num_bytes = self._fetch(ids, out)
+        num_bytes = self._fetch(ids, out, start)
         self._check_records(ids, out)
         self._count(num_bytes, time.perf_counter() - started_at)
+
+    def begin(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> PendingRead:
+        """See `Store.begin`; here by a thread that reads beside the caller."""
+        self._check_ids(ids)
+        return ThreadedRead(self._background().submit(self._read_into, ids, memory, slots))
+
+    def _read_into(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> None:
+        records = aligned_buffer(len(ids) * self.layout.stride).reshape(len(ids), -1)
+        self.read(ids, records)
+        memory[slots] = records
+
+    def _background(self) -> ThreadPoolExecutor:
+        """The thread of `begin`, started when it is first needed."""
+        with self._count_lock:
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, "table-reader")
+            return self._thread
 
     def whole(self) -> np.ndarray | None:
         """See `Store.whole`."""
@@ -193,6 +240,8 @@ class RecordStore:
     def close(self) -> None:
         """See `Store.close`."""
         self._closed = True
+        if self._thread is not None:
+            self._thread.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -200,19 +249,30 @@ class RecordStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fetch(self, ids: np.ndarray, out: np.ndarray) -> int:
+    def _fetch(self, ids: np.ndarray, out: np.ndarray, start: int) -> int:
         """Bring valid ids; how many bytes were read."""
         raise NotImplementedError
 
-    def _check_request(self, ids: np.ndarray, out: np.ndarray) -> None:
-        if self._closed:
-            raise ValueError(f"The {self.name} store over {self.table.folder} is closed.")
-        expected = (len(ids), self.layout.stride)
+    def _check_request(self, ids: np.ndarray, out: np.ndarray, start: int) -> None:
+        width = out.shape[-1] if start else self.layout.stride
+        if out.ndim == 2 and self._is_part(start, start + out.shape[1]):
+            width = out.shape[1]
+        expected = (len(ids), width)
         if out.shape != expected or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise ValueError(
                 f"Expected contiguous uint8 {expected}, got {out.dtype} {out.shape} "
                 f"with strides {out.strides}."
             )
+        self._check_ids(ids)
+
+    def _is_part(self, start: int, stop: int) -> bool:
+        """Whether records have these bytes and may be read in such parts."""
+        aligned = start % BLOCK == 0 and stop % BLOCK == 0
+        return aligned and 0 <= start < stop <= self.layout.stride and self.reads_parts
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if self._closed:
+            raise ValueError(f"The {self.name} store over {self.table.folder} is closed.")
         vocab_size = self.layout.shape.vocab_size
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
@@ -252,7 +312,7 @@ def _all_checksums(table: Table) -> np.ndarray:
     return np.concatenate([read_checksums(table, shard) for shard in table.shards])
 
 
-def _open_shards(table: Table, flags: int, stack: ExitStack) -> list[int]:
+def open_shards(table: Table, flags: int, stack: ExitStack) -> list[int]:
     """A descriptor for each shard, closed by `stack`; EINVAL (no direct reads) as an `OSError`."""
     fds: list[int] = []
     for shard in table.shards:
@@ -294,7 +354,7 @@ class MemoryStore(RecordStore):
 
     def _load(self) -> None:
         with ExitStack() as stack:
-            fds = _open_shards(self.table, 0, stack)
+            fds = open_shards(self.table, 0, stack)
             advance = stack.enter_context(
                 _late_progress("Loading the table", self.layout.table_bytes)
             )
@@ -320,9 +380,10 @@ class MemoryStore(RecordStore):
         self._check_records(np.arange(first_id, first_id + count), records)
         return records.nbytes
 
-    def _fetch(self, ids: np.ndarray, out: np.ndarray) -> int:
+    def _fetch(self, ids: np.ndarray, out: np.ndarray, start: int) -> int:
         # Ids are in range; any other mode than "raise" writes to `out` without a buffer.
-        np.take(self._records, ids, axis=0, out=out, mode="clip")
+        part = self._records[:, start : start + out.shape[1]]
+        np.take(part, ids, axis=0, out=out, mode="clip")
         return out.nbytes
 
     def whole(self) -> np.ndarray | None:
@@ -382,14 +443,15 @@ class MappedStore(RecordStore):
             for mapped, shard in zip(self._maps, table.shards, strict=True)
         ]
 
-    def _fetch(self, ids: np.ndarray, out: np.ndarray) -> int:
+    def _fetch(self, ids: np.ndarray, out: np.ndarray, start: int) -> int:
         shards, rows = self._locate(ids)
         numbers = np.unique(shards)
         for number in numbers:
             self._check_size(int(number))
             self._announce(int(number), rows[shards == number])
         for number in numbers:
-            _gather(self._records[number], rows, np.flatnonzero(shards == number), out)
+            records = self._records[number][:, start : start + out.shape[1]]
+            _gather(records, rows, np.flatnonzero(shards == number), out)
         return out.nbytes
 
     def _check_size(self, number: int) -> None:
@@ -432,188 +494,3 @@ def _gather(records: np.ndarray, rows: np.ndarray, where: np.ndarray, out: np.nd
 
 def _truncated(path: Path, shard: ShardInfo, found: int) -> TableError:
     return TableError(f"{path}: truncated while open, expected {shard.bytes} bytes, found {found}.")
-
-
-# -------------------------------------------------------------------------------------- direct
-
-
-class Backend(Protocol):
-    """What brings many rows from open files at once; see `Ring.read_rows`."""
-
-    def read_rows(self, fds: np.ndarray, offsets: np.ndarray, target: np.ndarray) -> np.ndarray: ...
-
-    def close(self) -> None: ...
-
-
-class ThreadedReads:
-    """`preadv` in long-lived threads, each with one slice of the batch."""
-
-    def __init__(self, num_threads: int = _NUM_THREADS) -> None:
-        self._num_threads = num_threads
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="table-read")
-
-    def read_rows(self, fds: np.ndarray, offsets: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """As `Ring.read_rows`."""
-        results = np.zeros(len(target), np.int64)
-
-        def read_slice(part: slice) -> None:
-            requests = zip(fds[part].tolist(), offsets[part].tolist(), target[part], strict=True)
-            results[part] = [_pread(fd, row, offset) for fd, offset, row in requests]
-
-        bounds = np.linspace(0, len(target), min(self._num_threads, len(target)) + 1).astype(int)
-        parts = [slice(first, end) for first, end in pairwise(bounds.tolist())]
-        waiting = [self._threads.submit(read_slice, part) for part in parts[1:]]
-        try:
-            read_slice(parts[0])
-        finally:
-            wait(waiting)  # no thread may write into `target` after this call, interrupted or not
-        for future in waiting:
-            future.result()
-        return results
-
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown()
-
-
-def _pread(fd: int, row: np.ndarray, offset: int) -> int:
-    """Bytes read, or an errno below zero."""
-    try:
-        return os.preadv(fd, [row.data], offset)
-    except OSError as error:
-        return -(error.errno or errno.EIO)
-
-
-class DirectStore(RecordStore):
-    """Reads from the disk past the page cache, many records at once."""
-
-    name = "direct"
-
-    def __init__(self, table: Table, verify_checksums: bool, notify: Notify) -> None:
-        super().__init__(table, verify_checksums)
-        self._read_bytes = max(self.layout.stride, BLOCK)
-        """One read: a record, or the block that holds it."""
-        bounce_rows = min(max(1, _BOUNCE_BYTES // self._read_bytes), 256)
-        self._bounce = aligned_buffer(bounce_rows * self._read_bytes).reshape(bounce_rows, -1)
-        self._lock = threading.Lock()
-        self._process = os.getpid()
-        with ExitStack() as stack:
-            fds, way = self._open_files(stack, notify)
-            self._fds = np.array(fds, np.int32)
-            self._backend, reader = self._open_backend(notify)
-            stack.callback(self._backend.close)
-            self.backend = reader + way
-            self._resources = stack.pop_all()
-
-    def _open_files(self, stack: ExitStack, notify: Notify) -> tuple[list[int], str]:
-        """Descriptors of the shards, and what to add to the name of the back end."""
-        try:
-            with ExitStack() as attempt:
-                fds = _open_shards(self.table, os.O_DIRECT, attempt)
-                os.preadv(fds[0], [self._bounce[0, :BLOCK].data], DATA_START)
-                stack.enter_context(attempt.pop_all())
-                return fds, ""
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise TableError(
-                    f"{self.table.folder}: can't be read: {error.strerror}."
-                ) from error
-        notify(
-            f"The file system of {self.table.folder} has no direct reads (O_DIRECT): "
-            "reading through the page cache, which takes memory beyond the row cache."
-        )
-        return _open_shards(self.table, 0, stack), " through the page cache"
-
-    def _open_backend(self, notify: Notify) -> tuple[Backend, str]:
-        try:
-            return self._probed_ring(), "io_uring"
-        except OSError as error:
-            if error.errno not in _RING_REFUSALS:
-                raise UserError(f"io_uring can't be set up: {error.strerror}.") from error
-            notify(f"No io_uring here ({error.strerror}): reading with {_NUM_THREADS} threads.")
-        return ThreadedReads(), f"preadv x{_NUM_THREADS} threads"
-
-    def _probed_ring(self) -> Ring:
-        """A ring that has read a block; an `OSError` where that doesn't work."""
-        ring = Ring()
-        try:
-            target = self._bounce[:1, :BLOCK]
-            result = int(ring.read_rows(self._fds[:1], np.array([DATA_START]), target)[0])
-            if result < 0:
-                raise OSError(-result, os.strerror(-result))
-        except BaseException:
-            ring.close()
-            raise
-        return ring
-
-    def _fetch(self, ids: np.ndarray, out: np.ndarray) -> int:
-        if os.getpid() != self._process:
-            raise UserError("A direct store can't be used after a fork; open it in each process.")
-        with self._lock:
-            if self._read_bytes == self.layout.stride and out.ctypes.data % BLOCK == 0:
-                self._read(ids, out)
-            else:
-                self._read_and_copy(ids, out)
-        return len(ids) * self._read_bytes
-
-    def _read_and_copy(self, ids: np.ndarray, out: np.ndarray) -> None:
-        """Read into the aligned bounce buffer, piece by piece, and copy the records out."""
-        for first in range(0, len(ids), len(self._bounce)):
-            piece = ids[first : first + len(self._bounce)]
-            blocks = self._bounce[: len(piece)]
-            inner = self._read(piece, blocks)
-            records = blocks.reshape(len(piece), -1, self.layout.stride)
-            out[first : first + len(piece)] = records[np.arange(len(piece)), inner]
-
-    def _read(self, ids: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Read the record or block of each id into a row of `target`, uint8 [n, _read_bytes].
-
-        Returns:
-            int64 [n]: which record of its row each id is (0 where a row is one record).
-        """
-        shards, rows = self._locate(ids)
-        offsets = DATA_START + rows * self.layout.stride
-        starts = offsets // BLOCK * BLOCK
-        results = self._read_rows(self._fds[shards], starts, target)
-        needed = offsets - starts + self.layout.stride
-        for row in np.flatnonzero(results < needed):
-            self._finish(
-                int(ids[row]), int(starts[row]), target[row], int(results[row]), int(needed[row])
-            )
-        return (offsets - starts) // self.layout.stride
-
-    def _read_rows(self, fds: np.ndarray, offsets: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """As `Ring.read_rows`; one read alone has nothing to overlap with and goes straight."""
-        if len(target) == 1:
-            return np.array([_pread(int(fds[0]), target[0], int(offsets[0]))])
-        try:
-            return self._backend.read_rows(fds, offsets, target)
-        except OSError as error:
-            raise TableError(f"{self.table.folder}: can't be read: {error.strerror}.") from error
-
-    def _finish(self, token_id: int, start: int, row: np.ndarray, result: int, needed: int) -> None:
-        """Take a read up again that came back short; an error if it can't be completed."""
-        if result < 0 and -result not in _PASSING_ERRORS:
-            raise self._unread(token_id, os.strerror(-result))
-        done = max(0, result) // BLOCK * BLOCK  # direct reads start at multiples of a block
-        rest = _pread(self._fd_of(token_id), row[done:], start + done)
-        if rest < 0:
-            raise self._unread(token_id, os.strerror(-rest))
-        if done + rest < needed:
-            raise self._unread(token_id, f"got {done + rest} of {needed} bytes")
-
-    def _fd_of(self, token_id: int) -> int:
-        return int(self._fds[self._locate(np.array([token_id]))[0][0]])
-
-    def _unread(self, token_id: int, problem: str) -> TableError:
-        path, offset = self._place(token_id)
-        expected = next(shard.bytes for shard in self.table.shards if shard.file == path.name)
-        found = os.fstat(self._fd_of(token_id)).st_size
-        if found < expected:
-            problem = f"truncated while open, expected {expected} bytes, found {found}"
-        return TableError(f"{path}: can't read the record of id {token_id} at {offset}: {problem}.")
-
-    def close(self) -> None:
-        with self._lock:
-            super().close()
-            self._resources.close()

@@ -1,0 +1,156 @@
+"""Slots in memory for records: those of the batches under way, and a cache of recent ones.
+
+Records are read straight into slots and mixed straight out of them, so a record that stays cached
+is never copied. A slot is held while a batch uses it; when nobody holds it, its record stays,
+within the budget, and the least recently used goes first.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+
+from lookup_experts.table.store import PendingRead, aligned_buffer
+
+
+class Arrival:
+    """A read that several batches may wait for, known before it has begun."""
+
+    def __init__(self) -> None:
+        self._begun = threading.Event()
+        self._read: PendingRead | None = None
+        self._error: BaseException | None = None
+
+    def begin(self, start: Callable[[], PendingRead]) -> None:
+        """Start the read; where that fails, those who wait get the error as well."""
+        try:
+            self._read = start()
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            self._begun.set()
+
+    def wait(self) -> None:
+        """See `PendingRead.wait`."""
+        self._begun.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._read is not None
+        self._read.wait()
+
+
+class Slot:
+    """One place for a record, and how it is being used."""
+
+    __slots__ = ("arrival", "holders", "number")
+
+    def __init__(self, number: int, arrival: Arrival) -> None:
+        self.number = number
+        self.holders = 1
+        """Batches that use it now."""
+        self.arrival: Arrival | None = arrival
+        """What brings its record; None once it is there."""
+
+
+class Taken:
+    """The slots of one batch, in the order of its ids."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[int, Slot]] = []
+        self.missing: list[tuple[int, Slot]] = []
+        """Those among them whose records this batch must read."""
+        self.arrival = Arrival()
+        """Of the missing ones."""
+        self.under_way: set[Arrival] = set()
+        """Of those that other batches are reading."""
+
+
+class RowCache:
+    """Slots for records, and which of them hold what. Safe to use from several threads.
+
+    Args:
+        stride: bytes per record.
+        budget_bytes: what records that nobody uses may take; 0 keeps none.
+        working_slots: how many records batches may hold at once, beyond the budget.
+    """
+
+    def __init__(self, stride: int, budget_bytes: int, working_slots: int) -> None:
+        self.cached_slots = budget_bytes // stride
+        num_slots = self.cached_slots + working_slots
+        # Memory that was never touched takes none, so an empty cache costs nothing.
+        self.memory: np.ndarray = aligned_buffer(num_slots * stride).reshape(num_slots, stride)
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._held: dict[int, Slot] = {}
+        self._idle: OrderedDict[int, Slot] = OrderedDict()  # least recently used first
+        self._lock = threading.Lock()
+        self.hits = 0
+
+    def take(self, ids: list[int]) -> Taken | None:
+        """Hold a slot for each of the unique `ids`; None if there are not enough slots.
+
+        The caller begins `arrival` for what is missing, waits, and then calls `arrived`, or
+        `forget` if that failed; and `release` in the end.
+        """
+        with self._lock:
+            if not self._has_room(ids):
+                return None
+            taken = Taken()
+            # Hits are held first, so that none of them is evicted for a miss.
+            found = {id_: slot for id_ in ids if (slot := self._hold(id_)) is not None}
+            for id_ in ids:
+                slot = found.get(id_)
+                if slot is None:
+                    slot = self._held[id_] = Slot(self._free_slot(), taken.arrival)
+                    taken.missing.append((id_, slot))
+                elif slot.arrival is not None:
+                    taken.under_way.add(slot.arrival)
+                taken.entries.append((id_, slot))
+            self.hits += len(found)
+            return taken
+
+    def arrived(self, taken: Taken) -> None:
+        """Note that the missing records of a batch are there."""
+        for _, slot in taken.missing:
+            slot.arrival = None
+
+    def forget(self, taken: Taken) -> None:
+        """Drop the missing records of a batch, which could not be read."""
+        with self._lock:
+            for id_, slot in taken.missing:
+                if self._held.get(id_) is slot:
+                    del self._held[id_]
+                    self._free.append(slot.number)
+
+    def release(self, taken: Taken) -> None:
+        """Give the slots of a batch back; records beyond the budget are forgotten."""
+        with self._lock:
+            for id_, slot in taken.entries:
+                if self._held.get(id_) is not slot:
+                    continue  # forgotten
+                slot.holders -= 1
+                if slot.holders == 0:
+                    self._idle[id_] = self._held.pop(id_)
+            while len(self._idle) > self.cached_slots:
+                self._free.append(self._idle.popitem(last=False)[1].number)
+
+    def _has_room(self, ids: list[int]) -> bool:
+        idle_hits = sum(id_ in self._idle for id_ in ids)
+        missing = len(ids) - idle_hits - sum(id_ in self._held for id_ in ids)
+        return missing <= len(self._free) + len(self._idle) - idle_hits
+
+    def _hold(self, id_: int) -> Slot | None:
+        slot = self._held.get(id_)
+        if slot is None:
+            slot = self._idle.pop(id_, None)
+            if slot is None:
+                return None
+            self._held[id_] = slot
+        slot.holders += 1
+        return slot
+
+    def _free_slot(self) -> int:
+        if self._free:
+            return self._free.pop()
+        return self._idle.popitem(last=False)[1].number

@@ -1,0 +1,291 @@
+"""The rows of one batch in table form, in the ways that they can lie in memory.
+
+`MemoryRows`: records lie whole in memory, in slots of the row cache, in the whole table, or in
+memory of the batch's own. For decoding, for tables in RAM, and under autograd.
+
+`StreamedRows`: records are read a few layers at a time into two buffers. For prompts: memory is
+bounded, and reading goes ahead of the compute.
+
+Both are `TokenRows` (`model/experts.py`). Float encodings are mixed straight out of the records;
+the others are decoded layer by layer, once per unique id.
+"""
+
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lookup_experts.model.experts import mix
+from lookup_experts.table.format import BLOCK, RecordLayout
+from lookup_experts.table.store import PendingRead, Store, aligned_buffer
+
+PRECOMPUTED_POSITIONS = 256
+"""Batches up to this size have the places of all their rows computed at once for all layers."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How records become rows."""
+
+    layout: RecordLayout
+    dtype: torch.dtype
+    """Of the rows; the model's."""
+    device: torch.device
+    """Where the rows are needed."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one expert's row in a float record."""
+        return self.layout.shape.hidden_size * self.dtype.itemsize
+
+    def is_flat(self, record_stride: int) -> bool:
+        """Whether records this far apart are, as they are, a matrix of rows of this dtype."""
+        stored = self.layout.encoding.torch_dtype
+        return (
+            stored == self.dtype
+            and self.device.type == "cpu"
+            and record_stride % self.row_bytes == 0
+        )
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """One layer of records, uint8 [U, layer_bytes] -> [U, N, d]."""
+        shape = self.layout.shape
+        return self.layout.encoding.decode(
+            codes.to(self.device, non_blocking=True),
+            shape.num_experts,
+            shape.hidden_size,
+            self.dtype,
+        )
+
+
+class WaitClock:
+    """Adds up the time that models spent waiting for records."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def wait(self, pending: PendingRead) -> None:
+        """Wait and count."""
+        started_at = time.perf_counter()
+        try:
+            pending.wait()
+        finally:
+            self.seconds += time.perf_counter() - started_at
+
+
+class MemoryRows:
+    """Rows of records that lie, or will lie, whole in memory.
+
+    Args:
+        decoding: how records become rows.
+        memory: uint8 [M, stride] on the CPU.
+        slots: int64 [U], which rows of `memory` are the records of the unique ids.
+        index: int64 [B, T], position -> place in `slots`.
+        pending: what brings the records; None if they are there.
+        clock: counts the waiting.
+        on_release: called when nobody holds the rows any more.
+    """
+
+    def __init__(
+        self,
+        decoding: Decoding,
+        memory: Tensor,
+        slots: Tensor,
+        index: Tensor,
+        clock: WaitClock,
+        pending: PendingRead | None = None,
+        on_release: Callable[[], None] | None = None,
+    ) -> None:
+        self.index = index
+        self._decoding = decoding
+        self._memory = memory
+        self._slots = slots
+        self._pending = pending
+        self._clock = clock
+        if on_release is not None:
+            weakref.finalize(self, on_release).atexit = False
+        self._bags: tuple[Tensor, ...] | None = None
+        self._flat: Tensor | None = None
+        if decoding.is_flat(memory.shape[1]):
+            self._lay_flat()
+
+    def _lay_flat(self) -> None:
+        """Prepare `mix` straight out of the records: row numbers, for each layer if few."""
+        shape = self._decoding.layout.shape
+        rows_per_record = self._memory.shape[1] // self._decoding.row_bytes
+        self._flat = self._memory.view(self._decoding.dtype).view(-1, shape.hidden_size)
+        self._first_rows = (self._slots[self.index.reshape(-1)] * rows_per_record).unsqueeze(1)
+        if self.index.numel() <= PRECOMPUTED_POSITIONS:
+            self._bags = (
+                self._first_rows + row_offsets(shape.num_layers, shape.num_experts)
+            ).unbind()
+
+    def wait(self) -> None:
+        """Return when the records are there."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._clock.wait(pending)
+
+    def layer(self, layer: int) -> Tensor:
+        """See `TokenRows.layer`."""
+        self.wait()
+        codes = self._memory[:, self._decoding.layout.layer_slice(layer)]
+        return self._decoding.decode(codes.index_select(0, self._slots))
+
+    def mix(self, layer: int, weights: Tensor) -> Tensor:
+        """See `TokenRows.mix`."""
+        if self._flat is None:
+            return mix(self.layer(layer), self.index.view(-1), weights)
+        if self._pending is not None:
+            self.wait()
+        if self._bags is not None:
+            bags = self._bags[layer]
+        else:
+            shape = self._decoding.layout.shape
+            bags = self._first_rows + row_offsets(shape.num_layers, shape.num_experts)[layer]
+        return F.embedding_bag(
+            bags, self._flat, mode="sum", per_sample_weights=weights.to(self._flat.dtype)
+        )
+
+
+_offsets: dict[tuple[int, int], Tensor] = {}
+
+
+def row_offsets(num_layers: int, num_experts: int) -> Tensor:
+    """[L, 1, N] int64: where each layer's and expert's row is in a flat record."""
+    key = (num_layers, num_experts)
+    if key not in _offsets:
+        with torch.inference_mode(False):
+            _offsets[key] = torch.arange(num_layers * num_experts).view(num_layers, 1, num_experts)
+    return _offsets[key]
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that are read together, and the bytes of a record that hold them."""
+
+    layers: range
+    start: int
+    stop: int
+
+
+def plan_groups(
+    layout: RecordLayout, num_ids: int, group_bytes: int, in_parts: bool
+) -> list[LayerGroup]:
+    """Neighbouring layers in groups of about `group_bytes` for `num_ids` ids.
+
+    The first group is one layer, since the model waits for it; none is less. Records that can't
+    be read in parts make one group.
+    """
+    num_layers = layout.shape.num_layers
+    if not in_parts:
+        return [LayerGroup(range(num_layers), 0, layout.stride)]
+    size = max(1, min(num_layers, group_bytes // max(1, num_ids * layout.layer_bytes)))
+    bounds = [0, *range(1, num_layers, size), num_layers]
+    groups = []
+    for first, end in pairwise(bounds):
+        start = first * layout.layer_bytes // BLOCK * BLOCK
+        stop = min(-(-end * layout.layer_bytes // BLOCK) * BLOCK, layout.stride)
+        groups.append(LayerGroup(range(first, end), start, stop))
+    return groups
+
+
+class StreamedRows:
+    """Rows of a long prompt: groups of layers are read ahead of the compute into two buffers.
+
+    Blocks ask for layers in order; asking for an earlier one starts again from there.
+
+    Args:
+        decoding: how records become rows.
+        store: where records are read from, in parts.
+        thread: reads one group after the other.
+        ids: int64 [U], unique.
+        index: int64 [B, T], position -> place in `ids`.
+        clock: counts the waiting.
+        group_bytes: what each of the two buffers may take.
+    """
+
+    def __init__(
+        self,
+        decoding: Decoding,
+        store: Store,
+        thread: Executor,
+        ids: np.ndarray,
+        index: Tensor,
+        clock: WaitClock,
+        group_bytes: int,
+    ) -> None:
+        self.index = index
+        self._decoding = decoding
+        self._store = store
+        self._thread = thread
+        self._ids = ids
+        self._clock = clock
+        self._groups = plan_groups(decoding.layout, len(ids), group_bytes, store.reads_parts)
+        self._group_of = [number for number, group in enumerate(self._groups) for _ in group.layers]
+        widest = max(group.stop - group.start for group in self._groups)
+        self._buffers = [aligned_buffer(len(ids) * widest) for _ in range(2)]
+        self._reading: dict[int, Future[np.ndarray]] = {}
+        self._start_from(0)
+
+    def _start_from(self, group: int) -> None:
+        """Read this group and the next; whatever else is being read comes to its end first."""
+        for future in self._reading.values():
+            future.exception()
+        self._reading = {}
+        self._current = group
+        self._read_ahead(group)
+        self._read_ahead(group + 1)
+
+    def _read_ahead(self, number: int) -> None:
+        if number < len(self._groups):
+            self._reading[number] = self._thread.submit(self._read, number)
+
+    def _read(self, number: int) -> np.ndarray:
+        group = self._groups[number]
+        width = group.stop - group.start
+        out = self._buffers[number % 2][: len(self._ids) * width].reshape(-1, width)
+        self._store.read(self._ids, out, group.start)
+        return out
+
+    def wait(self) -> None:
+        """Nothing can be had ready beforehand: reading goes on while the model computes."""
+
+    def layer(self, layer: int) -> Tensor:
+        """See `TokenRows.layer`."""
+        number = self._group_of[layer]
+        if number != self._current:
+            if number != self._current + 1:
+                self._start_from(number)
+            else:
+                self._reading.pop(self._current)
+                self._current = number
+                self._read_ahead(number + 1)  # into the buffer of the group that is done with
+        future = self._reading[number]
+        if not future.done():
+            self._clock.wait(_FutureWait(future))
+        records = torch.from_numpy(future.result())
+        layout, start = self._decoding.layout, self._groups[number].start
+        part = layout.layer_slice(layer)
+        return self._decoding.decode(records[:, part.start - start : part.stop - start])
+
+    def mix(self, layer: int, weights: Tensor) -> Tensor:
+        """See `TokenRows.mix`."""
+        return mix(self.layer(layer), self.index.view(-1), weights)
+
+
+class _FutureWait:
+    """A future as a `PendingRead`; its error, if any, is for who asks for the result."""
+
+    def __init__(self, future: "Future[np.ndarray]") -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        self._future.exception()
