@@ -30,6 +30,7 @@ def train(
     from lookup_experts.training.recipe import load_recipe
     from lookup_experts.training.train import TrainingInterrupted
     from lookup_experts.training.train import train as train_recipe
+    from lookup_experts.training.trainer import is_main_process
 
     console.quiet_transformers()
     try:
@@ -37,6 +38,8 @@ def train(
     except TrainingInterrupted as interrupted:
         console.say(str(interrupted))
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    if not is_main_process():
+        return
     if json:
         console.json_result(summary.to_dict())
     else:
