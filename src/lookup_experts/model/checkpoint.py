@@ -141,15 +141,17 @@ def load_official(folder: Path, kind: str, config: dict[str, Any], dtype: Any = 
 
 def official_settings(folder: Path, config: dict[str, Any]) -> LookupSettings:
     """What the `config.json` of a MoLE checkpoint in the authors' format says of its experts."""
-    sizes = {}
-    for key in ("num_experts", "intermediate_size", "num_hidden_layers"):
-        sizes[key] = config.get(key)
-        if not isinstance(sizes[key], int):
+
+    def whole_number(key: str) -> int:
+        value = config.get(key)
+        if not isinstance(value, int):
             raise UserError(f"{folder}: config.json should state {key} as a whole number.")
+        return value
+
     return LookupSettings(
-        num_experts=sizes["num_experts"],
-        expert_size=sizes["intermediate_size"],
-        layers=tuple(range(sizes["num_hidden_layers"])),
+        num_experts=whole_number("num_experts"),
+        expert_size=whole_number("intermediate_size"),
+        layers=tuple(range(whole_number("num_hidden_layers"))),
         norm_eps=config.get("rms_norm_eps", 1e-6),
     )
 

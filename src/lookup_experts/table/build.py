@@ -27,6 +27,7 @@ from lookup_experts.model.experts import LayerExperts
 from lookup_experts.model.fingerprint import embedding_hash, fingerprint
 from lookup_experts.table.encoding import Encoding
 from lookup_experts.table.format import (
+    MANIFEST_NAME,
     Progress,
     RecordLayout,
     ShardInfo,
@@ -36,6 +37,7 @@ from lookup_experts.table.format import (
     TableShape,
     open_table,
     plan_shards,
+    read_manifest,
     write_manifest,
 )
 from lookup_experts.table.store import open_store
@@ -141,7 +143,8 @@ def build_table(
     folder.mkdir(parents=True, exist_ok=True)
     finished = _resume(folder, plan)
     _require_space(folder, plan.manifest)
-    _write_chunks(folder, plan, rows_of, finished, progress)
+    chunks = _unwritten_chunks(folder, plan, finished)
+    _write_chunks(folder, plan, rows_of, chunks, progress)
     write_manifest(folder, plan.manifest)
     table = open_table(folder)
     check_sample(table, rows_of)
@@ -150,9 +153,15 @@ def build_table(
 
 
 def _resume(folder: Path, plan: BuildPlan) -> int:
-    """How many ids the journal calls finished; 0 and a new journal where nothing was begun."""
+    """How many ids the journal calls finished; 0 and a new journal where nothing was begun.
+
+    A table that is finished counts as a build that is: it was, and what came after it failed.
+    """
     path = folder / JOURNAL
     if not path.exists():
+        if (folder / MANIFEST_NAME).exists() and read_manifest(folder) == plan.manifest:
+            _write_journal(folder, plan, plan.manifest.layout.shape.vocab_size)
+            return plan.manifest.layout.shape.vocab_size
         if any(folder.iterdir()):
             raise TableError(
                 f"{folder} is not empty and holds no unfinished build; give an empty folder."
@@ -188,10 +197,37 @@ def _require_space(folder: Path, manifest: TableManifest) -> None:
         )
 
 
+def _unwritten_chunks(
+    folder: Path, plan: BuildPlan, finished: int
+) -> list[tuple[ShardInfo, range]]:
+    """The chunks that the disk doesn't hold; what the journal calls finished is read to know."""
+    intact_end = {
+        shard.file: shard.first_id + _intact_rows(folder, plan, shard, finished - shard.first_id)
+        for shard in plan.manifest.shards
+    }
+    return [(shard, ids) for shard, ids in plan.chunks() if ids.stop > intact_end[shard.file]]
+
+
+def _intact_rows(folder: Path, plan: BuildPlan, shard: ShardInfo, finished_rows: int) -> int:
+    if finished_rows <= 0:
+        return 0
+    with _shard_writer(folder, plan, shard) as writer:
+        return writer.verified_rows(finished_rows)
+
+
+def _shard_writer(folder: Path, plan: BuildPlan, shard: ShardInfo) -> ShardWriter:
+    manifest = plan.manifest
+    return ShardWriter(folder / shard.file, manifest.layout, shard, manifest.fingerprint)
+
+
 def _write_chunks(
-    folder: Path, plan: BuildPlan, rows_of: RowsOf, finished: int, progress: Progress | None
+    folder: Path,
+    plan: BuildPlan,
+    rows_of: RowsOf,
+    chunks: Sequence[tuple[ShardInfo, range]],
+    progress: Progress | None,
 ) -> None:
-    """Evaluate and write every chunk from id `finished` on.
+    """Evaluate and write chunks.
 
     Evaluation and writing overlap: one chunk is being written while the next is evaluated, each
     in a buffer of its own.
@@ -200,10 +236,9 @@ def _write_chunks(
     vocab_size = layout.shape.vocab_size
     buffers = [np.zeros((plan.chunk_ids, layout.stride), np.uint8) for _ in range(2)]
     writing: Future[None] | None = None
-    with ThreadPoolExecutor(1, "table-writer") as thread, _OpenShard(folder, plan) as shards:
-        for number, (shard, ids) in enumerate(plan.chunks()):
-            if ids.stop <= finished and shards.is_intact(shard, ids, finished):
-                continue
+    # Left in the opposite order: the thread has ended when the last shard is closed.
+    with _OpenShard(folder, plan) as shards, ThreadPoolExecutor(1, "table-writer") as thread:
+        for number, (shard, ids) in enumerate(chunks):
             records = buffers[number % 2][: len(ids)]
             encode_chunk(layout, rows_of, ids, records)
             if writing is not None:
@@ -245,7 +280,6 @@ class _OpenShard:
         self._folder, self._plan = folder, plan
         self._writer: ShardWriter | None = None
         self._shard: ShardInfo | None = None
-        self._intact_rows = 0
 
     def __enter__(self) -> "_OpenShard":
         return self
@@ -255,21 +289,11 @@ class _OpenShard:
             self._writer.close()
 
     def writer(self, shard: ShardInfo) -> ShardWriter:
+        """The writer of `shard`; the shard that was open before is finished."""
         if self._shard != shard or self._writer is None:
             self.finish()
-            manifest = self._plan.manifest
-            self._writer = ShardWriter(
-                self._folder / shard.file, manifest.layout, shard, manifest.fingerprint
-            )
-            self._shard, self._intact_rows = shard, -1
+            self._writer, self._shard = _shard_writer(self._folder, self._plan, shard), shard
         return self._writer
-
-    def is_intact(self, shard: ShardInfo, ids: range, finished: int) -> bool:
-        """Whether the disk really holds the records of a chunk that the journal calls finished."""
-        writer = self.writer(shard)
-        if self._intact_rows < 0:
-            self._intact_rows = writer.verified_rows(max(0, finished - shard.first_id))
-        return ids.stop - shard.first_id <= self._intact_rows
 
     def finish(self) -> None:
         """Bring the open shard to the disk."""
