@@ -229,6 +229,16 @@ def test_a_folder_with_other_things_in_it(tmp_path, tokenizer_folder):
         prepare([tmp_path / "a.txt"], tokenizer=tokenizer_folder, out=tmp_path / "a.txt")
 
 
+def test_rows_that_were_missing_may_follow(tmp_path, tokenizer_folder):
+    rows = tmp_path / "a.jsonl"
+    rows.write_text("\n\n")
+    with pytest.raises(UserError, match="only empty documents: 0"):
+        prepare([rows], tokenizer=tokenizer_folder, out=tmp_path / "out")
+    write_rows(rows, ["one", "two"])
+    prepared = prepare([rows], tokenizer=tokenizer_folder, out=tmp_path / "out")
+    assert prepared.manifest.num_documents("train") == 1
+
+
 def test_text_without_text(tmp_path, tokenizer_folder):
     rows = write_rows(tmp_path / "a.jsonl", ["", " "])
     with pytest.raises(UserError, match="only empty documents: 2"):

@@ -7,6 +7,7 @@ the same thing; how many workers do it, and how the tokenizer was named, makes n
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -102,6 +103,7 @@ def begin(folder: Path, job: Job) -> Job:
                 f"{folder} was made or begun for another job: {difference}. "
                 "Choose another --out, or delete the folder."
             )
+        _remove_pieces_folder(folder)
     job.save(folder)
     return job
 
@@ -109,6 +111,12 @@ def begin(folder: Path, job: Job) -> Job:
 def _has_results(folder: Path) -> bool:
     pieces = (folder / PIECES_NAME).glob("*.safetensors")
     return (folder / MANIFEST_NAME).exists() or any(pieces)
+
+
+def _remove_pieces_folder(folder: Path) -> None:
+    """It holds no piece, but may hold notes of the other job."""
+    if (folder / PIECES_NAME).exists():
+        shutil.rmtree(folder / PIECES_NAME)
 
 
 @contextmanager

@@ -176,15 +176,9 @@ def _run(
         dtype="uint16" if vocab_size <= 2**16 else "uint32",
     )
     pieces = _tokenise(folder, job, sources, spec, num_workers, progress)
-    sections = _join([read_index(path) for path in pieces])
-    keys, num_tokens = document_index(sections)
-    total = int(num_tokens.sum())
-    if total == 0:
-        raise UserError(
-            f"There is no text in the inputs, only empty documents: {len(keys)}. "
-            f"Delete {folder} and name other inputs or another --text-field."
-        )
+    keys, num_tokens = _documents(folder, pieces)
     held_out = hold_out(keys, num_tokens, job.validation)
+    total = int(num_tokens.sum())
     _check_space(folder, total * np.dtype(spec.dtype).itemsize)
     with progress("Writing shards") as update:
         splits = write_shards(folder, pieces, held_out, lambda done: update(done, total))
@@ -236,11 +230,21 @@ def _read_all(sources: list[Input], text_field: str) -> Iterator[Chunk]:
         before += source.num_bytes if isinstance(source, TextFile) else 0
 
 
-def _join(indices: list[SectionIndex]) -> SectionIndex:
-    return SectionIndex(
-        np.concatenate([index.num_tokens for index in indices]),
-        np.concatenate([index.ends_document for index in indices]),
-        np.concatenate([index.keys for index in indices]),
+def _documents(folder: Path, pieces: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Of every document its key, uint64 [documents], and its number of tokens, int64."""
+    indices = [read_index(path) for path in pieces]
+    if not any(index.num_tokens.any() for index in indices):
+        raise UserError(
+            "There is no text in the inputs, only empty documents: "
+            f"{sum(len(index.keys) for index in indices)}. "
+            f"Delete {folder} and name other inputs or another --text-field."
+        )
+    return document_index(
+        SectionIndex(
+            np.concatenate([index.num_tokens for index in indices]),
+            np.concatenate([index.ends_document for index in indices]),
+            np.concatenate([index.keys for index in indices]),
+        )
     )
 
 
