@@ -14,6 +14,7 @@ def chat(
     top_k: options.TopK = 0,
     seed: options.Seed = None,
     store: options.Store = "auto",
+    cache: options.Cache = "0",
     checksums: options.Checksums = False,
     tokenizer: options.Tokenizer = None,
     device: options.Device = "cpu",
@@ -34,6 +35,7 @@ def chat(
     model = load(
         folder,
         store=store,
+        cache=cache,
         device=device,
         dtype=dtype,
         verify_checksums=checksums,

@@ -24,6 +24,7 @@ def generate(
     top_k: options.TopK = 0,
     seed: options.Seed = None,
     store: options.Store = "auto",
+    cache: options.Cache = "0",
     checksums: options.Checksums = False,
     tokenizer: options.Tokenizer = None,
     device: options.Device = "cpu",
@@ -52,6 +53,7 @@ def generate(
     model = load(
         folder,
         store=store,
+        cache=cache,
         device=device,
         dtype=dtype,
         verify_checksums=checksums,

@@ -12,6 +12,10 @@ Store = Annotated[
     str,
     typer.Option(help="Where the table is read from: memory, mmap, direct (disk), or auto."),
 ]
+Cache = Annotated[
+    str,
+    typer.Option(help="Budget for records of recent tokens in RAM, e.g. 256MB; 0 is off."),
+]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="Weights: float32, bfloat16, float16, or auto.")]
 Checksums = Annotated[

@@ -26,6 +26,7 @@ def load(
     folder: str | Path,
     *,
     store: str = "auto",
+    cache: int | str = 0,
     device: str | torch.device = "cpu",
     dtype: str = "auto",
     verify_checksums: bool = False,
@@ -40,6 +41,7 @@ def load(
         folder: a folder, or a name on the Hugging Face hub.
         store: where the records of a table are read from: `memory`, `mmap`, `direct` (from disk
             past the page cache), or `auto`.
+        cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off.
         device: where the model runs.
         dtype: of the weights: `float32`, `bfloat16`, `float16`, or `auto` for that of the folder.
         verify_checksums: compare every record that is read with its checksum.
@@ -59,7 +61,12 @@ def load(
         return model.eval()
     if config.get("model_type") == LookupExpertsConfig.model_type:
         weight_files(path)
-        options = {"store": store, "verify_checksums": verify_checksums, "notify": notify}
+        options = {
+            "store": store,
+            "cache": cache,
+            "verify_checksums": verify_checksums,
+            "notify": notify,
+        }
         return _load_huggingface(path, device, dtype, options).eval()
     return _load_huggingface(path, device, dtype, {}).eval()
 
