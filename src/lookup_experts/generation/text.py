@@ -220,6 +220,7 @@ def format_statistics(generation: Generation) -> str:
         lines.append(
             f"table: {reader.store} ({reader.backend}), {reader.ids_asked} ids asked, "
             f"{reader.ids_unique} unique, {reader.cache_hits} from the cache, "
-            f"{format_bytes(reader.bytes_read)} read in {reader.read_seconds * 1000:.0f} ms, waited {reader.wait_seconds * 1000:.0f} ms"
+            f"{format_bytes(reader.bytes_read)} read in {reader.read_seconds * 1000:.0f} ms, "
+            f"waited {reader.wait_seconds * 1000:.0f} ms"
         )
     return "\n".join(lines)
