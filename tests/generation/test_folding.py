@@ -1,4 +1,4 @@
-"""Re-parameterising: the table form says what the training form says, for every store and encoding."""
+"""Re-parameterising: the table form says what the training form says, from every store."""
 
 import functools
 import json

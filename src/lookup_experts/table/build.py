@@ -9,13 +9,16 @@ finished. A build that was killed goes on from there, after checking what the di
 against its checksums; `table.json`, without which the folder is no table, is written last.
 """
 
+import errno
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,9 +146,10 @@ def build_table(
     folder.mkdir(parents=True, exist_ok=True)
     finished = _resume(folder, plan)
     _require_space(folder, plan.manifest)
-    chunks = _unwritten_chunks(folder, plan, finished)
-    _write_chunks(folder, plan, rows_of, chunks, progress)
-    write_manifest(folder, plan.manifest)
+    with _full_disk_as_user_error(folder):
+        chunks = _unwritten_chunks(folder, plan, finished)
+        _write_chunks(folder, plan, rows_of, chunks, progress)
+        write_manifest(folder, plan.manifest)
     table = open_table(folder)
     check_sample(table, rows_of)
     (folder / JOURNAL).unlink()
@@ -168,13 +172,35 @@ def _resume(folder: Path, plan: BuildPlan) -> int:
             )
         _write_journal(folder, plan, 0)
         return 0
-    journal = json.loads(path.read_text())
-    if journal["plan"] != plan.to_json():
+    journal = _read_journal(path)
+    if journal.get("plan") != plan.to_json():
         raise TableError(
             f"{folder} holds an unfinished build of another table (other weights, encoding or "
             "version). Delete it to start anew."
         )
-    return int(journal["finished_ids"])
+    return journal["finished_ids"]
+
+
+def _read_journal(path: Path) -> dict[str, Any]:
+    try:
+        journal = json.loads(path.read_text())
+    except ValueError:
+        journal = None
+    if not isinstance(journal, dict) or not isinstance(journal.get("finished_ids"), int):
+        raise TableError(f"{path} is damaged. Delete {path.parent} to start anew.")
+    return journal
+
+
+@contextmanager
+def _full_disk_as_user_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFullError(
+            f"{folder}: no space left ({error.strerror}). Free some; the build goes on from there."
+        ) from error
 
 
 def _write_journal(folder: Path, plan: BuildPlan, finished_ids: int) -> None:
@@ -313,7 +339,8 @@ def check_sample(table: Table, rows_of: RowsOf, num_ids: int = SAMPLE_IDS) -> No
     shape = layout.shape
     ids = np.unique(np.linspace(0, shape.vocab_size - 1, num_ids).astype(np.int64))
     records = np.zeros((len(ids), layout.stride), np.uint8)
-    with open_store(table, "mmap", notify=lambda message: None) as store:
+    # Past the page cache, which would only give back what was just handed to it.
+    with open_store(table, "direct", notify=lambda message: None) as store:
         store.read(ids, records)
     read = torch.from_numpy(records)
     for layer, rows in enumerate(rows_of(torch.from_numpy(ids))):
