@@ -14,6 +14,11 @@ import lookup_experts as le
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+_TEXT = (
+    "The quick brown fox jumps over the lazy dog. Once upon a time there was a small table, and "
+    "on the table there were records; every record had a number, and every number was read once."
+)
+
 torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -39,7 +44,7 @@ def tokenizer() -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB, special_tokens=["<pad>", "<s>", "<unk>"], show_progress=False
     )
-    trained.train_from_iterator(["the quick brown fox jumps over the lazy dog .,"] * 4, trainer)
+    trained.train_from_iterator([_TEXT], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=trained, pad_token="<pad>", bos_token="<s>", unk_token="<unk>"
     )

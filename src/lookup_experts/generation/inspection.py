@@ -28,7 +28,12 @@ from lookup_experts.table.format import (
     verify_table,
 )
 
-EXPERT_MARKS = (".lookup_experts.routed.", ".experts.", ".expert_layernorm.")
+EXPERT_MARKS = {
+    "lookup-experts": (".lookup_experts.routed.",),
+    "official": (".experts.", ".expert_layernorm."),
+    "huggingface": (),
+}
+"""What the names of routed experts' weights contain, by the format of the folder."""
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
@@ -57,11 +62,11 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         if official == "mole":
             settings = official_settings(path, config)
     elif config.get("model_type") == LookupExpertsConfig.model_type:
-        settings = LookupSettings.from_dict(config["lookup_experts"])
+        settings = attached_settings(path, config)
         described |= {
             "form": settings.form,
             "format": "lookup-experts",
-            "backbone": config["backbone_type"],
+            "backbone": config.get("backbone_type"),
         }
     else:
         described |= {
@@ -70,7 +75,7 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
             "backbone": config.get("model_type"),
         }
     described["lookup_experts"] = settings.to_dict() if settings else None
-    described["parameters"] = count_parameters(path)
+    described["parameters"] = count_parameters(path, EXPERT_MARKS[described["format"]])
     described["table"] = None
     if settings is not None and settings.form == "table":
         table = open_table(path / "table")
@@ -79,13 +84,20 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     return described
 
 
-def count_parameters(folder: Path) -> dict[str, int]:
+def attached_settings(path: Path, config: dict[str, Any]) -> LookupSettings:
+    """What was attached, by the `config.json` of a folder in our format."""
+    if "lookup_experts" not in config:
+        raise UserError(f"{path}: config.json doesn't say what was attached (lookup_experts).")
+    return LookupSettings.from_dict(config["lookup_experts"])
+
+
+def count_parameters(folder: Path, expert_marks: tuple[str, ...]) -> dict[str, int]:
     """Numbers of weights by the headers of a model folder's files."""
     counts = {"resident": 0, "experts": 0}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                kind = "experts" if any(mark in name for mark in EXPERT_MARKS) else "resident"
+                kind = "experts" if any(mark in name for mark in expert_marks) else "resident"
                 counts[kind] += math.prod(file.get_slice(name).get_shape())
     return counts
 
@@ -146,7 +158,7 @@ def verify_folder(folder: str | Path, progress: Progress | None = None) -> Verif
         config = read_config(path)
         if config.get("model_type") != LookupExpertsConfig.model_type:
             raise UserError(f"{path} has no table to verify: it is no model in table form.")
-        if LookupSettings.from_dict(config["lookup_experts"]).form != "table":
+        if attached_settings(path, config).form != "table":
             raise UserError(
                 f"{path} has no table to verify: its experts are in training form. "
                 "Fold them first: mole reparameterize."

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.model.checkpoint import (
@@ -105,7 +106,10 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"{path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}), so text can't become token "
             "ids. Put the tokenizer's files there."
         )
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        raise UserError(f"The tokenizer in {path} can't be read: {_first_line(error)}") from error
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -124,7 +128,7 @@ def _load_huggingface(
             ignore_mismatched_sizes=True,  # so that they are in the report
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} can't be loaded as a causal LM: {_first_line(error)}") from error

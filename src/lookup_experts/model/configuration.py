@@ -18,6 +18,8 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+from lookup_experts.errors import UserError
+
 LOADING_HINT = (
     "This folder is a model with lookup experts, not a plain one: "
     "`import lookup_experts`, then use AutoModelForCausalLM or lookup_experts.load"
@@ -73,6 +75,9 @@ class LookupExpertsConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        for key in ("backbone", "backbone_type", "lookup_experts"):
+            if key not in config_dict:
+                raise UserError(f"The configuration of a model with lookup experts has no {key!r}.")
         backbone = CONFIG_MAPPING[config_dict["backbone_type"]]
         return attached_config_class(backbone).from_dict(config_dict, **kwargs)
 

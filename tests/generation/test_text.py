@@ -1,0 +1,189 @@
+"""Text from a model: what it is given, what it gives back, and what it counts."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import VOCAB, greedy_reference, token_ids
+
+import lookup_experts as le
+from lookup_experts.errors import UserError
+from lookup_experts.generation.conversation import Conversation
+from lookup_experts.generation.loading import load_tokenizer
+from lookup_experts.generation.text import (
+    Generation,
+    Sampling,
+    format_statistics,
+    generate_ids,
+    generate_text,
+)
+
+PROMPT = token_ids(1, 9)[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def model(table_folder):
+    return le.load(table_folder, store="direct")
+
+
+def test_ids_are_continued_greedily(model):
+    generation = generate_ids(model, PROMPT, Sampling(max_new_tokens=12))
+    expected = greedy_reference(model, torch.tensor([PROMPT]), 12)
+    assert generation.token_ids == expected[0].tolist()
+    assert generation.prompt_tokens == 9
+    assert generation.text is None
+    assert 0 < generation.seconds_to_first_token < generation.seconds
+    decoding = generation.seconds - generation.seconds_to_first_token
+    assert generation.tokens_per_second == pytest.approx(11 / decoding)
+    assert json.loads(json.dumps(generation.to_dict()))["token_ids"] == generation.token_ids
+
+
+def test_text_is_streamed_as_it_comes(model, tokenizer):
+    pieces = []
+    generation = generate_text(
+        model, tokenizer, "the quick brown fox", Sampling(max_new_tokens=20), pieces.append
+    )
+    assert (
+        "".join(pieces)
+        == generation.text
+        == tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+    )
+    assert len(pieces) > 1
+
+
+def test_sampling_is_repeatable_with_a_seed(model):
+    def sampled(seed):
+        sampling = Sampling(16, temperature=1.5, top_p=0.95, top_k=50, seed=seed)
+        return generate_ids(model, PROMPT, sampling).token_ids
+
+    assert sampled(1) == sampled(1)
+    assert len({tuple(sampled(seed)) for seed in range(4)}) > 1
+
+
+def test_one_token_is_one_token(model):
+    generation = generate_ids(model, PROMPT, Sampling(max_new_tokens=1))
+    assert len(generation.token_ids) == 1
+    assert generation.tokens_per_second == 0
+
+
+def test_the_table_is_counted_for_each_generation(model):
+    counts = [generate_ids(model, PROMPT, Sampling(max_new_tokens=6)).reader for _ in range(2)]
+    for reader in counts:
+        assert reader.store == "direct"
+        assert reader.ids_asked == 9 + 5
+        assert reader.batches == 6
+        assert 0 < reader.ids_unique <= 14
+        assert reader.wait_seconds <= 10
+    assert "direct (" in format_statistics(generate_ids(model, PROMPT, Sampling(2)))
+
+
+def test_a_model_without_a_table_counts_nothing(training_folder):
+    generation = generate_ids(le.load(training_folder), PROMPT, Sampling(2))
+    assert generation.reader is None
+    assert "table" not in format_statistics(generation)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+    ],
+)
+def test_sampling_that_makes_no_sense_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**values)
+
+
+def test_prompts_that_can_not_be_continued_are_refused(model, tokenizer):
+    with pytest.raises(UserError, match="prompt is empty"):
+        generate_ids(model, [], Sampling())
+    with pytest.raises(UserError, match="prompt is empty"):
+        generate_text(model, tokenizer, "", Sampling())
+    for wrong in (-1, VOCAB):
+        with pytest.raises(UserError, match=rf"Token id {wrong} is outside the vocabulary"):
+            generate_ids(model, [1, wrong], Sampling())
+    with pytest.raises(UserError, match="has 128 tokens and the model's context is 128"):
+        generate_ids(model, [1] * 128, Sampling())
+
+
+def test_temperature_zero_is_greedy_whatever_the_rest(model):
+    first = generate_ids(model, PROMPT, Sampling(8, temperature=0, top_p=0.5, seed=1))
+    assert first.token_ids == generate_ids(model, PROMPT, Sampling(8)).token_ids
+
+
+# ------------------------------------------------------------------------------- conversation
+
+
+class Recorded:
+    """Stands in for `generate_ids`: notes the prompts, answers by number."""
+
+    def __init__(self) -> None:
+        self.prompts = []
+
+    def __call__(self, model, ids, sampling, *, tokenizer, on_text):
+        self.prompts.append(tokenizer.decode(ids))
+        return Generation([5], f"answer {len(self.prompts)}", len(ids), 0.1, 0.2, None)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    from lookup_experts.generation import conversation
+
+    recorded = Recorded()
+    monkeypatch.setattr(conversation, "generate_ids", recorded)
+    return recorded
+
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }} {% endfor %}"
+
+
+def with_template(folder):
+    loaded = load_tokenizer(folder)
+    loaded.chat_template = TEMPLATE + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    return loaded
+
+
+def test_turns_are_remembered_through_the_template(model, table_folder, recorded):
+    conversation = Conversation(model, with_template(table_folder), Sampling(4))
+    conversation.answer("the fox")
+    conversation.answer("the dog")
+    last = recorded.prompts[1].replace("<unk>", "")
+    assert "the fox" in last and "the dog" in last
+    assert len(recorded.prompts[1]) > len(recorded.prompts[0])
+
+
+def test_without_a_template_turns_are_one_growing_text(model, table_folder, recorded):
+    conversation = Conversation(model, load_tokenizer(table_folder), Sampling(4))
+    conversation.answer("the fox")
+    conversation.answer("the dog")
+    assert recorded.prompts[0] == "the fox"
+    assert recorded.prompts[1].startswith("the fox") and recorded.prompts[1].endswith("the dog")
+
+
+def test_the_oldest_turns_are_forgotten_when_the_context_is_full(model, table_folder, recorded):
+    loaded = load_tokenizer(table_folder)
+    conversation = Conversation(model, loaded, Sampling(40))
+    for turn in ("the quick brown fox", "jumps over", "the lazy dog", "the fox .", "over the dog"):
+        conversation.answer(turn)
+        conversation.answer("x" * 10)
+    for prompt in recorded.prompts:
+        assert len(loaded(prompt)["input_ids"]) + 40 <= 128 + 8
+    assert "the quick" not in recorded.prompts[-1]
+
+
+def test_a_turn_too_long_for_the_context_keeps_its_end(model, table_folder):
+    generation = Conversation(model, load_tokenizer(table_folder), Sampling(10)).answer(
+        "the quick brown fox " * 100
+    )
+    assert generation.prompt_tokens == 118
+
+
+def test_an_answer_is_real(model, table_folder):
+    pieces = []
+    conversation = Conversation(model, with_template(table_folder), Sampling(8))
+    generation = conversation.answer("the fox", pieces.append)
+    assert "".join(pieces) == generation.text
