@@ -219,6 +219,14 @@ def test_another_job_may_follow_one_that_came_to_nothing(tmp_path, tokenizer_fol
     assert prepare([rows], tokenizer=tokenizer_folder, out=tmp_path / "out").manifest
 
 
+def test_a_run_that_was_killed_while_it_wrote_its_job(tmp_path, tokenizer_folder):
+    (tmp_path / "a.txt").write_text(prose(500, seed=0))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "job.json.123.tmp").write_text("{")
+    prepare([tmp_path / "a.txt"], tokenizer=tokenizer_folder, out=tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
 def test_a_folder_with_other_things_in_it(tmp_path, tokenizer_folder):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out").mkdir()

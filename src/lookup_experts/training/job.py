@@ -89,7 +89,7 @@ def begin(folder: Path, job: Job) -> Job:
     """
     begun = Job.load(folder)
     if begun is None:
-        if any(folder.iterdir()):
+        if any(path for path in folder.iterdir() if not _is_half_a_job(path)):
             raise UserError(
                 f"{folder} is not empty and holds nothing of `mole prepare`. "
                 "Choose another --out, or an empty folder."
@@ -106,6 +106,11 @@ def begin(folder: Path, job: Job) -> Job:
         _remove_pieces_folder(folder)
     job.save(folder)
     return job
+
+
+def _is_half_a_job(path: Path) -> bool:
+    """Is it what a run leaves that is killed while it writes its job?"""
+    return path.name.startswith(JOB_NAME) and path.suffix == ".tmp"
 
 
 def _has_results(folder: Path) -> bool:
