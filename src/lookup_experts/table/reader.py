@@ -92,6 +92,11 @@ class TableExperts:
         self._counted = ReaderStatistics(store.name, store.backend, self._cache_bytes)
 
     @property
+    def cache_bytes(self) -> int:
+        """Budget of the row cache; 0 where the whole table is in memory."""
+        return self._cache_bytes
+
+    @property
     def folder(self) -> Path:
         """The folder of the table."""
         return self.table.folder
@@ -135,14 +140,16 @@ class TableExperts:
         self._count(len(ids), len(unique_ids), len(unique_ids) - len(taken.missing))
         batch = SlotBatch(self, taken)
         batch.begin()
+        slots = [slot.number for _, slot in taken.entries]
         return MemoryRows(
             self._decoding,
             self._slots,
-            torch.tensor([slot.number for _, slot in taken.entries]),
+            torch.tensor(slots),
             torch.tensor(positions, device=token_ids.device).view(token_ids.shape),
             self._clock,
             pending=batch if batch.is_pending else None,
             on_release=batch.release,
+            slot_of_position=torch.tensor([slots[position] for position in positions]),
         )
 
     def _rows_in_memory(self, token_ids: Tensor) -> MemoryRows:

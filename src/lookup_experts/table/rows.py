@@ -91,6 +91,7 @@ class MemoryRows:
         pending: what brings the records; None if they are there.
         clock: counts the waiting.
         on_release: called when nobody holds the rows any more.
+        slot_of_position: int64 [B·T], `slots[index]` where the caller has it already.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class MemoryRows:
         clock: WaitClock,
         pending: PendingRead | None = None,
         on_release: Callable[[], None] | None = None,
+        slot_of_position: Tensor | None = None,
     ) -> None:
         self.index = index
         self._decoding = decoding
@@ -114,14 +116,16 @@ class MemoryRows:
         self._bags: tuple[Tensor, ...] | None = None
         self._flat: Tensor | None = None
         if decoding.is_flat(memory.shape[1]):
-            self._lay_flat()
+            if slot_of_position is None:
+                slot_of_position = slots[index.reshape(-1)]
+            self._lay_flat(slot_of_position)
 
-    def _lay_flat(self) -> None:
+    def _lay_flat(self, slot_of_position: Tensor) -> None:
         """Prepare `mix` straight out of the records: row numbers, for each layer if few."""
         shape = self._decoding.layout.shape
         rows_per_record = self._memory.shape[1] // self._decoding.row_bytes
         self._flat = self._memory.view(self._decoding.dtype).view(-1, shape.hidden_size)
-        self._first_rows = (self._slots[self.index.reshape(-1)] * rows_per_record).unsqueeze(1)
+        self._first_rows = (slot_of_position * rows_per_record).unsqueeze(1)
         if self.index.numel() <= PRECOMPUTED_POSITIONS:
             self._bags = (
                 self._first_rows + row_offsets(shape.num_layers, shape.num_experts)
