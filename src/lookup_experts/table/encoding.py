@@ -21,7 +21,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -250,7 +249,7 @@ class NormalFloatEncoding(ScaledEncoding):
     def _quantize(self, scaled: Tensor) -> Tensor:
         codebook = normal_float_codebook(self.bits).to(scaled.device)
         midpoints = (codebook[1:] + codebook[:-1]) / 2
-        return torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8)
+        return torch.bucketize(scaled.contiguous(), midpoints, out_int32=True).to(torch.uint8)
 
     def _pack(self, codes: Tensor) -> Tensor:
         num_codes, num_bytes = self._group
@@ -330,13 +329,25 @@ def _normal_quantiles(outermost: float, count: int) -> Tensor:
     return torch.special.ndtri(steps[:-1])
 
 
-@lru_cache
+_lookup_tables: dict[tuple[int, int, str], Tensor] = {}
+
+
+# A graph takes the table as it is, instead of computing it anew in every run.
+@torch.compiler.assume_constant_result
 def _lookup_table(bits: int, codes_per_entry: int, device: str) -> Tensor:
     """The numbers behind `codes_per_entry` packed codes, [2^(bits·codes_per_entry)].
 
     The two or four float32 of an entry are one element of 8 or 16 bytes, because selecting
     elements takes a quarter of the time of selecting short rows.
     """
+    key = (bits, codes_per_entry, device)
+    if key not in _lookup_tables:
+        with torch.inference_mode(False):
+            _lookup_tables[key] = _build_lookup_table(*key)
+    return _lookup_tables[key]
+
+
+def _build_lookup_table(bits: int, codes_per_entry: int, device: str) -> Tensor:
     entries = torch.arange(2 ** (bits * codes_per_entry), device="cpu").unsqueeze(1)
     codes = (entries >> _steps(codes_per_entry, bits, torch.device("cpu"))) & (2**bits - 1)
     values = normal_float_codebook(bits)[codes].to(device)
