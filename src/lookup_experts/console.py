@@ -43,16 +43,17 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, console=Console(stderr=True))
-    task = bar.add_task(description)
+    task = bar.add_task(description, total=None)
 
     def update(done: int, total: int) -> None:
         bar.start()  # with the first news, so that an error before it stands alone
-        bar.update(task, completed=done, total=total)
+        bar.update(task, completed=done, total=total or None)
 
     try:
         yield update
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
 
 
 def quiet_transformers() -> None:
