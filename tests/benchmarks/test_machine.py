@@ -1,0 +1,65 @@
+import json
+import os
+import subprocess
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+import lookup_experts
+from lookup_experts.benchmarks import machine
+from lookup_experts.benchmarks.machine import checkout_commit, describe_machine
+
+
+def test_this_machine():
+    described = describe_machine()
+    assert described.cpu
+    assert 1 <= described.cores <= (os.cpu_count() or 1)
+    assert described.memory_bytes > 2**28
+    assert described.versions["lookup-experts"] == lookup_experts.__version__
+    assert set(described.versions) == {"python", "torch", "transformers", "lookup-experts"}
+    assert datetime.fromisoformat(described.date).tzinfo is not None
+    assert json.loads(json.dumps(described.to_dict())) == described.to_dict()
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A checkout with one committed file."""
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / "file.py").write_text("1")
+    git(tmp_path, "add", "file.py")
+    git(tmp_path, "commit", "--quiet", "-m", "one")
+    return tmp_path
+
+
+def test_commit_of_a_checkout_says_whether_files_were_changed(checkout):
+    head = git(checkout, "rev-parse", "HEAD")[:12]
+    assert checkout_commit(checkout / "file.py") == head
+    (checkout / "file.py").write_text("2")
+    assert checkout_commit(checkout / "file.py") == f"{head}+"
+
+
+def test_a_file_that_lies_in_a_checkout_of_something_else_has_no_commit(checkout):
+    (checkout / "installed.py").write_text("")
+    assert checkout_commit(checkout / "installed.py") is None
+
+
+def test_no_checkout_no_commit(tmp_path):
+    assert checkout_commit(tmp_path / "file.py") is None
+
+
+def test_no_git_no_commit(checkout, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert checkout_commit(checkout / "file.py") is None
+
+
+def test_a_processor_without_a_name_is_told_by_its_architecture(monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor : 0\nBogoMIPS : 50\n")
+    monkeypatch.setattr(machine, "Path", lambda path: tmp_path / "cpuinfo")
+    assert machine._cpu_model() == machine.platform.machine()
