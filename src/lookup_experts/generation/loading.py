@@ -54,6 +54,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
+    _check_device(device)
     path = local_folder(folder)
     config = read_config(path)
     kind = official_kind(path, config)
@@ -138,6 +139,16 @@ def _load_huggingface(
         source: Any = model.expert_source
         source.move_to(device)
     return model
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown, or not built into this torch
+        raise UserError(
+            f"No device {str(device)!r} here: {_first_line(error)}. Use cpu, or cuda where there "
+            "is a GPU."
+        ) from error
 
 
 def _torch_dtype(dtype: str) -> Any:

@@ -1,0 +1,333 @@
+"""`mole`: help, results on stdout, errors in one line and exit code 2."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from random_tables import flip_bit
+from tiny_models import attached_model, tiny_model
+
+import lookup_experts as le
+from lookup_experts import cli
+
+MOLE = Path(sys.executable).parent / "mole"
+PROGRESS_BAR = "\N{BOX DRAWINGS HEAVY HORIZONTAL}"
+SHARD = "table/table-00001-of-00001.safetensors"
+
+
+@pytest.fixture
+def mole(monkeypatch, capsys):
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mole", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(mole):
+    """Run a command line that must be refused; gives the one line on stderr."""
+
+    def run(*arguments: object) -> str:
+        code, out, err = mole(*arguments)
+        assert (code, out) == (2, ""), err
+        lines = [line for line in err.splitlines() if line.strip() and PROGRESS_BAR not in line]
+        assert len(lines) == 1, err
+        assert lines[0].startswith("mole: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def own_folder(table_folder, tmp_path):
+    """A copy of the inference folder, to spoil."""
+    return shutil.copytree(table_folder, tmp_path / "own")
+
+
+def binary(*arguments: object, **options) -> subprocess.CompletedProcess:
+    """The real command in a process of its own."""
+    return subprocess.run(
+        [str(MOLE), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+# ---------------------------------------------------------------------------------------- help
+
+
+def test_help_lists_every_command():
+    done = binary("--help")
+    assert done.returncode == 0
+    for command in cli.COMMANDS:
+        assert f" {command} " in done.stdout
+
+
+def existing_commands() -> list[str]:
+    folder = Path(cli.__file__).parent / "commands"
+    return [name for name in cli.COMMANDS if (folder / f"{name}.py").exists()]
+
+
+@pytest.mark.parametrize("name", existing_commands())
+def test_help_of_every_command_has_an_example(name):
+    command = cli.load_command(name)
+    for leaf in getattr(command, "commands", {name: command}).values():
+        assert "Example:" in leaf.help, leaf.name
+        assert f"mole {name}" in leaf.help.split("Example:")[1]
+
+
+def test_help_of_a_command_is_printed(mole):
+    code, out, _ = mole("generate", "--help")
+    assert code == 0
+    assert "--prompt-ids" in out
+    assert "Example: mole generate" in out
+
+
+# ------------------------------------------------------------------------- through the binary
+
+
+def test_the_whole_way_through_the_real_command(training_folder, tmp_path):
+    folded = binary("reparameterize", training_folder, tmp_path / "out", "--encoding", "float32")
+    assert folded.returncode == 0, folded.stderr
+    assert "97 records of 1.54 kB" in folded.stdout
+    generated = binary(
+        "generate", tmp_path / "out", "--prompt", "the fox", "-n", "8", "--json", "--stats"
+    )
+    assert generated.returncode == 0, generated.stderr
+    result = json.loads(generated.stdout)
+    assert len(result["token_ids"]) == 8
+    assert result["reader"]["batches"] == 8
+    assert "8 new tokens" in generated.stderr
+
+
+def test_an_error_of_the_real_command_is_one_line(own_folder):
+    path = own_folder / SHARD
+    path.write_bytes(path.read_bytes()[:-1])
+    done = binary("generate", own_folder, "--prompt-ids", "1 2 3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "truncated, expected" in done.stderr
+
+
+def test_chat_answers_what_is_piped_in(table_folder):
+    done = binary("chat", table_folder, "-n", "5", "--seed", "1", input="the fox\nthe dog\n\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> ") == 3
+    assert "no chat template" in done.stderr
+
+
+# -------------------------------------------------------------------------------- each command
+
+
+def test_inspect(mole, training_folder, table_folder, official_oracles):
+    for folder in (
+        training_folder,
+        table_folder,
+        table_folder / "table",
+        official_oracles / "dense",
+    ):
+        code, out, _ = mole("inspect", folder)
+        assert code == 0
+        assert str(folder) in out
+        code, out, _ = mole("inspect", folder, "--json")
+        assert json.loads(out)["folder"] == str(folder)
+
+
+def test_reparameterize_tells_what_it_made(mole, training_folder, tmp_path):
+    code, out, _ = mole("reparameterize", training_folder, tmp_path / "out", "--json")
+    assert code == 0
+    made = json.loads(out)
+    assert (made["records"], made["encoding"]) == (97, "bfloat16")
+    assert le.load(tmp_path / "out").lookup_settings.fingerprint == made["fingerprint"]
+
+
+def test_reparameterize_goes_on_when_it_is_given_again(
+    mole, training_folder, tmp_path, monkeypatch
+):
+    from lookup_experts.generation import folding
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folding, "save_without_experts", interrupt)
+        assert mole("reparameterize", training_folder, tmp_path / "out")[0] == 130
+    code, _, err = mole("reparameterize", training_folder, tmp_path / "out")
+    assert code == 0
+    assert "Going on with the interrupted run" in err
+
+
+def test_the_authors_checkpoint_through_every_command(mole, official_oracles, tmp_path):
+    from safetensors.torch import load_file
+
+    folder = official_oracles / "mole-4e"
+    oracle = load_file(folder / "greedy.safetensors")
+    prompt = " ".join(map(str, oracle["prompt"][0].tolist()))
+    expected = oracle["tokens"][0].tolist()[oracle["prompt"].shape[1] :]
+    code, _, err = mole("reparameterize", folder, tmp_path / "out", "--encoding", "float32")
+    assert code == 0, err
+    for model in (folder, tmp_path / "out"):
+        code, out, _ = mole("generate", model, "--prompt-ids", prompt, "-n", len(expected))
+        assert code == 0
+        assert list(map(int, out.split())) == expected
+    assert mole("verify", tmp_path / "out")[0] == 0
+
+
+def test_verify_reports_a_sound_table(mole, table_folder):
+    code, out, _ = mole("verify", table_folder)
+    assert code == 0
+    assert "all 97 records are intact" in out
+    assert "belongs to the model" in out
+    code, out, _ = mole("verify", table_folder, "--json")
+    assert json.loads(out)["intact"] is True
+
+
+def test_verify_of_a_damaged_table_still_gives_its_json(mole, own_folder):
+    flip_bit(own_folder / SHARD, 5000)
+    code, out, err = mole("verify", own_folder, "--json")
+    assert code == 2
+    assert json.loads(out)["intact"] is False
+    assert "1 of 97 records are damaged" in err
+
+
+def test_generate_gives_text_as_it_comes_or_ids(mole, table_folder):
+    code, out, _ = mole("generate", table_folder, "--prompt", "the fox", "-n", 6, "--json")
+    assert code == 0
+    whole = json.loads(out)
+    code, text, _ = mole("generate", table_folder, "--prompt", "the fox", "-n", 6)
+    assert (code, text) == (0, whole["text"] + "\n")
+    code, out, _ = mole("generate", table_folder, "--prompt-ids", "4, 5 6", "-n", 6)
+    assert code == 0
+    assert len(out.split()) == 6
+
+
+def test_generate_is_repeatable_with_a_seed(mole, table_folder):
+    def sampled(seed: int) -> str:
+        return mole(
+            "generate", table_folder, "--prompt-ids", "4 5", "--temperature", 1.5, "--seed", seed
+        )[1]
+
+    assert sampled(3) == sampled(3)
+    assert sampled(3) != sampled(4)
+
+
+@pytest.mark.parametrize("store", ["memory", "mmap", "direct"])
+def test_generate_says_what_it_took(mole, table_folder, store):
+    code, _, err = mole(
+        "generate", table_folder, "--prompt-ids", "4 5", "-n", 3, "--store", store, "--stats"
+    )
+    assert code == 0
+    assert "2 prompt tokens, 3 new tokens" in err
+    assert f"table: {store} (" in err
+
+
+def test_generate_takes_a_tokenizer_from_elsewhere(mole, own_folder, table_folder):
+    for path in own_folder.glob("tokenizer*"):
+        path.unlink()
+    code, out, _ = mole(
+        "generate", own_folder, "--tokenizer", table_folder, "--prompt", "the", "-n", 2
+    )
+    assert code == 0
+    assert out
+
+
+# -------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "generate", "chat", "reparameterize"])
+def test_folders_that_are_no_models(command, refused, tmp_path):
+    extra = {
+        "generate": ["--prompt-ids", "1"],
+        "reparameterize": [tmp_path / "out"],
+    }.get(command, [])
+    assert "No such folder" in refused(command, tmp_path / "nowhere", *extra)
+    (tmp_path / "empty").mkdir()
+    line = refused(command, tmp_path / "empty", *extra)
+    assert "not a model folder" in line or "no tokenizer" in line
+
+
+def test_no_tokenizer(refused, own_folder):
+    (own_folder / "tokenizer.json").unlink()
+    for command in (["generate", own_folder, "--prompt", "a"], ["chat", own_folder]):
+        assert "has no tokenizer" in refused(*command)
+
+
+def test_tables_that_are_not_what_they_should_be(refused, own_folder, tmp_path):
+    flip_bit(own_folder / SHARD, 4096 + 4 * 2048 + 2)
+    assert "record 4" in refused("verify", own_folder)
+    line = refused(
+        "generate", own_folder, "--prompt-ids", "3 4", "--checksums", "--store", "direct"
+    )
+    assert "record of id 4 is damaged" in line
+    le.reparameterize(attached_model("llama", seed=5), tmp_path / "other", encoding="float32")
+    shutil.rmtree(own_folder / "table")
+    shutil.copytree(tmp_path / "other" / "table", own_folder / "table")
+    assert "the table of another model" in refused("generate", own_folder, "--prompt-ids", "3")
+    assert "the table of another model" in refused("verify", own_folder)
+
+
+def test_prompts_that_can_not_be(refused, table_folder):
+    generate = ["generate", table_folder, "--store", "mmap"]
+    assert "Give either --prompt" in refused(*generate)
+    assert "Give either --prompt" in refused(*generate, "--prompt", "a", "--prompt-ids", "1")
+    assert "prompt is empty" in refused(*generate, "--prompt", "")
+    assert "prompt is empty" in refused(*generate, "--prompt-ids", "")
+    assert "Token id 97 is outside" in refused(*generate, "--prompt-ids", "4 97")
+    assert "whole numbers" in refused(*generate, "--prompt-ids", "4 x")
+    assert "max_new_tokens is 0" in refused(*generate, "--prompt-ids", "4", "-n", 0)
+    assert "context is 128" in refused(*generate, "--prompt-ids", "4 " * 200)
+
+
+def test_names_that_do_not_exist(refused, table_folder, training_folder, tmp_path):
+    fold = ["reparameterize", training_folder, tmp_path / "out"]
+    assert "Did you mean 'bfloat16'" in refused(*fold, "--encoding", "bfloat61")
+    generate = ["generate", table_folder, "--prompt-ids", "4"]
+    assert "Did you mean 'direct'" in refused(*generate, "--store", "direkt")
+    assert "Did you mean 'float16'" in refused(*generate, "--dtype", "flaot16")
+    assert "Did you mean 'generate'" in refused("genrate", table_folder)
+    assert "Unknown encoding 'zip'" in refused(*fold, "--encoding", "zip")
+    assert "No device 'cdua' here" in refused(*generate, "--device", "cdua")
+
+
+def test_options_that_do_not_exist(mole, table_folder):
+    code, _, err = mole("generate", table_folder, "--promt", "a")
+    assert code == 2
+    assert "--prompt" in err
+    code, _, err = mole("generate", table_folder, "-n", "many")
+    assert code == 2
+    assert "--max-new-tokens" in err
+
+
+def test_folding_where_something_is(refused, training_folder, table_folder, tmp_path):
+    assert "exists already" in refused("reparameterize", training_folder, tmp_path)
+    assert "into a table already" in refused("reparameterize", table_folder, tmp_path / "out")
+    tiny_model("llama").save_pretrained(tmp_path / "plain")
+    line = refused("reparameterize", tmp_path / "plain", tmp_path / "out")
+    assert "no lookup experts" in line
+
+
+def test_the_authors_mixture_of_experts(refused, official_oracles):
+    line = refused("generate", official_oracles / "moe-10e-top10", "--prompt-ids", "4")
+    assert "mixture-of-experts checkpoint" in line
+
+
+def test_a_traceback_can_be_asked_for(mole, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOLE_TRACEBACK", "1")
+    with pytest.raises(le.UserError, match="No such folder"):
+        mole("inspect", tmp_path / "nowhere")
