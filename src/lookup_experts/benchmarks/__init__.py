@@ -1,0 +1,1 @@
+"""Measurements: every figure that the project states comes from a command that runs these."""

@@ -1,0 +1,65 @@
+"""The physical ceilings: what this machine's memory and disk reach at best."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from lookup_experts.table.store import aligned_buffer
+
+LARGE_READ = 8 * 2**20
+
+
+def memory_bytes_per_second(num_bytes: int = 2**29, rounds: int = 7) -> float:
+    """Reading memory with all threads: the sum of a tensor far larger than the caches."""
+    numbers = torch.ones(num_bytes // 4)
+    numbers.sum()
+    rates = []
+    for _ in range(rounds):
+        started_at = time.perf_counter()
+        numbers.sum()
+        rates.append(num_bytes / (time.perf_counter() - started_at))
+    return max(rates)
+
+
+def disk_bytes_per_second(path: Path, num_bytes: int = 2**29, start: int = 0) -> float:
+    """Reading a file from end to end past the page cache, in large blocks.
+
+    Args:
+        path: a file on the disk in question.
+        num_bytes: how much of it to read.
+        start: where to begin, a multiple of 4096.
+    """
+    buffer = memoryview(aligned_buffer(LARGE_READ))
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        end = min(os.fstat(fd).st_size, start + num_bytes) - LARGE_READ
+        started_at, offset = time.perf_counter(), start
+        while offset <= end:
+            offset += os.preadv(fd, [buffer], offset)
+        return (offset - start) / (time.perf_counter() - started_at)
+    finally:
+        os.close(fd)
+
+
+class DiskCounter:
+    """Bytes that this process had brought from a disk, by the kernel's own count.
+
+    A read that the page cache answers isn't in it, so it tells whether a benchmark really read
+    the disk.
+    """
+
+    def __init__(self) -> None:
+        self._before = _read_bytes()
+
+    def bytes_read(self) -> int:
+        """Since it was made."""
+        return _read_bytes() - self._before
+
+
+def _read_bytes() -> int:
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    return 0

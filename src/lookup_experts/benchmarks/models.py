@@ -1,0 +1,149 @@
+"""Models and tables of the paper's shapes with random numbers: speed doesn't depend on them."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lookup_experts import __version__
+from lookup_experts.errors import DiskFullError
+from lookup_experts.model.attach import LookupSettings, install
+from lookup_experts.model.baselines import GatelessLlamaForCausalLM, paper_config
+from lookup_experts.model.huggingface import become_attached
+from lookup_experts.table.encoding import get_encoding
+from lookup_experts.table.format import (
+    MANIFEST_NAME,
+    Progress,
+    RecordLayout,
+    ShardWriter,
+    Table,
+    TableManifest,
+    TableShape,
+    open_table,
+    plan_shards,
+    write_manifest,
+)
+from lookup_experts.table.reader import TableExperts
+from lookup_experts.table.store import open_store
+from lookup_experts.units import format_bytes
+
+FINGERPRINT = "random numbers"
+DISTINCT_RECORDS = 512
+SPREAD = 0.02
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to measure."""
+
+    shape: str = "160m"
+    """160m, 410m or 1b."""
+    num_experts: int = 4
+    encoding: str = "bfloat16"
+    """Of the table."""
+    dtype: torch.dtype = torch.bfloat16
+    """Of the weights."""
+
+    @property
+    def layout(self) -> RecordLayout:
+        """Of its table."""
+        config = paper_config(self.shape)
+        shape = TableShape(
+            config.vocab_size, config.num_hidden_layers, self.num_experts, config.hidden_size
+        )
+        return RecordLayout(shape, get_encoding(self.encoding))
+
+    @property
+    def name(self) -> str:
+        """For files: `160m-4e-bfloat16`."""
+        return f"{self.shape}-{self.num_experts}e-{self.encoding}"
+
+
+def dense_model(case: Case, seed: int = 0) -> Any:
+    """The backbone alone, with random weights."""
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(case.dtype)
+    try:
+        return GatelessLlamaForCausalLM(paper_config(case.shape)).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def table_model(
+    case: Case, table: Table, store: str, cache_bytes: int = 0, notify: Any = lambda message: None
+) -> Any:
+    """The backbone of `dense_model` with routers and the given table."""
+    model = dense_model(case)
+    settings = LookupSettings(
+        num_experts=case.num_experts,
+        expert_size=model.config.intermediate_size,
+        layers=tuple(range(model.config.num_hidden_layers)),
+        form="table",
+        fingerprint=FINGERPRINT,
+    )
+    install(model, settings)
+    become_attached(model, settings)
+    for module in model.lookup_attachment.modules:
+        torch.nn.init.normal_(module.router.weight, 0.0, SPREAD)
+    opened = open_store(table, store, notify=notify)
+    model.set_expert_source(TableExperts(table, opened, case.dtype, cache_bytes=cache_bytes))
+    return model
+
+
+def random_table(case: Case, folder: Path, progress: Progress | None = None) -> Table:
+    """A table of the case's layout in `folder`; made if it isn't there.
+
+    A few hundred distinct records are encoded and repeated over the vocabulary: as many bytes
+    lie on the disk, and reading one tells nothing about the next.
+    """
+    target = folder / case.name
+    if (target / MANIFEST_NAME).exists():
+        return open_table(target)
+    layout = case.layout
+    free = shutil.disk_usage(_existing(folder)).free
+    if layout.table_bytes > free:
+        raise DiskFullError(
+            f"The table of {case.name} takes {format_bytes(layout.table_bytes)}; "
+            f"{format_bytes(free)} are free in {folder}."
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    manifest = TableManifest(
+        layout=layout,
+        shards=tuple(plan_shards(layout)),
+        fingerprint=FINGERPRINT,
+        embedding_hash=None,
+        tokenizer_hash=None,
+        created_by=f"lookup-experts {__version__}",
+    )
+    records = _random_records(layout)
+    for shard in manifest.shards:
+        with ShardWriter(target / shard.file, layout, shard, FINGERPRINT) as writer:
+            for first in range(0, shard.num_ids, len(records)):
+                writer.write(first, records[: shard.num_ids - first])
+                if progress:
+                    progress(shard.first_id + first, layout.shape.vocab_size)
+            writer.finish()
+    write_manifest(target, manifest)
+    return open_table(target)
+
+
+def _random_records(layout: RecordLayout) -> np.ndarray:
+    shape = layout.shape
+    generator = torch.Generator().manual_seed(0)
+    records = np.zeros((DISTINCT_RECORDS, layout.stride), np.uint8)
+    target = torch.from_numpy(records)
+    for layer in range(shape.num_layers):
+        size = (DISTINCT_RECORDS, shape.num_experts, shape.hidden_size)
+        rows = torch.randn(size, generator=generator) * SPREAD
+        target[:, layout.layer_slice(layer)] = layout.encoding.encode(rows)
+    return records
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder

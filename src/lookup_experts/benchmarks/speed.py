@@ -1,0 +1,181 @@
+"""Decoding and prefill: a model that reads a table from disk beside its own dense backbone.
+
+Both run in one process, step by step in turn, so that whatever else the machine does meets both;
+a pair of neighbouring steps gives one ratio, and the median of the ratios is the result.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lookup_experts.benchmarks.bandwidth import DiskCounter
+from lookup_experts.benchmarks.timing import median, pair_ratios, spread
+from lookup_experts.errors import UserError
+from lookup_experts.table.reader import ReaderStatistics, TableExperts
+
+SEQUENCE_STEPS = 64
+"""Decoding steps before new sequences begin, so that contexts stay alike."""
+CONTEXT = 64
+"""Tokens of each sequence before its first decoding step."""
+WARM_UP_STEPS = 8
+CACHE_WARM_UP_TOKENS = 60_000
+
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """One measurement; `tokens` is a prompt's length, `batch` a decoding step's."""
+
+    what: str
+    system: str
+    ms_per_step: float
+    ratio_to_dense: float
+    spread: tuple[float, float]
+    """10th and 90th percentile of the ratios."""
+    pairs: int
+    batch: int | None = None
+    tokens: int | None = None
+    store: str | None = None
+    backend: str | None = None
+    encoding: str | None = None
+    cache_bytes: int | None = None
+    bytes_per_step: float | None = None
+    hit_rate: float | None = None
+    wait_ms: float | None = None
+    page_cache_bypassed: bool | None = None
+    """Whether the kernel brought from the disk at least what the store says it read."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values, without what doesn't apply."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+class TextWindows:
+    """Windows of a stream of token ids, at random places."""
+
+    def __init__(self, ids: np.ndarray, seed: int = 0) -> None:
+        self._ids = torch.from_numpy(ids)
+        self._random = np.random.default_rng(seed)
+
+    def take(self, rows: int, length: int) -> Tensor:
+        """[rows, length] int64."""
+        if len(self._ids) <= length:
+            raise UserError(f"{len(self._ids)} token ids are too few; more than {length} needed.")
+        starts = self._random.integers(0, len(self._ids) - length, rows)
+        return torch.stack([self._ids[start : start + length] for start in starts])
+
+
+@torch.inference_mode()
+def measure_decode(
+    dense: Any, mole: Any, windows: TextWindows, batch: int, pairs: int, advance: Advance
+) -> list[SpeedResult]:
+    """Decoding steps of `batch` sequences over real text, dense and MoLE in turn."""
+    reader: TableExperts = mole.expert_source
+    warm_cache(reader, windows)
+    times: dict[str, list[float]] = {"dense": [], "mole": []}
+    disk = DiskCounter()
+    reader.reset_stats()
+    while len(times["dense"]) < pairs:
+        _decode_sequences(dense, mole, windows.take(batch, CONTEXT + SEQUENCE_STEPS), times)
+        advance(min(len(times["dense"]), pairs), pairs)
+    statistics = reader.stats()
+    # The contexts' own passes read too; what they took is small beside the steps and is counted.
+    return _results("decode", times, statistics, disk, reader, batch=batch)
+
+
+def _decode_sequences(dense: Any, mole: Any, tokens: Tensor, times: dict[str, list[float]]) -> None:
+    models = {"dense": dense, "mole": mole}
+    caches = {
+        name: model(tokens[:, :CONTEXT], use_cache=True, logits_to_keep=1).past_key_values
+        for name, model in models.items()
+    }
+    for step in range(SEQUENCE_STEPS):
+        column = tokens[:, CONTEXT + step, None]
+        for name in ("dense", "mole") if step % 2 else ("mole", "dense"):
+            started_at = time.perf_counter()
+            models[name](column, past_key_values=caches[name], use_cache=True)
+            seconds = time.perf_counter() - started_at
+            if step >= WARM_UP_STEPS:
+                times[name].append(seconds)
+
+
+@torch.inference_mode()
+def measure_prefill(
+    dense: Any, mole: Any, windows: TextWindows, tokens: int, pairs: int, advance: Advance
+) -> list[SpeedResult]:
+    """Prompts of `tokens` tokens of real text, dense and MoLE in turn."""
+    reader: TableExperts = mole.expert_source
+    models = {"dense": dense, "mole": mole}
+    times: dict[str, list[float]] = {"dense": [], "mole": []}
+    for model in models.values():
+        model(windows.take(1, tokens), logits_to_keep=1)
+    disk = DiskCounter()
+    reader.reset_stats()
+    for pair in range(pairs):
+        prompt = windows.take(1, tokens)
+        for name in ("dense", "mole") if pair % 2 else ("mole", "dense"):
+            started_at = time.perf_counter()
+            models[name](prompt, logits_to_keep=1)
+            times[name].append(time.perf_counter() - started_at)
+        advance(pair + 1, pairs)
+    return _results("prefill", times, reader.stats(), disk, reader, tokens=tokens)
+
+
+def warm_cache(reader: TableExperts, windows: TextWindows) -> None:
+    """Bring the row cache to the state that a long run would have left it in."""
+    if not reader.cache_bytes:
+        return
+    for _ in range(CACHE_WARM_UP_TOKENS // 32):
+        reader.rows(windows.take(1, 32), ready=False).layer(0)
+
+
+def _results(
+    what: str,
+    times: dict[str, list[float]],
+    statistics: ReaderStatistics,
+    disk: DiskCounter,
+    reader: TableExperts,
+    *,
+    batch: int | None = None,
+    tokens: int | None = None,
+) -> list[SpeedResult]:
+    ratios = pair_ratios(times["mole"], times["dense"])
+    batches = max(1, statistics.batches)
+    from_disk = disk.bytes_read()
+    dense = SpeedResult(
+        what=what,
+        system="dense",
+        ms_per_step=median(times["dense"]) * 1e3,
+        ratio_to_dense=1.0,
+        spread=(1.0, 1.0),
+        pairs=len(ratios),
+        batch=batch,
+        tokens=tokens,
+    )
+    mole = SpeedResult(
+        what=what,
+        system="mole",
+        ms_per_step=median(times["mole"]) * 1e3,
+        ratio_to_dense=median(ratios),
+        spread=spread(ratios),
+        pairs=len(ratios),
+        store=statistics.store,
+        backend=statistics.backend,
+        encoding=reader.table.layout.encoding.name,
+        cache_bytes=statistics.cache_bytes,
+        bytes_per_step=statistics.bytes_read / batches,
+        hit_rate=statistics.cache_hits / max(1, statistics.ids_unique),
+        wait_ms=statistics.wait_seconds / batches * 1e3,
+        page_cache_bypassed=(
+            from_disk >= statistics.bytes_read if statistics.store == "direct" else None
+        ),
+        batch=batch,
+        tokens=tokens,
+    )
+    return [dense, mole]
