@@ -31,7 +31,7 @@ def disk_bytes_per_second(path: Path, num_bytes: int = 2**29, start: int = 0) ->
         num_bytes: how much of it to read.
         start: where to begin, a multiple of 4096.
     """
-    buffer = memoryview(aligned_buffer(LARGE_READ))
+    buffer = aligned_buffer(LARGE_READ).data
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     try:
         end = min(os.fstat(fd).st_size, start + num_bytes) - LARGE_READ

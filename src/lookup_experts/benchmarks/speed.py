@@ -6,7 +6,7 @@ a pair of neighbouring steps gives one ratio, and the median of the ratios is th
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -79,22 +79,26 @@ def measure_decode(
     reader: TableExperts = mole.expert_source
     warm_cache(reader, windows)
     times: dict[str, list[float]] = {"dense": [], "mole": []}
-    disk = DiskCounter()
     reader.reset_stats()
+    total = reader.stats()
+    disk = DiskCounter()
     while len(times["dense"]) < pairs:
-        _decode_sequences(dense, mole, windows.take(batch, CONTEXT + SEQUENCE_STEPS), times)
+        tokens = windows.take(batch, CONTEXT + SEQUENCE_STEPS)
+        total = _sum(total, _decode_sequences(dense, mole, tokens, times))
         advance(min(len(times["dense"]), pairs), pairs)
-    statistics = reader.stats()
-    # The contexts' own passes read too; what they took is small beside the steps and is counted.
-    return _results("decode", times, statistics, disk, reader, batch=batch)
+    return _results("decode", times, total, disk, reader, batch=batch)
 
 
-def _decode_sequences(dense: Any, mole: Any, tokens: Tensor, times: dict[str, list[float]]) -> None:
+def _decode_sequences(
+    dense: Any, mole: Any, tokens: Tensor, times: dict[str, list[float]]
+) -> ReaderStatistics:
+    """Adds the seconds of each step to `times`; what the steps asked of the reader."""
     models = {"dense": dense, "mole": mole}
     caches = {
         name: model(tokens[:, :CONTEXT], use_cache=True, logits_to_keep=1).past_key_values
         for name, model in models.items()
     }
+    mole.expert_source.reset_stats()
     for step in range(SEQUENCE_STEPS):
         column = tokens[:, CONTEXT + step, None]
         for name in ("dense", "mole") if step % 2 else ("mole", "dense"):
@@ -103,6 +107,16 @@ def _decode_sequences(dense: Any, mole: Any, tokens: Tensor, times: dict[str, li
             seconds = time.perf_counter() - started_at
             if step >= WARM_UP_STEPS:
                 times[name].append(seconds)
+    return mole.expert_source.stats()
+
+
+def _sum(first: ReaderStatistics, second: ReaderStatistics) -> ReaderStatistics:
+    counts = {
+        field.name: getattr(first, field.name) + getattr(second, field.name)
+        for field in fields(first)
+        if field.name not in ("store", "backend", "cache_bytes")
+    }
+    return replace(first, **counts)
 
 
 @torch.inference_mode()
