@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lookup_experts.errors import TableError
 from lookup_experts.table.store import PendingRead, aligned_buffer
 
 
@@ -20,24 +21,28 @@ class Arrival:
     def __init__(self) -> None:
         self._begun = threading.Event()
         self._read: PendingRead | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     def begin(self, start: Callable[[], PendingRead]) -> None:
         """Start the read; where that fails, those who wait get the error as well."""
         try:
             self._read = start()
-        except BaseException as error:
+        except Exception as error:
             self._error = error
             raise
         finally:
             self._begun.set()
 
+    def abandon(self) -> None:
+        """If it has not begun, it never will: those who wait get an error."""
+        self._begun.set()
+
     def wait(self) -> None:
         """See `PendingRead.wait`."""
         self._begun.wait()
-        if self._error is not None:
-            raise self._error
-        assert self._read is not None
+        if self._read is None:
+            # Ctrl-C is for the thread that it reached alone.
+            raise self._error or TableError("A read was interrupted before it began.")
         self._read.wait()
 
 
@@ -85,7 +90,6 @@ class RowCache:
         self._held: dict[int, Slot] = {}
         self._idle: OrderedDict[int, Slot] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
-        self.hits = 0
 
     def take(self, ids: list[int]) -> Taken | None:
         """Hold a slot for each of the unique `ids`; None if there are not enough slots.
@@ -97,36 +101,51 @@ class RowCache:
             if not self._has_room(ids):
                 return None
             taken = Taken()
-            # Hits are held first, so that none of them is evicted for a miss.
-            found = {id_: slot for id_ in ids if (slot := self._hold(id_)) is not None}
-            for id_ in ids:
-                slot = found.get(id_)
-                if slot is None:
-                    slot = self._held[id_] = Slot(self._free_slot(), taken.arrival)
-                    taken.missing.append((id_, slot))
-                elif slot.arrival is not None:
-                    taken.under_way.add(slot.arrival)
-                taken.entries.append((id_, slot))
-            self.hits += len(found)
+            try:
+                self._fill(taken, ids)
+            except BaseException:  # Ctrl-C: nobody would ever begin to read what is missing
+                self._forget(taken)
+                raise
             return taken
+
+    def _fill(self, taken: Taken, ids: list[int]) -> None:
+        # Hits are held first, so that none of them is evicted for a miss.
+        found = {id_: slot for id_ in ids if (slot := self._hold(id_)) is not None}
+        for id_ in ids:
+            slot = found.get(id_)
+            if slot is None:
+                slot = self._held[id_] = Slot(self._free_slot(), taken.arrival)
+                taken.missing.append((id_, slot))
+            elif slot.arrival is not None:
+                taken.under_way.add(slot.arrival)
+            taken.entries.append((id_, slot))
 
     def arrived(self, taken: Taken) -> None:
         """Note that the missing records of a batch are there."""
-        for _, slot in taken.missing:
-            slot.arrival = None
+        with self._lock:
+            for _, slot in taken.missing:
+                slot.arrival = None
 
     def forget(self, taken: Taken) -> None:
-        """Drop the missing records of a batch, which could not be read."""
+        """Drop the missing records of a batch, which could not be read.
+
+        Only once the read has failed for good: others may hold the same slots and wait for it,
+        and what they are told must be the same.
+        """
         with self._lock:
-            for id_, slot in taken.missing:
-                if self._held.get(id_) is slot:
-                    del self._held[id_]
-                    self._free.append(slot.number)
+            self._forget(taken)
+
+    def _forget(self, taken: Taken) -> None:
+        for id_, slot in taken.missing:
+            if self._held.get(id_) is slot:
+                del self._held[id_]
+                self._free.append(slot.number)
 
     def release(self, taken: Taken) -> None:
-        """Give the slots of a batch back; records beyond the budget are forgotten."""
+        """Give the slots of a batch back, once; records beyond the budget are forgotten."""
         with self._lock:
-            for id_, slot in taken.entries:
+            entries, taken.entries = taken.entries, []
+            for id_, slot in entries:
                 if self._held.get(id_) is not slot:
                     continue  # forgotten
                 slot.holders -= 1

@@ -8,8 +8,8 @@ import errno
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from lookup_experts.table.store import (
     RecordStore,
     aligned_buffer,
     open_shards,
+    say_why,
 )
 from lookup_experts.table.uring import Ring
 
@@ -64,8 +65,10 @@ class ThreadedReads:
 
         bounds = np.linspace(0, len(target), min(self._num_threads, len(target)) + 1).astype(int)
         parts = [slice(first, end) for first, end in pairwise(bounds.tolist())]
-        waiting = [self._threads.submit(read_slice, part) for part in parts[1:]]
+        waiting: list[Future[None]] = []
         try:
+            for part in parts[1:]:
+                waiting.append(self._threads.submit(read_slice, part))
             read_slice(parts[0])
         finally:
             wait(waiting)  # no thread may write into `target` after this call, interrupted or not
@@ -95,19 +98,21 @@ class RingRead:
         self._store, self._ids = store, ids
         self._records = [memory[slot] for slot in slots.tolist()]
         self._lock = threading.Lock()
-        self._error: TableError | None = None
-        self._ring: Ring | None = store.take_ring()
+        self._error: Exception | None = None
         self._started_at = time.perf_counter()
         fds, offsets = store.places(ids)
         base, stride = memory.ctypes.data, memory.shape[1]
         addresses = [base + slot * stride for slot in slots.tolist()]
+        self._ring: Ring | None = store.take_ring()
         try:
             self._ring.start(fds, offsets, addresses, stride)
-        except OSError as error:
-            raise TableError(f"{store.table.folder}: can't be read: {error.strerror}.") from error
+        except BaseException:
+            store.give_ring_back(self._ring)
+            raise
 
     def wait(self) -> None:
         """See `PendingRead.wait`."""
+        self._store.check_process()
         with self._lock:
             if self._ring is not None:
                 self._end(self._ring)
@@ -115,19 +120,18 @@ class RingRead:
                 raise self._error
 
     def _end(self, ring: Ring) -> None:
-        folder = self._store.table.folder
-        self._error = TableError(f"{folder}: a read was interrupted.")  # unless it comes to its end
         try:
             self._store.complete(self._ids, self._records, ring.finish())
-            self._error = None
         except OSError as error:
-            self._error = TableError(f"{folder}: can't be read: {error.strerror}.")
-        except TableError as error:
+            folder = self._store.table.folder
+            self._error = TableError(f"{folder}: can't be read: {say_why(error)}")
+        except Exception as error:
             self._error = error
-        finally:
-            self._ring, self._records = None, []
-            self._store.give_ring_back(ring)
-            self._store.count(len(self._ids), self._started_at)
+        # Not after Ctrl-C: then the read goes on, and so does the next wait.
+        self._ring, self._records = None, []
+        self._store.under_way.discard(self)
+        self._store.give_ring_back(ring)
+        self._store.count(len(self._ids), self._started_at)
 
 
 class DirectStore(RecordStore):
@@ -142,6 +146,8 @@ class DirectStore(RecordStore):
         bounce_rows = min(max(1, _BOUNCE_BYTES // self._read_bytes), 256)
         self._bounce = aligned_buffer(bounce_rows * self._read_bytes).reshape(bounce_rows, -1)
         self._lock = threading.Lock()
+        self.under_way: set[RingRead] = set()
+        """Reads that were begun and not waited for yet; kept, for the kernel writes."""
         self._idle_rings: list[Ring] = []
         self._all_rings: list[Ring] = []
         self._process = os.getpid()
@@ -163,9 +169,7 @@ class DirectStore(RecordStore):
                 return fds, ""
         except OSError as error:
             if error.errno != errno.EINVAL:
-                raise TableError(
-                    f"{self.table.folder}: can't be read: {error.strerror}."
-                ) from error
+                raise TableError(f"{self.table.folder}: can't be read: {say_why(error)}") from error
         notify(
             f"The file system of {self.table.folder} has no direct reads (O_DIRECT): "
             "reading through the page cache, which takes memory beyond the row cache."
@@ -200,8 +204,13 @@ class DirectStore(RecordStore):
         if not self._reads_alone(len(ids)) or memory.ctypes.data % BLOCK:
             return super().begin(ids, memory, slots)
         self._check_ids(ids)
-        self._check_process()
-        return RingRead(self, ids, memory, slots)
+        self.check_process()
+        try:
+            read = RingRead(self, ids, memory, slots)
+        except OSError as error:
+            raise TableError(f"{self.table.folder}: can't be read: {say_why(error)}") from error
+        self.under_way.add(read)
+        return read
 
     def _reads_alone(self, num_ids: int) -> bool:
         """Whether the ring can take so many reads at once, each a whole record."""
@@ -244,12 +253,13 @@ class DirectStore(RecordStore):
         """Add a read that was begun to the counts."""
         self._count(num_ids * self.layout.stride, time.perf_counter() - started_at)
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
+        """Raise a `UserError` in a process that was forked: it shares the ring with its parent."""
         if os.getpid() != self._process:
             raise UserError("A direct store can't be used after a fork; open it in each process.")
 
     def _fetch(self, ids: np.ndarray, out: np.ndarray, start: int) -> int:
-        self._check_process()
+        self.check_process()
         whole_blocks = self._read_bytes == self.layout.stride and out.shape[1] % BLOCK == 0
         with self._lock:
             if whole_blocks and out.ctypes.data % BLOCK == 0:
@@ -296,7 +306,7 @@ class DirectStore(RecordStore):
         try:
             return self._backend.read_rows(fds, offsets, target)
         except OSError as error:
-            raise TableError(f"{self.table.folder}: can't be read: {error.strerror}.") from error
+            raise TableError(f"{self.table.folder}: can't be read: {say_why(error)}") from error
 
     def _finish(self, token_id: int, start: int, row: np.ndarray, result: int, needed: int) -> None:
         """Take a read up again that came back short; an error if it can't be completed."""
@@ -321,8 +331,12 @@ class DirectStore(RecordStore):
         return TableError(f"{path}: can't read the record of id {token_id} at {offset}: {problem}.")
 
     def close(self) -> None:
+        super().close()  # before the lock, which its thread may be waiting for
+        if os.getpid() == self._process:
+            for read in list(self.under_way):
+                with suppress(TableError):  # told to who waits for it
+                    read.wait()
         with self._lock:
-            super().close()
             self._resources.close()
             for ring in self._all_rings:
                 ring.close()

@@ -6,10 +6,12 @@ needs them, after its attention.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,13 @@ from lookup_experts.model.experts import TokenRows
 from lookup_experts.table.cache import RowCache, Taken
 from lookup_experts.table.format import Table, TableShape, open_table
 from lookup_experts.table.rows import Decoding, MemoryRows, StreamedRows, WaitClock
-from lookup_experts.table.store import Store, ThreadedRead, aligned_buffer, open_store
+from lookup_experts.table.store import (
+    PendingRead,
+    Store,
+    ThreadedRead,
+    aligned_buffer,
+    open_store,
+)
 from lookup_experts.units import parse_bytes
 
 SLOT_BATCH = 64
@@ -86,8 +94,13 @@ class TableExperts:
         whole = store.whole()
         self._whole = None if whole is None else torch.from_numpy(whole)
         self._cache_bytes = 0 if whole is not None else cache_bytes
-        self._cache = RowCache(table.layout.stride, self._cache_bytes, SLOT_BATCH)
+        useful_bytes = min(self._cache_bytes, table.layout.table_bytes)
+        self._cache = RowCache(table.layout.stride, useful_bytes, SLOT_BATCH)
         self._slots = torch.from_numpy(self._cache.memory)
+        self._dropped: deque[SlotBatch] = deque()
+        """Batches whose rows nobody holds any more. Noted here and given back by the next batch:
+        the garbage collector drops rows at any moment, even while this thread holds a lock."""
+        self._closed = False
         self._since = ReaderStatistics("", "", 0)
         self._counted = ReaderStatistics(store.name, store.backend, self._cache_bytes)
 
@@ -112,6 +125,8 @@ class TableExperts:
         Raises:
             TableError: an id is outside of the table's vocabulary, or reading can't begin.
         """
+        if self._closed:
+            raise ValueError(f"The reader of the table in {self.folder} is closed.")
         if torch.is_grad_enabled() or ready or self._whole is not None:
             rows = self._rows_in_memory(token_ids)
             if ready:
@@ -134,23 +149,41 @@ class TableExperts:
         if not ids or len(unique_ids) > SLOT_BATCH:
             return None
         self._check_bounds(min(unique_ids), max(unique_ids))
+        self._release_dropped()
         taken = self._cache.take(unique_ids)
         if taken is None:  # other batches hold the slots
             return None
         self._count(len(ids), len(unique_ids), len(unique_ids) - len(taken.missing))
         batch = SlotBatch(self, taken)
-        batch.begin()
-        slots = [slot.number for _, slot in taken.entries]
+        try:
+            batch.begin()
+            index = torch.tensor(positions, device=token_ids.device).view(token_ids.shape)
+            return self._rows_of_batch(batch, index, positions)
+        except BaseException:
+            taken.arrival.abandon()
+            batch.release()
+            raise
+
+    def _rows_of_batch(self, batch: "SlotBatch", index: Tensor, positions: list[int]) -> MemoryRows:
+        slots = batch.slots()
         return MemoryRows(
             self._decoding,
             self._slots,
             torch.tensor(slots),
-            torch.tensor(positions, device=token_ids.device).view(token_ids.shape),
+            index,
             self._clock,
             pending=batch if batch.is_pending else None,
-            on_release=batch.release,
+            on_release=partial(self._dropped.append, batch),
             slot_of_position=torch.tensor([slots[position] for position in positions]),
         )
+
+    def _release_dropped(self) -> None:
+        while self._dropped:
+            try:
+                batch = self._dropped.popleft()
+            except IndexError:  # another thread was faster
+                return
+            batch.release()
 
     def _rows_in_memory(self, token_ids: Tensor) -> MemoryRows:
         """Out of the whole table, or of memory of the batch's own: autograd may hold on to it."""
@@ -231,9 +264,11 @@ class TableExperts:
             self._counted.cache_hits += hits
 
     def close(self) -> None:
-        """Stop the reading thread and close the files."""
+        """Stop the reading thread and close the files; what was begun is read to its end."""
+        self._closed = True
         self._thread.shutdown()
         self._store.close()
+        self._whole = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TableExperts":
         return self  # a copy of a model reads the same table
@@ -252,38 +287,50 @@ class SlotBatch:
         self.is_pending = self._open or bool(taken.under_way)
         """Whether there is anything to wait for."""
 
+    def slots(self) -> list[int]:
+        """Where the records are, or will be, in the order of the ids."""
+        return [slot.number for _, slot in self._taken.entries]
+
     def begin(self) -> None:
         """Start to read what is missing."""
-        taken = self._taken
-        if not taken.missing:
-            return
-        ids = np.array([token_id for token_id, _ in taken.missing])
-        slots = np.array([slot.number for _, slot in taken.missing])
-        try:
-            taken.arrival.begin(lambda: self._store.begin(ids, self._cache.memory, slots))
-        except BaseException:
-            self._cache.forget(taken)
-            self._cache.release(taken)
-            raise
+        if self._taken.missing:
+            self._taken.arrival.begin(self._begin_read)
+
+    def _begin_read(self) -> PendingRead:
+        missing = self._taken.missing
+        ids = np.array([token_id for token_id, _ in missing])
+        slots = np.array([slot.number for _, slot in missing])
+        return self._store.begin(ids, self._cache.memory, slots)
 
     def wait(self) -> None:
         """See `PendingRead.wait`."""
         if self._open:
-            self._open = False
-            try:
-                self._taken.arrival.wait()
-            except BaseException:
-                self._cache.forget(self._taken)
-                raise
-            self._cache.arrived(self._taken)
+            self._settle()
+        elif self._taken.missing:
+            self._taken.arrival.wait()  # once more: it ends as it did
         for arrival in self._taken.under_way:
             arrival.wait()
+
+    def _settle(self) -> None:
+        """Wait for what this batch reads, and tell the cache how that ended.
+
+        Where the waiting is interrupted (Ctrl-C) it hasn't ended, and remains to be done.
+        """
+        try:
+            self._taken.arrival.wait()
+        except Exception:
+            self._open = False
+            self._cache.forget(self._taken)
+            raise
+        self._open = False
+        self._cache.arrived(self._taken)
 
     def release(self) -> None:
         """Give the slots back. If nobody waited (a forward pass that failed), the read is waited
         for now: the kernel must not write into slots that have a new owner."""
-        with suppress(TableError):
-            self.wait()
+        if self._open:
+            with suppress(Exception):  # it only matters that the read is over
+                self._settle()
         self._cache.release(self._taken)
 
 

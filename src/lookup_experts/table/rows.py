@@ -45,14 +45,14 @@ class Decoding:
         """Bytes of one expert's row in a float record."""
         return self.layout.shape.hidden_size * self.dtype.itemsize
 
+    @property
+    def is_view(self) -> bool:
+        """Whether rows are views into the records."""
+        return self.layout.encoding.torch_dtype == self.dtype and self.device.type == "cpu"
+
     def is_flat(self, record_stride: int) -> bool:
         """Whether records this far apart are, as they are, a matrix of rows of this dtype."""
-        stored = self.layout.encoding.torch_dtype
-        return (
-            stored == self.dtype
-            and self.device.type == "cpu"
-            and record_stride % self.row_bytes == 0
-        )
+        return self.is_view and record_stride % self.row_bytes == 0
 
     def decode(self, codes: Tensor) -> Tensor:
         """One layer of records, uint8 [U, layer_bytes] -> [U, N, d]."""
@@ -90,7 +90,8 @@ class MemoryRows:
         index: int64 [B, T], position -> place in `slots`.
         pending: what brings the records; None if they are there.
         clock: counts the waiting.
-        on_release: called when nobody holds the rows any more.
+        on_release: called when nobody holds the rows any more; the records may then be
+            overwritten.
         slot_of_position: int64 [B·T], `slots[index]` where the caller has it already.
     """
 
@@ -111,6 +112,7 @@ class MemoryRows:
         self._slots = slots
         self._pending = pending
         self._clock = clock
+        self._borrowed = on_release is not None
         if on_release is not None:
             weakref.finalize(self, on_release).atexit = False
         self._bags: tuple[Tensor, ...] | None = None
@@ -134,8 +136,8 @@ class MemoryRows:
     def wait(self) -> None:
         """Return when the records are there."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._clock.wait(pending)
+            self._clock.wait(self._pending)
+            self._pending = None  # not before: rows that could not be read stay an error
 
     def layer(self, layer: int) -> Tensor:
         """See `TokenRows.layer`."""
@@ -145,7 +147,8 @@ class MemoryRows:
 
     def mix(self, layer: int, weights: Tensor) -> Tensor:
         """See `TokenRows.mix`."""
-        if self._flat is None:
+        # Autograd may keep the rows longer than the records stay; so it gets a copy.
+        if self._flat is None or (self._borrowed and weights.requires_grad):
             return mix(self.layer(layer), self.index.view(-1), weights)
         if self._pending is not None:
             self.wait()
@@ -263,7 +266,12 @@ class StreamedRows:
         """Nothing can be had ready beforehand: reading goes on while the model computes."""
 
     def layer(self, layer: int) -> Tensor:
-        """See `TokenRows.layer`."""
+        """See `TokenRows.layer`; never a view of a buffer, which is soon read into again."""
+        rows = self._rows(layer)
+        return rows.clone() if self._decoding.is_view else rows
+
+    def _rows(self, layer: int) -> Tensor:
+        """What `layer` gives, right until another layer is asked for."""
         number = self._group_of[layer]
         if number != self._current:
             if number != self._current + 1:
@@ -282,7 +290,8 @@ class StreamedRows:
 
     def mix(self, layer: int, weights: Tensor) -> Tensor:
         """See `TokenRows.mix`."""
-        return mix(self.layer(layer), self.index.view(-1), weights)
+        rows = self.layer(layer) if weights.requires_grad else self._rows(layer)
+        return mix(rows, self.index.view(-1), weights)
 
 
 class _FutureWait:

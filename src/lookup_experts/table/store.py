@@ -95,7 +95,7 @@ class Store(Protocol):
         """All records, uint8 [V, stride], where they are in memory anyway; else None."""
 
     def close(self) -> None:
-        """Give back files, threads and memory."""
+        """Give back files, threads and memory; what was begun is read to its end."""
 
 
 class PendingRead(Protocol):
@@ -104,8 +104,11 @@ class PendingRead(Protocol):
     def wait(self) -> None:
         """Return when the records are there; may be called again, and from any thread.
 
+        The memory belongs to the read until this has returned, or has raised an `Exception`: an
+        interrupted wait (Ctrl-C) must be repeated.
+
         Raises:
-            TableError: as `Store.read`.
+            TableError: as `Store.read`; the same each time.
         """
 
 
@@ -239,9 +242,9 @@ class RecordStore:
 
     def close(self) -> None:
         """See `Store.close`."""
-        self._closed = True
         if self._thread is not None:
             self._thread.shutdown()
+        self._closed = True
 
     def __enter__(self) -> Self:
         return self
@@ -327,8 +330,13 @@ def open_shards(table: Table, flags: int, stack: ExitStack) -> list[int]:
 
 
 def _not_opened(path: Path, error: OSError) -> TableError:
+    return TableError(f"{path}: can't be opened: {say_why(error)}")
+
+
+def say_why(error: OSError) -> str:
+    """The error in words, and what to do where that is known."""
     hint = " Raise the limit with ulimit -n." if error.errno == errno.EMFILE else ""
-    return TableError(f"{path}: can't be opened: {error.strerror}.{hint}")
+    return f"{error.strerror}.{hint}"
 
 
 # -------------------------------------------------------------------------------------- memory

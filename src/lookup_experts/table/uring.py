@@ -73,7 +73,7 @@ class Ring:
             os.close(self._fd)
             raise
         self.depth = int(parameters[0])
-        self._started = 0
+        self._answers = np.zeros(0, np.int64)
 
     def _map(self, entries: list[int], sq: list[int], cq: list[int]) -> None:
         """Map the queues; `sq` and `cq` are io_sqring_offsets and io_cqring_offsets."""
@@ -142,8 +142,8 @@ class Ring:
             _REQUEST.pack_into(
                 self._request_memory, slot * REQUEST.itemsize, OP_READ, *place, length, number
             )
+        self._answers = np.zeros(len(fds), np.int64)
         self._sq_tail[0] = (tail + len(fds)) & COUNTER_MASK
-        self._started = len(fds)
         try:
             self._call(len(fds), 0)
         except BlockingIOError:
@@ -153,19 +153,22 @@ class Ring:
             raise
 
     def finish(self) -> list[int]:
-        """Wait for the reads of `start`: bytes read of each, or an errno below zero."""
-        results = np.zeros(self._started, np.int64)
-        answered = self._collect(results)
+        """Wait for the reads of `start`: bytes read of each, or an errno below zero.
+
+        An interrupted call (Ctrl-C) leaves the reads under way; the next goes on waiting.
+
+        Raises:
+            OSError: the kernel refuses to go on; no read is under way any more.
+        """
+        self._collect(self._answers)
         try:
-            while answered < self._started:
-                self._enter(self._started - answered)
-                answered += self._collect(results)
-        except BaseException:
+            while waiting := self._distance(self._cq_head, self._sq_tail):
+                self._enter(waiting)
+                self._collect(self._answers)
+        except OSError:
             self._drain()
             raise
-        finally:
-            self._started = 0
-        return results.tolist()
+        return self._answers.tolist()
 
     def _run(self, requests: np.ndarray, results: np.ndarray) -> None:
         queued = answered = 0
