@@ -7,8 +7,6 @@ from tiny_models import logits_of, randomize_experts, tiny_model, token_ids
 import lookup_experts as le
 from lookup_experts.generation.loading import load
 
-STORES = ("memory", "mmap", "direct")
-
 
 @pytest.fixture(scope="module")
 def shallow():
@@ -59,7 +57,7 @@ def graphs_of_lengths(model, lengths) -> list[int]:
     return graphs
 
 
-@pytest.mark.parametrize("form", ["experts", *STORES])
+@pytest.mark.parametrize("form", ["memory", "mmap"])
 def test_the_only_break_is_the_way_of_the_token_ids_out_of_the_graph(open_model, form):
     assert graphs_of_lengths(open_model(form), [9]) == [2]
 
@@ -67,11 +65,11 @@ def test_the_only_break_is_the_way_of_the_token_ids_out_of_the_graph(open_model,
 @pytest.mark.parametrize("form", ["experts", "direct"])
 def test_lengths_after_the_second_make_no_new_graph(open_model, form):
     static, dynamic, last = graphs_of_lengths(open_model(form), [9, 4, 17])
-    assert static == 2
+    assert static == 2  # one break, as above
     assert last == dynamic <= 4
 
 
-@pytest.mark.parametrize("encoding", ["bfloat16", "int8", "nf3"])
+@pytest.mark.parametrize("encoding", ["int8", "nf3"])
 def test_encodings_decode_inside_the_graph(shallow, tmp_path, encoding):
     le.reparameterize(shallow, tmp_path / "out", encoding=encoding)
     torch._dynamo.reset()

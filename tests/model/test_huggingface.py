@@ -304,7 +304,7 @@ def test_reentrant_checkpointing_is_refused():
     assert not _is_checkpointing(model)
 
 
-@pytest.mark.filterwarnings("default::FutureWarning:transformers")
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 def test_checkpointing_under_its_older_name():
     model = attached_model("llama").train()
     plain = _gradients(model, IDS)
