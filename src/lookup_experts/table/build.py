@@ -1,8 +1,9 @@
-"""From experts to a table on disk: streaming, resumable, checked.
+"""From experts, or from another table, to a table on disk: streaming, resumable, checked.
 
 The vocabulary is taken in chunks of a fixed number of ids, so memory is bounded however large it
 is. A chunk is evaluated layer by layer, encoded into one buffer of records and written by a
-second thread while the next chunk is evaluated.
+second thread while the next chunk is evaluated. Where the rows come from is a `RowsOf`: trained
+experts (`evaluate_experts`), or the records of a finished table (`decode_records`).
 
 While a build is under way the folder holds `build.json`: what is being built and how many ids are
 finished. A build that was killed goes on from there, after checking what the disk really holds
@@ -10,13 +11,14 @@ against its checksums; `table.json`, without which the folder is no table, is wr
 """
 
 import errno
+import hashlib
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,11 @@ from lookup_experts.table.format import (
     TableShape,
     open_table,
     plan_shards,
+    read_checksums,
     read_manifest,
     write_manifest,
 )
-from lookup_experts.table.store import open_store
+from lookup_experts.table.store import RecordStore, aligned_buffer, open_store
 from lookup_experts.units import format_bytes
 
 JOURNAL = "build.json"
@@ -51,6 +54,7 @@ CHUNK_BUDGET_BYTES = 200 * 2**20
 """What one chunk may take: its two record buffers and the experts' activations."""
 MAX_CHUNK_IDS = 4096
 SAMPLE_IDS = 64
+_THIS_TOOL = f"lookup-experts {__version__}"
 
 RowsOf = Callable[[Tensor], Iterator[Tensor]]
 """Token ids [c] int64 -> the rows [c, N, d] of each layer, in order."""
@@ -62,9 +66,18 @@ class BuildPlan:
 
     manifest: TableManifest
     chunk_ids: int
+    source: str = "experts"
+    """What the rows come from. The fingerprint tells experts from others; tables of the same
+    experts have the same fingerprint, and are told apart here."""
 
     def to_json(self) -> str:
-        return json.dumps({"manifest": self.manifest.to_json(), "chunk_ids": self.chunk_ids})
+        return json.dumps(
+            {
+                "manifest": self.manifest.to_json(),
+                "chunk_ids": self.chunk_ids,
+                "source": self.source,
+            }
+        )
 
     def chunks(self) -> Iterator[tuple[ShardInfo, range]]:
         """(shard, ids) of every chunk, in order; none reaches over the end of a shard."""
@@ -82,6 +95,21 @@ def evaluate_experts(embedding: nn.Module, layers: Sequence[LayerExperts]) -> Ro
         embeddings = embedding(token_ids.to(device))
         for experts in layers:
             yield experts(embeddings)
+
+    return rows_of
+
+
+def decode_records(store: RecordStore) -> RowsOf:
+    """The rows of a finished table, float32, decoded from its records."""
+    layout, shape = store.layout, store.layout.shape
+
+    def rows_of(token_ids: Tensor) -> Iterator[Tensor]:
+        ids = token_ids.numpy()
+        records = aligned_buffer(len(ids) * layout.stride).reshape(len(ids), layout.stride)
+        store.read(ids, records)
+        for layer in range(shape.num_layers):
+            codes = torch.from_numpy(records)[:, layout.layer_slice(layer)]
+            yield layout.encoding.decode(codes, shape.num_experts, shape.hidden_size, torch.float32)
 
     return rows_of
 
@@ -107,25 +135,56 @@ def plan_table(
     """
     num_experts, expert_size, _ = layers[0].up_proj.shape
     hidden_size = layers[0].down_proj.shape[1]
-    layout = RecordLayout(TableShape(vocab_size, len(layers), num_experts, hidden_size), encoding)
+    shape = TableShape(vocab_size, len(layers), num_experts, hidden_size)
+    layout = RecordLayout(shape, encoding)
     manifest = TableManifest(
         layout=layout,
         shards=tuple(plan_shards(layout)),
         fingerprint=fingerprint(embedding, layers),
         embedding_hash=embedding_hash(embedding),
         tokenizer_hash=tokenizer_hash,
-        created_by=f"lookup-experts {__version__}",
+        created_by=_THIS_TOOL,
     )
     itemsize = layers[0].up_proj.element_size()
     activations = 3 if layers[0].kind == "swiglu" else 2
-    per_id = (
-        2 * layout.stride
-        + num_experts * expert_size * itemsize * activations
-        # Encoding holds a few float32 copies of one layer's rows.
-        + num_experts * hidden_size * (2 * itemsize + 4 * 4)
+    evaluation_bytes = num_experts * itemsize * (expert_size * activations + 2 * hidden_size)
+    return BuildPlan(manifest, _chunk_ids(layout, evaluation_bytes, chunk_budget_bytes))
+
+
+def plan_reencoding(
+    table: Table, encoding: Encoding, *, chunk_budget_bytes: int = CHUNK_BUDGET_BYTES
+) -> BuildPlan:
+    """What a finished table will be in another encoding; it stays that of the same experts.
+
+    Args:
+        table: where the rows come from, through `decode_records`.
+        encoding: how the new records store numbers.
+        chunk_budget_bytes: bounds memory.
+    """
+    shape = table.layout.shape
+    layout = RecordLayout(shape, encoding)
+    manifest = replace(
+        table.manifest, layout=layout, shards=tuple(plan_shards(layout)), created_by=_THIS_TOOL
     )
-    chunk_ids = min(MAX_CHUNK_IDS, max(1, chunk_budget_bytes // per_id))
-    return BuildPlan(manifest, chunk_ids)
+    decoding_bytes = table.layout.stride + shape.num_experts * shape.hidden_size * 4 * 3
+    chunk_ids = _chunk_ids(layout, decoding_bytes, chunk_budget_bytes)
+    return BuildPlan(manifest, chunk_ids, source=f"table {_content_hash(table)}")
+
+
+def _chunk_ids(layout: RecordLayout, source_bytes: int, budget_bytes: int) -> int:
+    """How many ids a chunk may have, if getting the rows of one takes `source_bytes`."""
+    # Encoding holds a few float32 copies of one layer's rows.
+    encoding_bytes = layout.shape.num_experts * layout.shape.hidden_size * 4 * 4
+    per_id = 2 * layout.stride + source_bytes + encoding_bytes
+    return min(MAX_CHUNK_IDS, max(1, budget_bytes // per_id))
+
+
+def _content_hash(table: Table) -> str:
+    """SHA-256 over the checksums of all records: tables with other bytes have another."""
+    digest = hashlib.sha256(table.layout.encoding.name.encode())
+    for shard in table.shards:
+        digest.update(read_checksums(table, shard).tobytes())
+    return digest.hexdigest()
 
 
 def build_table(
@@ -146,7 +205,7 @@ def build_table(
     folder.mkdir(parents=True, exist_ok=True)
     finished = _resume(folder, plan)
     _require_space(folder, plan.manifest)
-    with _full_disk_as_user_error(folder):
+    with full_disk_as_user_error(folder):
         chunks = _unwritten_chunks(folder, plan, finished)
         _write_chunks(folder, plan, rows_of, chunks, progress)
         write_manifest(folder, plan.manifest)
@@ -192,7 +251,8 @@ def _read_journal(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _full_disk_as_user_error(folder: Path) -> Iterator[None]:
+def full_disk_as_user_error(folder: Path) -> Iterator[None]:
+    """Tell of a disk that is full while `folder` is written in one line, as `DiskFullError`."""
     try:
         yield
     except OSError as error:
@@ -354,7 +414,7 @@ def check_sample(table: Table, rows_of: RowsOf, num_ids: int = SAMPLE_IDS) -> No
         if not math.isfinite(error) or error > 0.01:
             raise TableError(
                 f"{table.folder}: layer {layer} reads back with a relative error of {error:.2g} "
-                "against the experts; the disk or the memory is not reliable. Build it again."
+                "against what was written; the disk or the memory is not reliable. Build it again."
             )
 
 
@@ -366,15 +426,18 @@ def copy_table(source: Path, target: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for file in sorted(source.iterdir()):
-        _link_or_copy(file, temporary / file.name)
+        link_or_copy(file, temporary / file.name)
     if target.exists():
         shutil.rmtree(target)
     temporary.rename(target)
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Tables are never written to after they are finished, so two names for one file are safe."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name where possible, else copy it; for files that nobody writes to.
+
+    Of a symbolic link (the hub's cache is full of them) the file behind it is meant.
+    """
     try:
-        target.hardlink_to(source)
+        target.hardlink_to(source.resolve())
     except OSError:
         shutil.copy2(source, target)

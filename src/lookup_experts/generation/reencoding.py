@@ -1,0 +1,148 @@
+"""A table in another encoding: from a finished table, without the experts.
+
+What is re-encoded is an inference folder, whose other files come along, or the folder of a table
+alone. As in `folding.py`, the new folder is made under another name and renamed when it is
+complete; an interrupted run is taken up again by the same call.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from lookup_experts.errors import TableError, UserError
+from lookup_experts.generation.inspection import attached_settings
+from lookup_experts.generation.loading import local_folder
+from lookup_experts.model.checkpoint import read_config
+from lookup_experts.model.configuration import LookupExpertsConfig
+from lookup_experts.table.build import (
+    build_table,
+    decode_records,
+    full_disk_as_user_error,
+    link_or_copy,
+    plan_reencoding,
+)
+from lookup_experts.table.encoding import Encoding, get_encoding
+from lookup_experts.table.format import MANIFEST_NAME, Progress, Table, open_table
+from lookup_experts.table.store import open_store
+
+_TABLE = "table"
+"""The folder of the table within an inference folder."""
+
+
+def reencode(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    encoding: str,
+    block_size: int | None = None,
+    progress: Progress | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Table:
+    """Write a table again in another encoding.
+
+    Every record that is read is compared with its checksum. The table stays that of the same
+    experts: fingerprint and hashes are those of the source.
+
+    Args:
+        folder: an inference folder, or the folder of a table alone.
+        out: the folder to make, of the same kind; must not exist yet.
+        encoding: how the new table stores numbers.
+        block_size: of the encodings nf4 and nf3: how many neighbours share a scale.
+        progress: called with (ids done, ids in all).
+        notify: told when an interrupted run is taken up again, and that what the source's
+            encoding has rounded away is not brought back.
+
+    Returns:
+        The finished table.
+
+    Raises:
+        UserError: `out` exists, or there is nothing to re-encode.
+        TableError: the table is damaged, or not that of the model beside it.
+        DiskFullError: not enough space.
+    """
+    chosen = get_encoding(encoding, block_size)
+    path, out = local_folder(folder), Path(out)
+    source, is_bare = open_source(path)
+    _require_other_encoding(source, chosen)
+    _require_new_folder(path, out)
+    if source.layout.encoding.name != "float32":
+        notify(
+            f"The source is in {source.layout.encoding.name}: what that rounded away is not "
+            "brought back. Fold the experts anew where you have them."
+        )
+    partial = out.with_name(f"{out.name}.partial")
+    if partial.exists():
+        notify(f"Going on with the interrupted run in {partial}.")
+    partial.mkdir(parents=True, exist_ok=True)
+    if not is_bare:
+        with full_disk_as_user_error(partial):
+            copy_beside_table(path, partial)
+    plan = plan_reencoding(source, chosen)
+    with open_store(source, "direct", verify_checksums=True, notify=notify) as store:
+        build_table(partial if is_bare else partial / _TABLE, plan, decode_records(store), progress)
+    partial.rename(out)
+    return Table(out if is_bare else out / _TABLE, plan.manifest)
+
+
+def open_source(path: Path) -> tuple[Table, bool]:
+    """The table of a folder, and whether the folder is that of a table alone.
+
+    Raises:
+        UserError: the folder has no table.
+        TableError: its files are missing, truncated or foreign, or of another model.
+    """
+    if (path / MANIFEST_NAME).exists():
+        return open_table(path), True
+    config = read_config(path)
+    if config.get("model_type") != LookupExpertsConfig.model_type:
+        raise UserError(f"{path} has no table to re-encode: it is no model in table form.")
+    settings = attached_settings(path, config)
+    if settings.form != "table":
+        raise UserError(
+            f"{path} has no table to re-encode: its experts are in training form. "
+            "Fold them with the encoding that you want: mole reparameterize."
+        )
+    table = open_table(path / _TABLE)
+    if table.manifest.fingerprint != settings.fingerprint:
+        raise TableError(f"{table.folder}: this is the table of another model than {path}.")
+    return table, False
+
+
+def _require_other_encoding(source: Table, chosen: Encoding) -> None:
+    if source.layout.encoding == chosen:
+        raise UserError(
+            f"{source.folder} is in {in_words(chosen)} already; choose another encoding."
+        )
+
+
+def in_words(encoding: Encoding) -> str:
+    """`nf4 (blocks of 768)`, `bfloat16`."""
+    blocks = "" if encoding.block_size is None else f" (blocks of {encoding.block_size})"
+    return f"{encoding.name}{blocks}"
+
+
+def _require_new_folder(folder: Path, out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another folder, or delete it.")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{out} lies in {folder}, which is read; choose a folder outside of it.")
+
+
+def copy_beside_table(folder: Path, target: Path) -> None:
+    """Bring all but the table of an inference folder to `target`, over what is there."""
+
+    for source in sorted(folder.rglob("*")):
+        relative = source.relative_to(folder)
+        if source.is_file() and relative.parts[0] != _TABLE:
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            _bring_file(source, target / relative)
+
+
+def _bring_file(source: Path, target: Path) -> None:
+    """Weights are linked, since they are large and are replaced, never written to. The rest may
+    be edited by hand in one of the folders, so each gets its own."""
+    target.unlink(missing_ok=True)  # left behind, perhaps in part, by an interrupted run
+    if source.suffix == ".safetensors":
+        link_or_copy(source, target)
+    else:
+        shutil.copy2(source, target)
