@@ -31,3 +31,15 @@ Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, a
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total.")]
 TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0: from all.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+EvaluationText = Annotated[
+    Path | None,
+    typer.Option(
+        "--eval",
+        metavar="TEXT",
+        help="Compare the model's predictions too, on up to 32k tokens of this file "
+        "(.txt, .jsonl, .txt.gz ...).",
+    ),
+]
+BlockSize = Annotated[
+    int | None, typer.Option(help="nf4 and nf3: how many neighbours share a scale.")
+]

@@ -7,6 +7,7 @@ import typer
 
 from lookup_experts import console
 from lookup_experts.commands import options
+from lookup_experts.commands.table_report import report_table
 
 
 def reparameterize(
@@ -16,22 +17,27 @@ def reparameterize(
         str,
         typer.Option(help="float32, bfloat16, float16, int8, nf4 or nf3."),
     ] = "bfloat16",
-    block_size: Annotated[
-        int | None, typer.Option(help="nf4 and nf3: how many neighbours share a scale.")
-    ] = None,
+    block_size: options.BlockSize = None,
+    evaluate: options.EvaluationText = None,
     json: options.Json = False,
 ) -> None:
     """Fold the trained experts into a table on disk.
 
     OUT gets the backbone, the routers, the tokenizer and the table. An interrupted run goes on
-    when the same command is given again.
+    when the same command is given again. At the end it tells what the encoding costs, against the
+    experts.
 
-    Example: `mole reparameterize runs/mole out/ --encoding bfloat16`
+    Example: `mole reparameterize runs/mole out/ --encoding nf4 --eval notes.txt`
     """
+    from lookup_experts.evaluation.quality import quality_against_experts
+    from lookup_experts.evaluation.text import read_token_ids
     from lookup_experts.generation.folding import reparameterize as fold
-    from lookup_experts.units import format_bytes
+    from lookup_experts.generation.loading import load, load_tokenizer
 
     console.quiet_transformers()
+    token_ids = None
+    if evaluate is not None:  # before the long work, so that what can't be read is told at once
+        token_ids = read_token_ids(evaluate, load_tokenizer(folder))
     with console.progress_bar("Folding the experts") as progress:
         table = fold(
             folder,
@@ -41,20 +47,6 @@ def reparameterize(
             progress=progress,
             notify=console.say,
         )
-    layout = table.layout
-    if json:
-        console.json_result(
-            {
-                "folder": str(out),
-                "records": layout.shape.vocab_size,
-                "record_bytes": layout.record_bytes,
-                "table_bytes": layout.table_bytes,
-                "encoding": layout.encoding.name,
-                "fingerprint": table.manifest.fingerprint,
-            }
-        )
-    else:
-        console.result(
-            f"{out}: {layout.shape.vocab_size} records of {format_bytes(layout.record_bytes)}, "
-            f"{format_bytes(layout.table_bytes)} in all, {layout.encoding.name}"
-        )
+    with console.progress_bar("Comparing predictions") as progress:
+        quality = quality_against_experts(table, load(folder), token_ids, progress)
+    report_table(out, table, quality, json)

@@ -1,0 +1,59 @@
+"""`mole reencode`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lookup_experts import console
+from lookup_experts.commands import options
+from lookup_experts.commands.table_report import report_table
+from lookup_experts.errors import UserError
+
+
+def reencode(
+    table: Annotated[str, typer.Argument(help="An inference folder, or the folder of a table.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make, of the same kind.")],
+    encoding: Annotated[str, typer.Option(help="float32, bfloat16, float16, int8, nf4 or nf3.")],
+    block_size: options.BlockSize = None,
+    evaluate: options.EvaluationText = None,
+    json: options.Json = False,
+) -> None:
+    """Write a table again in another encoding.
+
+    The experts aren't needed. OUT gets all else that is in an inference folder, too; weights are
+    linked rather than copied where possible. An interrupted run goes on when the same command is
+    given again. At the end it tells what the encoding costs, against TABLE.
+
+    Example: `mole reencode out/ out-nf4/ --encoding nf4 --eval notes.txt`
+    """
+    from lookup_experts.evaluation.quality import quality_against_table
+    from lookup_experts.evaluation.text import read_token_ids
+    from lookup_experts.generation.loading import load, load_tokenizer, local_folder
+    from lookup_experts.generation.reencoding import open_source
+    from lookup_experts.generation.reencoding import reencode as write_again
+
+    console.quiet_transformers()
+    folder = local_folder(table)
+    source, is_bare = open_source(folder)
+    token_ids = None
+    if evaluate is not None:  # before the long work, so that what can't be read is told at once
+        if is_bare:
+            raise UserError(
+                f"{folder} is a table without a model, so --eval has nothing that could predict "
+                "a text. Give the inference folder, or leave --eval out."
+            )
+        token_ids = read_token_ids(evaluate, load_tokenizer(folder))
+    with console.progress_bar("Re-encoding the table") as progress:
+        made = write_again(
+            folder,
+            out,
+            encoding=encoding,
+            block_size=block_size,
+            progress=progress,
+            notify=console.say,
+        )
+    with console.progress_bar("Comparing predictions") as progress:
+        model = None if token_ids is None else load(folder, notify=console.say)
+        quality = quality_against_table(made, source, model, token_ids, progress)
+    report_table(out, made, quality, json)

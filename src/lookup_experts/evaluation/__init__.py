@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, and what an encoding of its table costs."""

@@ -1,0 +1,53 @@
+"""From a text file to the token ids that are evaluated."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lookup_experts.errors import UserError
+from lookup_experts.training.documents import read_documents
+from lookup_experts.training.inputs import find_inputs
+
+MAX_TOKENS = 2**15
+"""What a file is read up to: enough for two digits of a perplexity in minutes on a CPU."""
+
+
+def read_token_ids(file: str | Path, tokenizer: Any, max_tokens: int = MAX_TOKENS) -> Tensor:
+    """The first `max_tokens` token ids of a text, int64 [n].
+
+    Documents come one after the other as in training, with the tokenizer's end-of-document token,
+    if it has one, after each that isn't empty.
+
+    Args:
+        file: of a kind that `mole prepare` takes: a plain text, or rows with a field `text`.
+        tokenizer: of transformers.
+        max_tokens: reading stops there.
+
+    Raises:
+        UserError: no such file, or it can't be read, or has not two tokens in it.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"{file} is no file; give a text to evaluate on (.txt, .jsonl, .txt.gz).")
+    ids = list(itertools.islice(_token_ids(path, tokenizer), max_tokens))
+    if len(ids) < 2:
+        raise UserError(f"{file} has {len(ids)} tokens; at least 2 are needed to predict any.")
+    return torch.tensor(ids)
+
+
+def _token_ids(path: Path, tokenizer: Any) -> Iterator[int]:
+    (source,) = find_inputs([str(path)], out=Path())
+    is_empty = True
+    for chunk in read_documents(source, text_field="text"):
+        # A chunk is a million characters, so the words that are cut between two are very few.
+        ids = tokenizer(chunk.text, add_special_tokens=False, verbose=False)["input_ids"]
+        is_empty = is_empty and not ids
+        yield from ids
+        if chunk.ends_document:
+            if tokenizer.eos_token_id is not None and not is_empty:
+                yield tokenizer.eos_token_id
+            is_empty = True
