@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare": "Turn text into token shards for training.",
     "train": "Train a recipe from scratch; resumes where it stopped.",
     "reparameterize": "Fold the trained experts into a table on disk.",
+    "reencode": "Write a table again in another encoding.",
     "inspect": "Tell what is in a model folder or a table.",
     "verify": "Check that a table is intact and belongs to its model.",
     "generate": "Continue a prompt, token by token.",
