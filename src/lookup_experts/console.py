@@ -23,8 +23,13 @@ def json_result(value: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with an ETA on stderr; what it gives is called with (done, total)."""
+def progress_bar(description: str, transient: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar with an ETA on stderr; what it gives is called with (done, total).
+
+    Args:
+        description: what is being done.
+        transient: leave nothing behind when it is over.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -42,7 +47,7 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    bar = Progress(*columns, console=Console(stderr=True))
+    bar = Progress(*columns, console=Console(stderr=True), transient=transient)
     task = bar.add_task(description, total=None)
 
     def update(done: int, total: int) -> None:

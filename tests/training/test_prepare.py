@@ -318,7 +318,7 @@ class TestResume:
 
 def test_two_at_once_are_refused(mixed_text, tmp_path, tokenizer_folder):
     with (
-        prepare_module.locked(tmp_path / "out"),
+        prepare_module.locked(tmp_path / "out", "preparing text"),
         pytest.raises(UserError, match="Another process is preparing text"),
     ):
         prepare([mixed_text], tokenizer=tokenizer_folder, out=tmp_path / "out")

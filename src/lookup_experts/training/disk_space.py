@@ -46,7 +46,7 @@ def told_when_disk_is_full(run: RunFolder) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if not (_says_disk_full(error) or shutil.disk_usage(run.path).free < _FULL_BELOW_BYTES):
+        if not (says_disk_full(error) or shutil.disk_usage(run.path).free < _FULL_BELOW_BYTES):
             raise
         clear_unfinished(run.checkpoints)
         clear_unfinished(run.path)
@@ -58,8 +58,11 @@ def told_when_disk_is_full(run: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def _says_disk_full(error: BaseException | None) -> bool:
-    """safetensors and torch wrap the system's error in their own, as a text or as a cause."""
+def says_disk_full(error: BaseException | None) -> bool:
+    """Whether an error comes from a full disk.
+
+    safetensors and torch wrap the system's error in their own, as a text or as a cause.
+    """
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True

@@ -4,12 +4,8 @@
 the same thing; how many workers do it, and how the tokenizer was named, makes no difference.
 """
 
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -122,32 +118,3 @@ def _remove_pieces_folder(folder: Path) -> None:
     """It holds no piece, but may hold notes of the other job."""
     if (folder / PIECES_NAME).exists():
         shutil.rmtree(folder / PIECES_NAME)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Create the folder and keep other processes from working on it.
-
-    The lock is the system's, so that it goes with the process, however that ends.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--out {folder} is a file; expected a folder.") from None
-    except OSError as error:
-        raise UserError(f"--out {folder} can't be created: {error.strerror}.") from error
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _lock(descriptor, folder)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"Another process is preparing text in {folder}. Wait for it, or choose another --out."
-        ) from None

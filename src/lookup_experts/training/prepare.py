@@ -21,9 +21,9 @@ import numpy as np
 
 from lookup_experts.errors import DiskFullError, UserError
 from lookup_experts.training.documents import Chunk, read_documents
-from lookup_experts.training.files import atomic_write
+from lookup_experts.training.files import atomic_write, locked
 from lookup_experts.training.inputs import Input, TextFile, find_inputs
-from lookup_experts.training.job import PIECES_NAME, Job, begin, locked
+from lookup_experts.training.job import PIECES_NAME, Job, begin
 from lookup_experts.training.manifest import MANIFEST_NAME, SPLITS, Manifest
 from lookup_experts.training.pieces import (
     SectionIndex,
@@ -142,7 +142,7 @@ def prepare(
         validation=validation,
         text_field=text_field,
     )
-    with locked(folder), _told_when_disk_is_full(folder):
+    with locked(folder, "preparing text"), _told_when_disk_is_full(folder):
         job = begin(folder, job)
         was_complete = (folder / MANIFEST_NAME).exists()
         if not was_complete:

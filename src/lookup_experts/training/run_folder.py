@@ -10,18 +10,15 @@ config.json, model.safetensors, tokenizer files ...
 summary.json           what came out; written last, so a folder that has one is finished
 """
 
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from lookup_experts.errors import UserError
 from lookup_experts.training.checkpoints import UNFINISHED, clear_unfinished
-from lookup_experts.training.files import atomic_write
+from lookup_experts.training.files import atomic_write, locked
 from lookup_experts.training.manifest import Manifest
 from lookup_experts.training.recipe import Recipe, load_recipe
 
@@ -41,32 +38,9 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.unfinished_model = self.path / UNFINISHED
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Create the folder and keep other processes from training in it.
-
-        The lock is the system's, so that it goes with the process, however that ends.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"--out {self.path} is a file; expected a folder.") from None
-        except OSError as error:
-            raise UserError(f"--out {self.path} can't be created: {error.strerror}.") from error
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            self._lock(descriptor)
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _lock(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another process is training in {self.path}. Wait for it, or choose another --out."
-            ) from None
+    def locked(self) -> AbstractContextManager[None]:
+        """Create the folder and keep other processes from training in it."""
+        return locked(self.path, "training")
 
     def check(self, recipe: Recipe, data: dict[str, Any]) -> None:
         """Refuse a folder with other things in it; say in what an earlier run differs."""
