@@ -130,7 +130,7 @@ class TableExperts:
         if torch.is_grad_enabled() or ready or self._whole is not None:
             rows = self._rows_in_memory(token_ids)
             if ready:
-                rows.wait()
+                rows.prepare()
             return rows
         rows_in_slots = None
         if token_ids.numel() <= 4 * SLOT_BATCH:

@@ -15,11 +15,11 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lookup_experts.model.experts import mix
@@ -28,6 +28,10 @@ from lookup_experts.table.store import PendingRead, Store, aligned_buffer
 
 PRECOMPUTED_POSITIONS = 256
 """Batches up to this size have the places of all their rows computed at once for all layers."""
+DECODED_BYTES = 16 * 2**20
+"""Encoded records are decoded for all layers at once up to this size, beyond it layer by layer."""
+MODE_SUM = 0
+"""Of `torch.embedding_bag`."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ class Decoding:
     def is_flat(self, record_stride: int) -> bool:
         """Whether records this far apart are, as they are, a matrix of rows of this dtype."""
         return self.is_view and record_stride % self.row_bytes == 0
+
+    def decoded_bytes(self, num_ids: int) -> int:
+        """What all rows of so many records take when they are decoded."""
+        shape = self.layout.shape
+        return num_ids * shape.num_layers * shape.num_experts * self.row_bytes
 
     def decode(self, codes: Tensor) -> Tensor:
         """One layer of records, uint8 [U, layer_bytes] -> [U, N, d]."""
@@ -120,24 +129,41 @@ class MemoryRows:
         if decoding.is_flat(memory.shape[1]):
             if slot_of_position is None:
                 slot_of_position = slots[index.reshape(-1)]
-            self._lay_flat(slot_of_position)
+            rows_per_record = memory.shape[1] // decoding.row_bytes
+            self._lay_flat(memory.view(decoding.dtype), slot_of_position, rows_per_record)
 
-    def _lay_flat(self, slot_of_position: Tensor) -> None:
-        """Prepare `mix` straight out of the records: row numbers, for each layer if few."""
+    def _lay_flat(self, flat: Tensor, record_of_position: Tensor, rows_per_record: int) -> None:
+        """Prepare `mix` straight out of records of decoded rows: which rows, for each layer."""
         shape = self._decoding.layout.shape
-        rows_per_record = self._memory.shape[1] // self._decoding.row_bytes
-        self._flat = self._memory.view(self._decoding.dtype).view(-1, shape.hidden_size)
-        self._first_rows = (slot_of_position * rows_per_record).unsqueeze(1)
-        if self.index.numel() <= PRECOMPUTED_POSITIONS:
-            self._bags = (
-                self._first_rows + row_offsets(shape.num_layers, shape.num_experts)
-            ).unbind()
+        self._flat = flat.view(-1, shape.hidden_size)
+        self._starts = bag_starts(len(record_of_position), shape.num_experts, flat.device)
+        self._offsets = row_offsets(shape.num_layers, shape.num_experts, flat.device)
+        self._first_rows = (record_of_position * rows_per_record).unsqueeze(1)
+        if len(record_of_position) <= PRECOMPUTED_POSITIONS:
+            rows = self._first_rows + self._offsets
+            self._bags = rows.view(shape.num_layers, -1).unbind()
+
+    def _decode_at_once(self) -> None:
+        """Decode all layers together: for a few records that is hardly more work than one layer,
+        and a layer's own operations are then as few as with floats."""
+        layout = self._decoding.layout
+        records = self._memory.index_select(0, self._slots)[:, : layout.record_bytes]
+        layers = records.reshape(-1, layout.layer_bytes)
+        rows_per_record = layout.shape.num_layers * layout.shape.num_experts
+        self._lay_flat(self._decoding.decode(layers), self.index.reshape(-1), rows_per_record)
 
     def wait(self) -> None:
         """Return when the records are there."""
         if self._pending is not None:
             self._clock.wait(self._pending)
             self._pending = None  # not before: rows that could not be read stay an error
+
+    def prepare(self) -> None:
+        """Wait for the records, and decode them if they are few."""
+        self.wait()
+        num_ids = len(self._slots)
+        if self._flat is None and self._decoding.decoded_bytes(num_ids) <= DECODED_BYTES:
+            self._decode_at_once()
 
     def layer(self, layer: int) -> Tensor:
         """See `TokenRows.layer`."""
@@ -148,30 +174,42 @@ class MemoryRows:
     def mix(self, layer: int, weights: Tensor) -> Tensor:
         """See `TokenRows.mix`."""
         # Autograd may keep the rows longer than the records stay; so it gets a copy.
-        if self._flat is None or (self._borrowed and weights.requires_grad):
+        if self._borrowed and weights.requires_grad:
             return mix(self.layer(layer), self.index.view(-1), weights)
-        if self._pending is not None:
-            self.wait()
+        if self._pending is not None or self._flat is None:
+            self.prepare()
+        if self._flat is None:
+            return mix(self.layer(layer), self.index.view(-1), weights)
         if self._bags is not None:
             bags = self._bags[layer]
         else:
-            shape = self._decoding.layout.shape
-            bags = self._first_rows + row_offsets(shape.num_layers, shape.num_experts)[layer]
-        return F.embedding_bag(
-            bags, self._flat, mode="sum", per_sample_weights=weights.to(self._flat.dtype)
+            bags = (self._first_rows + self._offsets[layer]).view(-1)
+        # Not by way of `torch.nn.functional`, whose checks take longer than a small sum.
+        mixed, *_ = torch.embedding_bag(
+            self._flat,
+            bags,
+            self._starts,
+            False,
+            MODE_SUM,
+            False,
+            weights.to(self._flat.dtype).view(-1),
         )
+        return mixed
 
 
-_offsets: dict[tuple[int, int], Tensor] = {}
-
-
-def row_offsets(num_layers: int, num_experts: int) -> Tensor:
+@lru_cache
+def row_offsets(num_layers: int, num_experts: int, device: torch.device) -> Tensor:
     """[L, 1, N] int64: where each layer's and expert's row is in a flat record."""
-    key = (num_layers, num_experts)
-    if key not in _offsets:
-        with torch.inference_mode(False):
-            _offsets[key] = torch.arange(num_layers * num_experts).view(num_layers, 1, num_experts)
-    return _offsets[key]
+    with torch.inference_mode(False):
+        rows = torch.arange(num_layers * num_experts, device=device)
+        return rows.view(num_layers, 1, num_experts)
+
+
+@lru_cache
+def bag_starts(num_positions: int, num_experts: int, device: torch.device) -> Tensor:
+    """[B·T] int64: where each position's rows begin in a flat list of rows."""
+    with torch.inference_mode(False):
+        return torch.arange(0, num_positions * num_experts, num_experts, device=device)
 
 
 @dataclass(frozen=True)
