@@ -1,0 +1,234 @@
+"""How many reads a row cache of a given size saves, by which records it keeps: a simulation.
+
+Policies are run over the token ids of a text, without records and without a model. The ids come
+in decoding steps of several parallel streams, each somewhere else in the text, and a step looks
+up its unique ids, as `table/reader.py` does. What is measured is decided by the text and the
+tokenizer alone, so it holds for any machine.
+
+| policy | keeps |
+|---|---|
+| lru | the most recently used |
+| lfu | the most often used while they were kept; counts are halved as time goes by |
+| tinylfu | as lru, but a newcomer must have been used more often than the record that it replaces |
+| static | the most frequent of another text, for good |
+
+The third is TinyLFU (arXiv 1512.00727) with exact counts in place of a sketch, because a
+vocabulary is small.
+"""
+
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+USES_PER_AGEING = 10
+"""Counts are halved after this many uses for each record of the capacity."""
+
+
+class Policy(Protocol):
+    """A cache of records, as far as it decides which to keep."""
+
+    def use(self, ids: Sequence[int]) -> int:
+        """Look up the unique ids of one step; how many of them were there."""
+
+
+class LeastRecentlyUsed:
+    """`lru`, the row cache of `table/cache.py`.
+
+    Args:
+        capacity: records, at least 1.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._kept: OrderedDict[int, None] = OrderedDict()
+
+    def use(self, ids: Sequence[int]) -> int:
+        """See `Policy.use`."""
+        kept = self._kept
+        hits = sum(id_ in kept for id_ in ids)
+        for id_ in ids:
+            kept[id_] = None
+            kept.move_to_end(id_)
+        while len(kept) > self._capacity:
+            kept.popitem(last=False)
+        return hits
+
+
+class LeastFrequentlyUsed:
+    """`lfu`: of those used least often, the least recently used goes first.
+
+    Args:
+        capacity: records, at least 1.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._counts: dict[int, int] = {}
+        self._by_count: defaultdict[int, OrderedDict[int, None]] = defaultdict(OrderedDict)
+        self._uses = 0
+
+    def use(self, ids: Sequence[int]) -> int:
+        """See `Policy.use`."""
+        found = [id_ for id_ in ids if id_ in self._counts]
+        missing = [id_ for id_ in ids if id_ not in self._counts]
+        for id_ in found + missing:  # in this order, so that none is replaced before its use
+            self._use_one(id_)
+        self._uses += len(ids)
+        if self._uses >= USES_PER_AGEING * self._capacity:
+            self._age()
+        return len(found)
+
+    def _use_one(self, id_: int) -> None:
+        count = self._counts.pop(id_, 0)
+        if count:
+            self._take_from(count, id_)
+        elif len(self._counts) == self._capacity:
+            self._evict()
+        self._counts[id_] = count + 1
+        self._by_count[count + 1][id_] = None
+
+    def _evict(self) -> None:
+        least = min(self._by_count)
+        id_ = next(iter(self._by_count[least]))
+        self._take_from(least, id_)
+        del self._counts[id_]
+
+    def _take_from(self, count: int, id_: int) -> None:
+        del self._by_count[count][id_]
+        if not self._by_count[count]:
+            del self._by_count[count]
+
+    def _age(self) -> None:
+        self._uses = 0
+        older = sorted(self._by_count.items())
+        self._by_count.clear()
+        for count, ids in older:
+            for id_ in ids:
+                self._counts[id_] = max(1, count // 2)
+                self._by_count[self._counts[id_]][id_] = None
+
+
+class TinyLeastFrequentlyUsed:
+    """`tinylfu`: least recently used, behind a filter by frequency.
+
+    Args:
+        capacity: records, at least 1.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._counts: Counter[int] = Counter()
+        self._uses = 0
+
+    def use(self, ids: Sequence[int]) -> int:
+        """See `Policy.use`."""
+        self._counts.update(ids)
+        found = [id_ for id_ in ids if id_ in self._kept]
+        for id_ in found:
+            self._kept.move_to_end(id_)
+        for id_ in ids:
+            if id_ not in self._kept:
+                self._admit(id_)
+        self._uses += len(ids)
+        if self._uses >= USES_PER_AGEING * self._capacity:
+            self._age()
+        return len(found)
+
+    def _admit(self, id_: int) -> None:
+        if len(self._kept) == self._capacity:
+            victim = next(iter(self._kept))
+            if self._counts[id_] <= self._counts[victim]:
+                return
+            del self._kept[victim]
+        self._kept[id_] = None
+
+    def _age(self) -> None:
+        self._uses = 0
+        halves = {id_: count // 2 for id_, count in self._counts.items() if count > 1}
+        self._counts = Counter(halves)
+
+
+class MostFrequent:
+    """`static`: fixed from the start.
+
+    Args:
+        capacity: records, at least 1.
+        seen_ids: int [n], the token ids of another text, whose most frequent are kept.
+    """
+
+    def __init__(self, capacity: int, seen_ids: np.ndarray) -> None:
+        ids, counts = np.unique(seen_ids, return_counts=True)
+        self._kept = frozenset(ids[np.argsort(-counts, kind="stable")[:capacity]].tolist())
+
+    def use(self, ids: Sequence[int]) -> int:
+        """See `Policy.use`."""
+        return sum(id_ in self._kept for id_ in ids)
+
+
+def decoding_steps(token_ids: np.ndarray, num_streams: int) -> list[list[int]]:
+    """The unique ids of each step, in the order of their first stream.
+
+    Args:
+        token_ids: int [n], cut into `num_streams` runs of equal length; what is left is dropped.
+    """
+    length = len(token_ids) // num_streams
+    streams = token_ids[: length * num_streams].reshape(num_streams, length)
+    return [list(dict.fromkeys(ids)) for ids in streams.T.tolist()]
+
+
+def hit_rate(policy: Policy, steps: Iterable[Sequence[int]]) -> float:
+    """The share of look-ups that the cache answers, from an empty cache on."""
+    hits = lookups = 0
+    for ids in steps:
+        hits += policy.use(ids)
+        lookups += len(ids)
+    return hits / lookups
+
+
+def compare_policies(
+    token_ids: np.ndarray,
+    capacities: Sequence[int],
+    num_streams: Sequence[int] = (1, 8, 32),
+) -> list[dict[str, Any]]:
+    """What each policy saves on the second half of a text; `static` counts on the first.
+
+    Args:
+        token_ids: int [n].
+        capacities: records that the cache holds.
+        num_streams: sequences that are decoded at once.
+
+    Returns:
+        For each policy, capacity and number of streams: `policy`, `capacity`, `streams`,
+        `hit_rate` (of the unique ids of a step), `reads_per_token`.
+    """
+    seen, measured = np.array_split(token_ids, 2)
+    results = []
+    for streams in num_streams:
+        steps = decoding_steps(measured, streams)
+        unique_per_token = sum(map(len, steps)) / (len(steps) * streams)
+        for capacity in capacities:
+            for name, policy in _policies(capacity, seen).items():
+                rate = hit_rate(policy, steps)
+                results.append(
+                    {
+                        "policy": name,
+                        "capacity": capacity,
+                        "streams": streams,
+                        "hit_rate": rate,
+                        "reads_per_token": (1 - rate) * unique_per_token,
+                    }
+                )
+    return results
+
+
+def _policies(capacity: int, seen_ids: np.ndarray) -> dict[str, Policy]:
+    """A new cache of each kind."""
+    return {
+        "lru": LeastRecentlyUsed(capacity),
+        "lfu": LeastFrequentlyUsed(capacity),
+        "tinylfu": TinyLeastFrequentlyUsed(capacity),
+        "static": MostFrequent(capacity, seen_ids),
+    }
