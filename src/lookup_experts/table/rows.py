@@ -135,7 +135,7 @@ class MemoryRows:
     def _lay_flat(self, flat: Tensor, record_of_position: Tensor, rows_per_record: int) -> None:
         """Prepare `mix` straight out of records of decoded rows: which rows, for each layer."""
         shape = self._decoding.layout.shape
-        self._flat = flat.view(-1, shape.hidden_size)
+        self._flat = flat.reshape(-1, shape.hidden_size)
         self._starts = bag_starts(len(record_of_position), shape.num_experts, flat.device)
         self._offsets = row_offsets(shape.num_layers, shape.num_experts, flat.device)
         self._first_rows = (record_of_position * rows_per_record).unsqueeze(1)

@@ -225,7 +225,8 @@ class RecordStore:
         return ThreadedRead(self._background().submit(self._read_into, ids, memory, slots))
 
     def _read_into(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> None:
-        records = aligned_buffer(len(ids) * self.layout.stride).reshape(len(ids), -1)
+        stride = self.layout.stride
+        records = aligned_buffer(len(ids) * stride).reshape(len(ids), stride)
         self.read(ids, records)
         memory[slots] = records
 
