@@ -1,0 +1,142 @@
+"""What tests of reading share: every way to read, and the rows that must come out."""
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lookup_experts.model.experts import TokenRows, mix_reference
+from lookup_experts.table import uring
+from lookup_experts.table.format import Table
+from lookup_experts.table.reader import TableExperts
+from lookup_experts.table.store import RecordStore, aligned_buffer, open_store
+from lookup_experts.table.uring import Ring
+
+WAYS = ("memory", "mmap", "io_uring", "threads", "page cache")
+"""The stores, `direct` in each way that it may read."""
+
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def has_ring() -> bool:
+    try:
+        Ring(2).close()
+    except OSError:
+        return False
+    return True
+
+
+needs_ring = pytest.mark.skipif(not has_ring(), reason="no io_uring here")
+
+
+def ways_here() -> list[str]:
+    return [way for way in WAYS if way != "io_uring" or has_ring()]
+
+
+@contextmanager
+def open_by(way: str, table: Table, verify_checksums: bool = False) -> Iterator[RecordStore]:
+    """A store over `table` that reads in this way."""
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "threads":
+            patch.setattr(uring, "_syscall", _refuse)
+        if way == "page cache":
+            patch.setattr(os, "open", _open_without_direct)
+        kind = way if way in ("memory", "mmap") else "direct"
+        store = open_store(
+            table, kind, verify_checksums=verify_checksums, notify=lambda message: None
+        )
+    with store:
+        yield store
+
+
+def _refuse(*_: int) -> int:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+_real_open = os.open
+
+
+def _open_without_direct(path, flags, *rest, **named):
+    if flags & os.O_DIRECT:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return _real_open(path, flags, *rest, **named)
+
+
+@contextmanager
+def open_reader_by(
+    way: str,
+    table: Table,
+    dtype: torch.dtype | None = None,
+    cache_bytes: int = 0,
+    verify_checksums: bool = False,
+) -> Iterator[TableExperts]:
+    """A reader over `table`, of the stored dtype where none is given."""
+    dtype = dtype or table.layout.encoding.torch_dtype or torch.float32
+    with open_by(way, table, verify_checksums) as store:
+        reader = TableExperts(table, store, dtype, cache_bytes=cache_bytes)
+        yield reader
+        reader.close()
+
+
+class Expected:
+    """The rows of a table by the book: decoded from its bytes, without a reader."""
+
+    def __init__(self, table: Table, records: np.ndarray, dtype: torch.dtype | None = None) -> None:
+        self.layout = table.layout
+        self.dtype = dtype or table.layout.encoding.torch_dtype or torch.float32
+        self._records = torch.from_numpy(records)
+
+    @property
+    def num_layers(self) -> int:
+        return self.layout.shape.num_layers
+
+    def layer(self, layer: int, ids: Tensor) -> Tensor:
+        """[B, T, N, d]."""
+        shape, encoding = self.layout.shape, self.layout.encoding
+        codes = self._records[ids.flatten()][:, self.layout.layer_slice(layer)].clone()
+        rows = encoding.decode(codes, shape.num_experts, shape.hidden_size, self.dtype)
+        return rows.view(*ids.shape, shape.num_experts, shape.hidden_size)
+
+    def weights(self, ids: Tensor, layer: int) -> Tensor:
+        """Some router weights, [B·T, N]."""
+        generator = torch.Generator().manual_seed(layer)
+        drawn = torch.rand(ids.numel(), self.layout.shape.num_experts, generator=generator)
+        return drawn.to(self.dtype)
+
+    def mixed(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
+        """[B·T, d]."""
+        rows = self.layer(layer, ids).flatten(0, -3)
+        return mix_reference(rows, torch.arange(len(rows)), weights)
+
+    def assert_right(
+        self, rows: TokenRows, ids: Tensor, layers: Sequence[int] | None = None
+    ) -> None:
+        """Whether these are the rows of `ids` [B, T], bit for bit, and their mixes."""
+        assert rows.index.shape == ids.shape
+        for layer in range(self.num_layers) if layers is None else layers:
+            assert torch.equal(rows.layer(layer)[rows.index], self.layer(layer, ids))
+            weights = self.weights(ids, layer)
+            self.assert_close(rows.mix(layer, weights), self.mixed(layer, ids, weights))
+
+    def assert_close(self, found: Tensor, expected: Tensor) -> None:
+        assert found.dtype == self.dtype
+        tolerance = _TOLERANCE[self.dtype]
+        scale = 1 + float(expected.abs().max()) if expected.numel() else 1.0
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+def empty_slots(num_slots: int, stride: int) -> np.ndarray:
+    """Aligned memory for records, full of rubbish."""
+    memory = aligned_buffer(num_slots * stride).reshape(num_slots, stride)
+    memory[:] = 0xAA
+    return memory
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))

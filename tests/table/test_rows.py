@@ -1,0 +1,230 @@
+"""Rows are those of the bytes: any table, any batch, any way to read, in any order, and later."""
+
+import gc
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from random_tables import make_table
+from reading import Expected, open_reader_by, ways_here
+
+from lookup_experts.table import reader as reader_module
+from lookup_experts.table.encoding import ENCODINGS, get_encoding
+from lookup_experts.table.format import BLOCK, RecordLayout, TableShape
+from lookup_experts.table.reader import SLOT_BATCH
+from lookup_experts.table.rows import plan_groups
+
+pytestmark = pytest.mark.timeout(100)
+
+LENGTHS = (0, 1, 2, 63, 64, 65, 255, 256, 257, 300)
+"""Around the most unique ids and the most positions that go through slots."""
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "grad": torch.enable_grad,
+}
+ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "hidden_size": 512, "encoding": "float16"}
+"""A record of 4096 bytes."""
+
+
+@st.composite
+def table_settings(draw):
+    """Keywords of `make_table`; records smaller than a block, of one block, and larger."""
+    vocab_size = draw(st.sampled_from([1, 2, 64, 65, 130]))
+    if draw(st.booleans()):
+        return {"vocab_size": vocab_size, **ONE_BLOCK}
+    return {
+        "vocab_size": vocab_size,
+        "num_layers": draw(st.integers(1, 5)),
+        "num_experts": draw(st.integers(1, 4)),
+        "hidden_size": draw(st.integers(1, 40) | st.sampled_from([96, 256, 520])),
+        "encoding": draw(st.sampled_from(sorted(ENCODINGS))),
+        "ids_per_shard": draw(st.sampled_from([None, 50])),
+    }
+
+
+@st.composite
+def batches(draw, vocab_size: int):
+    """Token ids [B, T]."""
+    length = draw(st.sampled_from(LENGTHS))
+    random = np.random.default_rng(draw(st.integers(0, 99)))
+    kind = draw(st.sampled_from(["drawn", "one id", "whole vocabulary", "few ids"]))
+    if kind == "whole vocabulary":
+        return torch.from_numpy(random.permutation(vocab_size)).view(1, -1)
+    most = {"drawn": vocab_size, "one id": 1, "few ids": min(vocab_size, 5)}[kind]
+    ids = torch.from_numpy(random.integers(0, most, length))
+    return ids.view(-1, 3) if length % 3 == 0 else ids.view(1, -1)
+
+
+ORDERS = {
+    "in order": lambda layers: layers,
+    "twice": lambda layers: layers + layers,
+    "backwards": lambda layers: layers[::-1],
+    "last alone, then all": lambda layers: layers[-1:] + layers,
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), table_settings(), st.sampled_from(sorted(MODES)), st.sampled_from(sorted(ORDERS)))
+def test_rows_of_any_table_and_batch(tmp_path_factory, data, shape, mode, order):
+    table, records = make_table(tmp_path_factory.mktemp("table"), **shape)
+    dtypes = {torch.float32, table.layout.encoding.torch_dtype or torch.bfloat16}
+    dtype = data.draw(st.sampled_from(sorted(dtypes, key=str)), "dtype")
+    stride = table.layout.stride
+    cache_bytes = data.draw(st.sampled_from([0, 3 * stride, 10 * stride * shape["vocab_size"]]))
+    group_bytes = data.draw(st.sampled_from([1, 100_000, 2**24]), "group_bytes")
+    expected = Expected(table, records, dtype)
+    layers = ORDERS[order](list(range(expected.num_layers)))
+    several = [data.draw(batches(shape["vocab_size"]), "ids") for _ in range(3)]
+    for way in ways_here():
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            open_reader_by(way, table, dtype, cache_bytes) as reader,
+            MODES[mode](),
+        ):
+            patch.setattr(reader_module, "GROUP_BYTES", group_bytes)
+            for ids in several:
+                expected.assert_right(reader.rows(ids), ids, layers)
+
+
+@pytest.mark.parametrize("way", ways_here())
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_batch_of_so_many_unique_ids(tmp_path, way, length):
+    table, records = make_table(tmp_path, vocab_size=300, **ONE_BLOCK)
+    expected = Expected(table, records)
+    ids = torch.randperm(300, generator=torch.Generator().manual_seed(0))[:length].view(1, -1)
+    for cache_bytes in (0, 100 * 4096):
+        with open_reader_by(way, table, cache_bytes=cache_bytes) as reader, torch.no_grad():
+            for _ in range(2):
+                expected.assert_right(reader.rows(ids), ids)
+
+
+@pytest.mark.parametrize("way", ["memory", "mmap", "threads"])
+@pytest.mark.parametrize("encoding", ["float16", "nf4"])
+@pytest.mark.parametrize("taken_under", ["grad", "no_grad"])
+@pytest.mark.parametrize("length", [5, 300])
+def test_gradients_survive_the_batches_that_follow(tmp_path, way, encoding, taken_under, length):
+    """Rows may be taken before gradients are switched on (a frozen embedding, a wrapper)."""
+    table, records = make_table(tmp_path, **{**ONE_BLOCK, "encoding": encoding}, vocab_size=130)
+    expected = Expected(table, records)
+    generator = torch.Generator().manual_seed(1)
+    with open_reader_by(way, table) as reader:
+        outputs = []
+        for _ in range(3):
+            ids = torch.randint(0, 130, (1, length), generator=generator)
+            with MODES[taken_under]():
+                rows = reader.rows(ids)
+            weights = [expected.weights(ids, layer).requires_grad_() for layer in range(2)]
+            mixed = [rows.mix(layer, weights[layer]) for layer in range(2)]
+            outputs.append((ids, weights, mixed))
+            del rows
+            with torch.no_grad():
+                for seed in range(3):  # uses all slots and buffers again
+                    others = torch.randint(0, 130, (1, length), generator=generator)
+                    expected.assert_right(reader.rows(others), others, [seed % 2])
+        for ids, weights, mixed in outputs:
+            sum(one.float().square().sum() for one in mixed).backward()
+            for layer in range(2):
+                again = weights[layer].detach().clone().requires_grad_()
+                by_the_book = expected.mixed(layer, ids, again)
+                by_the_book.float().square().sum().backward()
+                expected.assert_close(weights[layer].grad, again.grad)
+
+
+@pytest.mark.parametrize("way", ways_here())
+def test_a_layer_stays_right_while_the_next_are_read(tmp_path, way, monkeypatch):
+    monkeypatch.setattr(reader_module, "GROUP_BYTES", 1)
+    shape = {**ONE_BLOCK, "num_layers": 8}
+    table, records = make_table(tmp_path, **shape, vocab_size=100)
+    expected = Expected(table, records)
+    ids = torch.randperm(100).view(1, -1)
+    with open_reader_by(way, table) as reader, torch.no_grad():
+        rows = reader.rows(ids)
+        layers = [rows.layer(layer) for layer in range(8)]
+        for layer, found in enumerate(layers):
+            assert torch.equal(found[rows.index], expected.layer(layer, ids))
+
+
+@pytest.mark.parametrize("way", ways_here())
+def test_a_reader_opened_in_inference_mode_serves_training(tmp_path, way):
+    table, records = make_table(tmp_path, vocab_size=50, **ONE_BLOCK)
+    expected = Expected(table, records)
+    ids = torch.arange(50).view(1, -1)
+    with torch.inference_mode():
+        context = open_reader_by(way, table)
+        reader = context.__enter__()
+        expected.assert_right(reader.rows(ids), ids)
+    weights = expected.weights(ids, 0).requires_grad_()
+    reader.rows(ids).mix(0, weights).sum().backward()
+    assert weights.grad is not None
+    context.__exit__(None, None, None)
+
+
+def test_buffers_of_a_prompt_are_given_back(tmp_path):
+    table, _ = make_table(tmp_path, vocab_size=100, **ONE_BLOCK)
+    with open_reader_by("mmap", table) as reader, torch.no_grad():
+        rows = reader.rows(torch.arange(100).view(1, -1))
+        rows.mix(1, torch.rand(100, 2).half())
+        buffers = [weakref.ref(buffer) for buffer in rows._buffers]
+        del rows
+        reader._thread.submit(int).result()  # what was read ahead is over
+        gc.collect()
+        assert [buffer() for buffer in buffers] == [None, None]
+
+
+# ------------------------------------------------------------------------- groups of layers
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.integers(1, 900),
+    st.integers(0, 5000),
+    st.sampled_from([1, 50_000, 2**24]),
+    st.booleans(),
+)
+@example(24, 4, 1024, 2000, 2**24, True)
+def test_groups_cover_every_layer_once(layers, experts, hidden, num_ids, group_bytes, in_parts):
+    layout = RecordLayout(TableShape(10, layers, experts, hidden), get_encoding("float16"))
+    in_parts = in_parts and layout.stride >= BLOCK
+    groups = plan_groups(layout, num_ids, group_bytes, in_parts)
+    assert [layer for group in groups for layer in group.layers] == list(range(layers))
+    for group in groups:
+        first, last = (layout.layer_slice(layer) for layer in (group.layers[0], group.layers[-1]))
+        assert 0 <= group.start <= first.start and last.stop <= group.stop <= layout.stride
+        if in_parts:
+            assert group.start % BLOCK == group.stop % BLOCK == 0
+            # No more than asked, or one layer, and the blocks at both ends.
+            most = max(group_bytes, num_ids * layout.layer_bytes)
+            assert num_ids * (group.stop - group.start - 2 * BLOCK) <= most
+
+
+def test_the_first_group_is_one_layer():
+    layout = RecordLayout(TableShape(10, 24, 4, 1024), get_encoding("float16"))
+    assert len(plan_groups(layout, 100, 2**24, True)[0].layers) == 1
+    assert SLOT_BATCH < 100
+
+
+# --------------------------------------------------------------------------------- encodings
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4", "nf3"])
+def test_encoding_and_compiled_decoding_give_no_warning(name):
+    encoding = get_encoding(name)
+    rows = torch.randn(3, 4, 64).transpose(0, 1)  # as `LayerExperts` gives them
+    torch._dynamo.reset()
+    decode = torch.compile(
+        lambda codes: encoding.decode(codes, 3, 64, torch.float32), backend="eager", fullgraph=True
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        codes = encoding.encode(rows)
+        with torch.inference_mode():
+            compiled = decode(codes)
+        assert torch.equal(compiled, encoding.decode(codes, 3, 64, torch.float32))
+    torch._dynamo.reset()
