@@ -241,7 +241,7 @@ def compare_logits(reference: Tensor, found: Tensor, targets: Tensor) -> Tensor:
         [
             -expected_log.gather(1, wanted).double().sum(),
             -found_log.gather(1, wanted).double().sum(),
-            (expected_log.exp() * (expected_log - found_log)).double().sum(),
+            (expected_log.exp() * (expected_log - found_log)).sum(-1).double().sum(),
             (expected_log.argmax(-1) == found_log.argmax(-1)).double().sum(),
         ]
     ).cpu()
@@ -277,7 +277,8 @@ def format_quality(quality: Quality) -> str:
     lines = [
         f"  encoding        {quality.encoding}{blocks}",
         f"  bytes           {format_bytes(quality.record_bytes)} per record, "
-        f"{format_bytes(quality.table_bytes)} in all, {quality.share_of_float16:.1%} of float16",
+        f"{quality.share_of_float16:.1%} of float16; {format_bytes(quality.table_bytes)} in all, "
+        "padding included",
         f"  rows            relative error {rows.relative_error:.2e} over {rows.sampled_ids} ids; "
         f"layer {rows.worst_layer} the worst, {rows.worst_layer_error:.2e}",
     ]
