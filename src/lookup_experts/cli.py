@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": "Check that a table is intact and belongs to its model.",
     "generate": "Continue a prompt, token by token.",
     "chat": "Talk to a model.",
+    "bench": "Measure decoding, prefill, reading and building on this machine.",
 }
 
 EXIT_BAD_INPUT = 2
@@ -49,8 +50,10 @@ class LazyCommands(TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """The real command, from the function of that name in its module."""
+    """The real command: the function of that name in its module, or a group `app` of several."""
     module = importlib.import_module(f"lookup_experts.commands.{name}")
+    if hasattr(module, "app"):
+        return typer.main.get_command(module.app)
     single = typer.Typer(add_completion=False, rich_markup_mode="markdown")
     single.command(name)(getattr(module, name))
     return typer.main.get_command(single)
