@@ -140,3 +140,9 @@ def empty_slots(num_slots: int, stride: int) -> np.ndarray:
 
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def resident_bytes() -> int:
+    """Memory of this process, without what it maps from files (other processes share that)."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) * 1024
