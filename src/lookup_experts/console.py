@@ -28,7 +28,7 @@ def progress_bar(description: str, transient: bool = False) -> Iterator[Callable
 
     Args:
         description: what is being done.
-        transient: leave nothing behind when it is over.
+        transient: leave nothing behind when it is over, and nothing at all in a log file.
     """
     from rich.console import Console
     from rich.progress import (
@@ -47,7 +47,9 @@ def progress_bar(description: str, transient: bool = False) -> Iterator[Callable
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    bar = Progress(*columns, console=Console(stderr=True), transient=transient)
+    console = Console(stderr=True)
+    disable = transient and not console.is_terminal
+    bar = Progress(*columns, console=console, transient=transient, disable=disable)
     task = bar.add_task(description, total=None)
 
     def update(done: int, total: int) -> None:
