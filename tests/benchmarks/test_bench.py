@@ -1,0 +1,116 @@
+"""`mole bench` for real, on a shape small enough for a test."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from lookup_experts import cli
+from lookup_experts.benchmarks import speed
+from lookup_experts.errors import UserError
+from lookup_experts.model import baselines
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(autouse=True)
+def tiny_shape(monkeypatch):
+    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    monkeypatch.setitem(baselines.SHAPES, "tiny", shape)
+    monkeypatch.setattr(speed, "SEQUENCE_STEPS", 12)
+    monkeypatch.setattr(speed, "CACHE_WARM_UP_TOKENS", 640)
+
+
+@pytest.fixture
+def ids(tmp_path):
+    path = tmp_path / "ids.npy"
+    np.save(path, np.random.default_rng(0).zipf(1.3, 20_000) % 5000)
+    return path
+
+
+def bench(tmp_path, what: str, *arguments: object) -> dict:
+    out = tmp_path / f"{what}.json"
+    common = ["--shape", "tiny", "--work", str(tmp_path / "work"), "--json", str(out)]
+    done = run(cli.app, ["bench", what, *common, *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    report = json.loads(out.read_text())
+    assert report["machine"]["cores"] >= 1
+    return report
+
+
+@pytest.mark.parametrize("encoding", ["bfloat16", "nf4"])
+def test_decode(tmp_path, ids, encoding):
+    plot = tmp_path / "plot.png"
+    arguments = ("--ids", ids, "--batch", "1,3", "--pairs", 6, "--encoding", encoding)
+    report = bench(tmp_path, "decode", *arguments, "--cache", "1MB", "--plot", plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    dense, mole, _, larger = report["results"]
+    assert (dense["system"], mole["system"]) == ("dense", "mole")
+    assert mole["encoding"] == encoding and mole["cache_bytes"] == 1_000_000
+    assert mole["pairs"] >= 6 and larger["batch"] == 3
+    assert mole["ratio_to_dense"] > 0 and mole["spread"][0] <= mole["spread"][1]
+    assert 0 < mole["hit_rate"] <= 1
+
+
+def test_without_a_cache_nothing_is_hit(tmp_path, ids):
+    arguments = ("--ids", ids, "--batch", "2", "--pairs", 4, "--cache", 0)
+    mole = bench(tmp_path, "decode", *arguments)["results"][1]
+    assert mole["hit_rate"] == 0
+    assert mole["bytes_per_step"] > 0
+
+
+def test_prefill(tmp_path, ids):
+    results = bench(tmp_path, "prefill", "--ids", ids, "--tokens", "300", "--pairs", 2)["results"]
+    assert [result["tokens"] for result in results] == [300, 300]
+    assert results[1]["bytes_per_step"] > 0
+
+
+def test_read(tmp_path, monkeypatch):
+    from lookup_experts.benchmarks import bandwidth, reading
+
+    monkeypatch.setattr(bandwidth, "LARGE_READ", 2**20)
+    monkeypatch.setattr(reading, "DISK_SAMPLE_BYTES", 4 * 2**20)
+    results = bench(tmp_path, "read", "--batch", "4")["results"]
+    assert [result["busy_thread"] for result in results] == [False, True]
+    for result in results:
+        share = result["gb_per_second"] / result["disk_gb_per_second"]
+        assert result["share_of_disk_bandwidth"] == pytest.approx(share, rel=2)
+
+
+def test_build_leaves_a_table_that_opens(tmp_path):
+    from lookup_experts.table.format import open_table
+
+    (result,) = bench(tmp_path, "build")["results"]
+    assert result["seconds"] > 0 and result["ratio_to_matmul"] > 0
+    assert open_table(tmp_path / "work" / "tiny-4e-bfloat16-built").layout.shape.num_layers == 3
+    again = run(cli.app, ["bench", "build", "--shape", "tiny", "--work", str(tmp_path / "work")])
+    assert isinstance(again.exception, UserError)
+
+
+@pytest.mark.timeout(90)
+def test_memory_of_real_processes():
+    """In this process: a fresh one doesn't know the test's shape."""
+    from lookup_experts.benchmarks.residency import proportional_set_size
+
+    before = proportional_set_size()
+    held = np.ones(50_000_000, np.uint8)
+    assert proportional_set_size() - before > 45_000_000
+    assert held[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch", "1,x"], "numbers like 1,8,32"),
+        (["--batch", "0"], "at least 1"),
+        (["--encoding", "nf5"], "Unknown encoding 'nf5'"),
+        (["--shape", "161m"], "Did you mean '160m'"),
+        (["--ids", "nowhere.npy"], "expected a .npy file"),
+    ],
+)
+def test_bad_input(tmp_path, arguments, words):
+    common = ["bench", "decode", "--shape", "tiny", "--work", str(tmp_path)]
+    done = run(cli.app, [*common, *arguments])
+    assert isinstance(done.exception, UserError)
+    assert words in str(done.exception)
