@@ -330,3 +330,14 @@ def test_all_stores_give_the_same_rows(tmp_path):
 
 def test_the_source_of_a_loaded_model_is_a_table(table_folder):
     assert isinstance(opened(table_folder).expert_source, TableExperts)
+
+
+def test_models_that_are_dropped_unclosed_leave_no_descriptors(table_folder):
+    counts = []
+    for _ in range(6):
+        model = opened(table_folder)
+        logits_of(model, IDS[:, :1])
+        del model
+        gc.collect()
+        counts.append(len(list(Path("/proc/self/fd").iterdir())))
+    assert counts[1] == counts[-1], counts

@@ -8,6 +8,7 @@ import errno
 import os
 import threading
 import time
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from itertools import pairwise
@@ -149,7 +150,6 @@ class DirectStore(RecordStore):
         self.under_way: set[RingRead] = set()
         """Reads that were begun and not waited for yet; kept, for the kernel writes."""
         self._idle_rings: list[Ring] = []
-        self._all_rings: list[Ring] = []
         self._process = os.getpid()
         with ExitStack() as stack:
             fds, way = self._open_files(stack, notify)
@@ -158,6 +158,8 @@ class DirectStore(RecordStore):
             stack.callback(self._backend.close)
             self.backend = reader + way
             self._resources = stack.pop_all()
+        # For a store that is dropped without being closed, with the model that used it.
+        weakref.finalize(self, self._resources.close).atexit = False
 
     def _open_files(self, stack: ExitStack, notify: Notify) -> tuple[list[int], str]:
         """Descriptors of the shards, and what to add to the name of the back end."""
@@ -226,7 +228,7 @@ class DirectStore(RecordStore):
             if self._idle_rings:
                 return self._idle_rings.pop()
         ring = Ring()
-        self._all_rings.append(ring)
+        self._resources.callback(ring.close)
         return ring
 
     def give_ring_back(self, ring: Ring) -> None:
@@ -338,5 +340,3 @@ class DirectStore(RecordStore):
                     read.wait()
         with self._lock:
             self._resources.close()
-            for ring in self._all_rings:
-                ring.close()
