@@ -317,6 +317,30 @@ def test_a_kernel_that_takes_nothing(large, ring_store, monkeypatch, code):
 
 
 @needs_ring
+def test_a_kernel_that_gives_up_leaves_no_read_under_way(large, ring_store, monkeypatch):
+    table, records = large
+    memory = empty_slots(30, table.layout.stride)
+    ids, slots = drawn(20, 30)
+    read = ring_store.begin(ids, memory, slots)
+    real_enter, real_collect = Ring._enter, Ring._collect
+
+    def give_up(self, wait_for):
+        monkeypatch.setattr(Ring, "_enter", real_enter)
+        monkeypatch.setattr(Ring, "_collect", real_collect)
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(Ring, "_enter", give_up)
+    monkeypatch.setattr(Ring, "_collect", lambda self, results: 0)
+    with pytest.raises(TableError, match="Cannot allocate memory"):
+        read.wait()
+    (ring,) = ring_store._idle_rings
+    assert ring._distance(ring._cq_head, ring._sq_tail) == 0
+    memory[:] = RUBBISH
+    ring_store.begin(ids[:5], memory, slots[:5]).wait()
+    assert_there(memory, records, ids[:5], slots[:5])
+
+
+@needs_ring
 def test_a_kernel_that_takes_some_now_and_some_later(large, ring_store, monkeypatch):
     table, records = large
     memory = empty_slots(70, table.layout.stride)

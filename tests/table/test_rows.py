@@ -22,6 +22,8 @@ pytestmark = pytest.mark.timeout(100)
 
 LENGTHS = (0, 1, 2, 63, 64, 65, 255, 256, 257, 300)
 """Around the most unique ids and the most positions that go through slots."""
+LAYERS = 6
+"""More groups of layers than buffers."""
 MODES = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
@@ -107,9 +109,13 @@ def test_a_batch_of_so_many_unique_ids(tmp_path, way, length):
 @pytest.mark.parametrize("encoding", ["float16", "nf4"])
 @pytest.mark.parametrize("taken_under", ["grad", "no_grad"])
 @pytest.mark.parametrize("length", [5, 300])
-def test_gradients_survive_the_batches_that_follow(tmp_path, way, encoding, taken_under, length):
+def test_gradients_survive_the_batches_that_follow(
+    tmp_path, monkeypatch, way, encoding, taken_under, length
+):
     """Rows may be taken before gradients are switched on (a frozen embedding, a wrapper)."""
-    table, records = make_table(tmp_path, **{**ONE_BLOCK, "encoding": encoding}, vocab_size=130)
+    monkeypatch.setattr(reader_module, "GROUP_BYTES", 1)
+    shape = {**ONE_BLOCK, "encoding": encoding, "num_layers": LAYERS, "vocab_size": 130}
+    table, records = make_table(tmp_path, **shape)
     expected = Expected(table, records)
     generator = torch.Generator().manual_seed(1)
     with open_reader_by(way, table) as reader:
@@ -118,8 +124,8 @@ def test_gradients_survive_the_batches_that_follow(tmp_path, way, encoding, take
             ids = torch.randint(0, 130, (1, length), generator=generator)
             with MODES[taken_under]():
                 rows = reader.rows(ids)
-            weights = [expected.weights(ids, layer).requires_grad_() for layer in range(2)]
-            mixed = [rows.mix(layer, weights[layer]) for layer in range(2)]
+            weights = [expected.weights(ids, layer).requires_grad_() for layer in range(LAYERS)]
+            mixed = [rows.mix(layer, weights[layer]) for layer in range(LAYERS)]
             outputs.append((ids, weights, mixed))
             del rows
             with torch.no_grad():
@@ -128,7 +134,7 @@ def test_gradients_survive_the_batches_that_follow(tmp_path, way, encoding, take
                     expected.assert_right(reader.rows(others), others, [seed % 2])
         for ids, weights, mixed in outputs:
             sum(one.float().square().sum() for one in mixed).backward()
-            for layer in range(2):
+            for layer in range(LAYERS):
                 again = weights[layer].detach().clone().requires_grad_()
                 by_the_book = expected.mixed(layer, ids, again)
                 by_the_book.float().square().sum().backward()
