@@ -70,7 +70,12 @@ ORDERS = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.fixture(scope="module")
+def wide_vocabulary(tmp_path_factory):
+    return make_table(tmp_path_factory.mktemp("wide"), vocab_size=300, **ONE_BLOCK)
+
+
+@settings(max_examples=20, deadline=None)
 @given(st.data(), table_settings(), st.sampled_from(sorted(MODES)), st.sampled_from(sorted(ORDERS)))
 def test_rows_of_any_table_and_batch(tmp_path_factory, data, shape, mode, order):
     table, records = make_table(tmp_path_factory.mktemp("table"), **shape)
@@ -95,8 +100,8 @@ def test_rows_of_any_table_and_batch(tmp_path_factory, data, shape, mode, order)
 
 @pytest.mark.parametrize("way", ways_here())
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_batch_of_so_many_unique_ids(tmp_path, way, length):
-    table, records = make_table(tmp_path, vocab_size=300, **ONE_BLOCK)
+def test_a_batch_of_so_many_unique_ids(wide_vocabulary, way, length):
+    table, records = wide_vocabulary
     expected = Expected(table, records)
     ids = torch.randperm(300, generator=torch.Generator().manual_seed(0))[:length].view(1, -1)
     for cache_bytes in (0, 100 * 4096):

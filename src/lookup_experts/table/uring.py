@@ -73,6 +73,7 @@ class Ring:
             os.close(self._fd)
             raise
         self.depth = int(parameters[0])
+        self._process = os.getpid()
         self._answers = np.zeros(0, np.int64)
 
     def _map(self, entries: list[int], sq: list[int], cq: list[int]) -> None:
@@ -234,9 +235,11 @@ class Ring:
         return (int(end[0]) - int(start[0])) & COUNTER_MASK
 
     def close(self) -> None:
-        """Give the ring back to the kernel."""
+        """Give the ring back to the kernel; reads under way come to their end first."""
         if self._fd < 0:
             return
+        if os.getpid() == self._process:  # after a fork they are the parent's
+            self._drain()
         for view in ("_sq_head", "_sq_tail", "_cq_head", "_cq_tail", "_requests", "_results"):
             delattr(self, view)
         self._queues.close()
