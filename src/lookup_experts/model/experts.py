@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, U unique token ids, N experts, L layers with experts,
 e embedding size, D hidden size of an expert.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -171,11 +172,23 @@ class FFNExperts:
 
 
 class TokenContext:
-    """Hands a batch's rows from the model's entrance to its blocks."""
+    """Hands a batch's rows from the model's entrance to its blocks.
+
+    Each thread has its own, so that several can use one model at the same time.
+    """
 
     def __init__(self, source: ExpertSource | None = None) -> None:
         self.source = source
-        self.rows: TokenRows | None = None
+        self._of_thread = threading.local()
+
+    @property
+    def rows(self) -> TokenRows | None:
+        """Of the forward pass under way in this thread, or the last one."""
+        return getattr(self._of_thread, "rows", None)
+
+    @rows.setter
+    def rows(self, rows: TokenRows | None) -> None:
+        self._of_thread.rows = rows
 
     def enter(self, token_ids: Tensor) -> None:
         """Start a forward pass over token_ids [B, T]."""

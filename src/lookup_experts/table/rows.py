@@ -205,7 +205,7 @@ def row_offsets(num_layers: int, num_experts: int, device: torch.device) -> Tens
         return rows.view(num_layers, 1, num_experts)
 
 
-@lru_cache
+@lru_cache(maxsize=16)
 def bag_starts(num_positions: int, num_experts: int, device: torch.device) -> Tensor:
     """[B·T] int64: where each position's rows begin in a flat list of rows."""
     with torch.inference_mode(False):
