@@ -12,7 +12,7 @@ import pytest
 from tiny_texts import prose
 
 from lookup_experts import cli
-from lookup_experts.benchmarks.demo import memory, pipeline, stages
+from lookup_experts.benchmarks.demo import memory, pipeline, sizes, stages
 from lookup_experts.benchmarks.demo.agreement import require_same_tokens
 from lookup_experts.benchmarks.demo.corpus import (
     own_text,
@@ -46,6 +46,7 @@ TINY = Sizes(
     learning_rate=1e-2,
     validate_sequences=4,
     validations=2,
+    prompts=2,
     prompt_tokens=8,
     new_tokens=6,
 )
@@ -128,7 +129,8 @@ def test_validation_curves_begin_with_the_first_validation(finished):
 
 def test_experts_and_table_gave_the_same_tokens(finished):
     agreement = report_of(finished)["agreement"]
-    assert 1 <= agreement["num_tokens"] <= 6
+    assert 2 <= agreement["num_tokens"] <= 12
+    assert agreement["num_prompts"] == 2
     assert agreement["experts_text"] == agreement["table_text"]
 
 
@@ -191,7 +193,7 @@ def test_only_what_depends_on_a_changed_option_is_done_again(demo, texts, capsys
     before = modified(demo, *kept)
     run_demo(own_text([texts], demo), ONLY_NEW_TOKENS, demo, "mole demo")
     assert modified(demo, *kept) == before
-    assert report_of(demo)["agreement"]["num_tokens"] == 7
+    assert report_of(demo)["agreement"]["num_tokens"] > 12
     assert capsys.readouterr().err.count("finished earlier") == 9  # all but agreement, report
 
 
@@ -306,15 +308,48 @@ def test_a_stage_depends_on_those_before_it(tmp_path):
     assert journal.result(second) is None
 
 
-# ----------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------- command line
+
+
+def start_cli(monkeypatch, *arguments: object) -> int:
+    """The exit code of `mole demo`, with the tiny sizes for the quick ones."""
+    monkeypatch.setattr(sizes, "QUICK", TINY)
+    monkeypatch.setattr("sys.argv", ["mole", "demo", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return int(exit_.value.code or 0)
 
 
 def run_cli(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
     """Exit code and stderr of `mole demo`."""
-    monkeypatch.setattr("sys.argv", ["mole", "demo", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return int(exit_.value.code or 0), capsys.readouterr().err
+    code = start_cli(monkeypatch, *arguments)
+    return code, capsys.readouterr().err
+
+
+def test_json_is_all_that_stdout_gets(demo, texts, monkeypatch, capsys):
+    assert start_cli(monkeypatch, "--quick", "--data", texts, "--out", demo, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == report_of(demo)
+
+
+def test_the_end_says_what_to_try_next(demo, texts, monkeypatch, capsys):
+    assert start_cli(monkeypatch, "--quick", "--data", texts, "--out", demo) == 0
+    out, err = capsys.readouterr()
+    assert "Validation loss" in out
+    last = err.splitlines()[-3:]
+    for line, command in zip(last, ("generate", "inspect", "verify"), strict=True):
+        assert f"{command} {demo}/mole-table" in line
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, texts, monkeypatch, capsys):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run_demo", interrupted)
+    code, err = run_cli(monkeypatch, capsys, "--data", texts, "--out", tmp_path / "demo")
+    assert (code, err) == (130, "Interrupted. Run the same command again to go on.\n")
+
+
+# ----------------------------------------------------------------------------------- bad input
 
 
 def last_line(err: str) -> str:
@@ -332,7 +367,7 @@ def test_no_such_file(monkeypatch, capsys, tmp_path):
 def test_text_that_is_too_short(monkeypatch, capsys, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("short")
-    code, err = run_cli(monkeypatch, capsys, "--quick", "--data", text, "--out", tmp_path / "demo")
+    code, err = run_cli(monkeypatch, capsys, "--data", text, "--out", tmp_path / "demo")
     assert code == 2
     assert "too short" in last_line(err)
     assert "5 B" in last_line(err)

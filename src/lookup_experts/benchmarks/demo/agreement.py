@@ -1,4 +1,4 @@
-"""The trained experts and the table on disk say the same: one prompt, continued by both."""
+"""The trained experts and the table on disk say the same: passages, continued by both."""
 
 from pathlib import Path
 from typing import Any
@@ -13,38 +13,52 @@ _BY_NAME = {system.name: system for system in SYSTEMS}
 
 
 def continue_held_out_text(
-    demo: Path, data: Path, prompt_tokens: int, new_tokens: int
+    demo: Path, data: Path, num_prompts: int, prompt_tokens: int, new_tokens: int
 ) -> dict[str, Any]:
-    """Continue the beginning of the held-out text greedily from the experts and from the table.
+    """Continue passages of the held-out text greedily from the experts and from the table.
 
     Args:
         demo: the demo's folder with its models.
         data: the token shards.
-        prompt_tokens: of the held-out text.
-        new_tokens: to generate.
+        num_prompts: how many passages, evenly over the text.
+        prompt_tokens: of each.
+        new_tokens: to generate for each.
 
     Returns:
-        `prompt`, `experts_text` and `table_text`, `num_tokens`, and `backend`: what read the table.
+        `num_prompts`, `num_tokens` in all, `backend`: what read the table; and of the passage
+        whose continuation repeats itself least `prompt`, `experts_text` and `table_text`.
 
     Raises:
         TableError: the tokens differ.
     """
-    prompt = TokenShards(data, "validation").window(0, prompt_tokens).tolist()
-    sampling = Sampling(max_new_tokens=new_tokens)
+    shards = TokenShards(data, "validation")
+    starts = range(0, shards.num_tokens - prompt_tokens, shards.num_tokens // num_prompts)
+    prompts = [shards.window(start, prompt_tokens).tolist() for start in starts[:num_prompts]]
     tokenizer = load_tokenizer(demo / _BY_NAME["mole_disk"].folder)
     experts, table = (
-        generate_ids(load_system(_BY_NAME[name], demo), prompt, sampling, tokenizer=tokenizer)
+        _continuations(load_system(_BY_NAME[name], demo), prompts, new_tokens, tokenizer)
         for name in ("mole_experts", "mole_disk")
     )
-    require_same_tokens(experts, table)
-    assert table.reader is not None
+    for pair in zip(experts, table, strict=True):
+        require_same_tokens(*pair)
+    shown = max(range(len(prompts)), key=lambda number: len(set(table[number].token_ids)))
+    reader = table[shown].reader
+    assert reader is not None
     return {
-        "prompt": tokenizer.decode(prompt),
-        "experts_text": experts.text,
-        "table_text": table.text,
-        "num_tokens": len(table.token_ids),
-        "backend": table.reader.backend,
+        "num_prompts": len(prompts),
+        "num_tokens": sum(len(generation.token_ids) for generation in table),
+        "backend": reader.backend,
+        "prompt": tokenizer.decode(prompts[shown]),
+        "experts_text": experts[shown].text,
+        "table_text": table[shown].text,
     }
+
+
+def _continuations(
+    model: Any, prompts: list[list[int]], new_tokens: int, tokenizer: Any
+) -> list[Generation]:
+    sampling = Sampling(max_new_tokens=new_tokens)
+    return [generate_ids(model, prompt, sampling, tokenizer=tokenizer) for prompt in prompts]
 
 
 def require_same_tokens(experts: Generation, table: Generation) -> None:

@@ -4,7 +4,7 @@ Every system is fed the same held-out text instead of what it would say itself, 
 them see the same tokens, as often new ones as real text has them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lookup_experts.training.data import TokenShards
 BASELINE = "dense"
 PROMPT_TOKENS = 16
 WARM_UP_STEPS = 8
+ROUNDS_BETWEEN_NEWS = 8
 
 
 class Decoding:
@@ -57,7 +58,7 @@ def measure_decoding(
         data: the token shards.
         num_passages: how many, each `context_length` tokens long.
         context_length: at most that of the models.
-        progress: called with (passages done, passages in all).
+        progress: called with (rounds done, rounds in all).
 
     Returns:
         For every system `ms_per_token`, `steps`, `ratio_to_dense` and `ratio_spread`: the median
@@ -67,23 +68,32 @@ def measure_decoding(
     models = {system.name: load_system(system, demo) for system in SYSTEMS}
     shards = TokenShards(data, "validation")
     seconds: dict[str, list[float]] = {name: [] for name in models}
+    rounds = context_length - PROMPT_TOKENS - WARM_UP_STEPS
     for number in range(num_passages):
         start = number * context_length % (shards.num_tokens - context_length + 1)
         passage = torch.from_numpy(shards.window(start, context_length).astype("int64"))
-        for name, values in _time_passage(models, passage).items():
-            seconds[name] += values
-        progress(number + 1, num_passages)
+        for done, times in _time_passage(models, passage):
+            for name, values in times.items():
+                seconds[name] += values
+            progress(number * rounds + done, num_passages * rounds)
     return {
         name: _speed(values, seconds[BASELINE]) | _reading(models[name])
         for name, values in seconds.items()
     }
 
 
-def _time_passage(models: dict[str, Any], passage: Tensor) -> dict[str, list[float]]:
-    """Seconds of every step over one passage [T]; the first ones only warm up."""
+def _time_passage(
+    models: dict[str, Any], passage: Tensor
+) -> Iterator[tuple[int, dict[str, list[float]]]]:
+    """Decode a passage [T], a few rounds at a time: rounds done, and the seconds of these steps."""
     steps = {name: Decoding(model, passage) for name, model in models.items()}
     interleave(steps, WARM_UP_STEPS)
-    return interleave(steps, len(passage) - PROMPT_TOKENS - WARM_UP_STEPS)
+    left = len(passage) - PROMPT_TOKENS - WARM_UP_STEPS
+    done = 0
+    while done < left:
+        rounds = min(ROUNDS_BETWEEN_NEWS, left - done)
+        done += rounds
+        yield done, interleave(steps, rounds)
 
 
 def _speed(seconds: list[float], baseline: list[float]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     python -m lookup_experts.benchmarks.demo.memory FOLDER STORE
 
 prints it as JSON. What the process holds before the model is loaded, with everything imported and
-a model of no size run once, is measured too: the difference is the model's.
+a model of no size run once, is measured too: the difference is the model's. Weights are mapped
+from their file, so rows of the embedding that no token has asked for aren't resident.
 """
 
 import ctypes

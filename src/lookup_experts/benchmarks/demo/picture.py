@@ -2,12 +2,14 @@
 
 import io
 import logging
+import textwrap
 from typing import Any
 
 from lookup_experts.benchmarks.demo.systems import SYSTEMS
 
 COLORS = ("#7f7f7f", "#f2a65a", "#6baed6", "#2171b5")
 """Of the systems, in their order."""
+LABEL_WIDTH = 9
 
 
 def draw(report: dict[str, Any]) -> bytes:
@@ -45,7 +47,7 @@ def _draw_losses(axes: Any, report: dict[str, Any]) -> None:
 
 def _draw_speeds(axes: Any, report: dict[str, Any]) -> None:
     speeds = [report["systems"][system.name]["ms_per_token"] for system in SYSTEMS]
-    words = [system.words.replace(": ", ":\n") for system in SYSTEMS]
+    words = [textwrap.fill(system.words, LABEL_WIDTH) for system in SYSTEMS]
     bars = axes.bar(words, speeds, color=COLORS)
     axes.bar_label(bars, fmt="%.2f", padding=2)
     axes.set_ylabel("milliseconds per token")

@@ -115,8 +115,9 @@ def _on_bounds(report: Report) -> str:
 def _on_tokens(report: Report) -> str:
     agreement = report["agreement"]
     return (
-        f"The trained experts and the table on disk gave the same {agreement['num_tokens']} tokens "
-        "greedily: model and table are float32, so nothing is rounded on the way."
+        f"The trained experts and the table on disk gave the same {agreement['num_tokens']} "
+        f"tokens greedily, after {agreement['num_prompts']} prompts: model and table are float32, "
+        "so nothing is rounded on the way."
     )
 
 
@@ -139,7 +140,10 @@ def _markdown_table(cells: list[list[str]]) -> list[str]:
 def _sample(agreement: dict[str, Any]) -> list[str]:
     """Prompt and continuations, indented, which is code in Markdown whatever they contain."""
     parts = (
-        ("Held-out text:", agreement["prompt"]),
+        (
+            "Held-out text (the prompt whose continuation repeats itself least):",
+            agreement["prompt"],
+        ),
         ("Continued by the trained experts:", agreement["experts_text"]),
         ("Continued by the table on disk:", agreement["table_text"]),
     )

@@ -34,9 +34,10 @@ class Sizes:
     """The share of the text that is held out."""
     validations: int = 5
     """Evenly over the training; so often a checkpoint is written, too."""
-    prompt_tokens: int = 32
-    new_tokens: int = 48
-    """Generated from the experts and from the table."""
+    prompts: int = 6
+    """Passages of held-out text that are continued from the experts and from the table."""
+    prompt_tokens: int = 24
+    new_tokens: int = 40
     decode_passages: int = 2
     """Passages of held-out text, each a context long, that decoding is timed on."""
 
@@ -96,7 +97,7 @@ FULL = Sizes(
     num_experts=4,
     context_length=256,
     sequences_per_step=4,
-    steps=240,
+    steps=200,
     learning_rate=1.5e-3,
     validate_sequences=64,
 )

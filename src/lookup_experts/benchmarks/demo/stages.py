@@ -127,10 +127,13 @@ class Stages:
         return [
             Stage(
                 "agreement",
-                "Continue a text from the experts and from the table on disk, likeliest tokens",
+                "Continue held-out text from the experts and from the table on disk: the same?",
                 self._compare_tokens,
-                lambda r: f"the same {r['num_tokens']} tokens, read by {r['backend']}",
-                inputs=[sizes.prompt_tokens, sizes.new_tokens],
+                lambda r: (
+                    f"yes, all {r['num_tokens']} tokens after {r['num_prompts']} prompts, "
+                    f"read by {r['backend']}"
+                ),
+                inputs=[sizes.prompts, sizes.prompt_tokens, sizes.new_tokens],
                 needs=models,
             ),
             Stage(
@@ -242,7 +245,7 @@ class Stages:
 
         sizes = self._sizes
         return continue_held_out_text(
-            self._out, self._out / DATA, sizes.prompt_tokens, sizes.new_tokens
+            self._out, self._out / DATA, sizes.prompts, sizes.prompt_tokens, sizes.new_tokens
         )
 
     def _measure_decoding(self, _: Mapping[str, Result]) -> Result:
