@@ -9,7 +9,7 @@ from lookup_experts.benchmarks.demo.systems import SYSTEMS
 
 COLORS = ("#7f7f7f", "#f2a65a", "#6baed6", "#2171b5")
 """Of the systems, in their order."""
-LABEL_WIDTH = 14
+LABEL_WIDTH = 9
 
 
 def draw(report: dict[str, Any]) -> bytes:
