@@ -108,7 +108,7 @@ def _on_bounds(report: Report) -> str:
         f"With its table in memory MoLE takes {extra:+.2f} ms per token against dense, "
         f"{extra / layers * 1000:+.0f} µs per layer: a few small operations (router, softmax, "
         "weighted sum) whose time is mostly that of starting them, while the layer's own grows "
-        "with its width. That bounds the ratio of so small a model; it says little about large ones."
+        "with its width. That bounds the ratio of so small a model; it says little of large ones."
     )
 
 
