@@ -60,6 +60,7 @@ class TextQuality:
     """Mean over positions of KL(reference || table), in nats."""
     top1_agreement: float
     """Share of positions at which both find the same token likeliest."""
+    largest_logit_difference: float
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def compare_on_text(
     """
     check_text(model, token_ids, context)
     sums = torch.zeros(4, dtype=torch.float64)
-    done = 0
+    largest, done = 0.0, 0
     with open_source(table, model) as source:
         for inputs, targets in windows(token_ids, context, batch_size):
             expected = next_token_logits(model, inputs)
@@ -214,6 +215,7 @@ def compare_on_text(
                 positions(expected, targets), positions(found, targets), strict=True
             ):
                 sums += compare_logits(of_reference, of_table, wanted)
+                largest = max(largest, float((of_reference - of_table).abs().max()))
             done += targets.numel()
             if progress:
                 progress(done, len(token_ids) - 1)
@@ -225,6 +227,7 @@ def compare_on_text(
         perplexity=math.exp(nats),
         kl_divergence=divergence,
         top1_agreement=agreement,
+        largest_logit_difference=largest,
     )
 
 
@@ -288,6 +291,7 @@ def format_quality(quality: Quality) -> str:
             f"{text.reference_perplexity:.4f}, on {text.predicted_tokens:,} tokens in windows of "
             f"{text.context:,}",
             f"  predictions     KL divergence {text.kl_divergence:.2e} nats per token, same "
-            f"likeliest token {text.top1_agreement:.2%}",
+            f"likeliest token {text.top1_agreement:.2%}, logits at most "
+            f"{text.largest_logit_difference:.2e} apart",
         ]
     return "\n".join(lines)
