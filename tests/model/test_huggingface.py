@@ -146,6 +146,7 @@ def saved(tmp_path_factory) -> tuple[Path, Path]:
 LOAD_AND_COMPARE = """
 import sys, torch
 {imports}
+torch.set_num_threads(1)  # as in the tests: the same sums in the same order
 ids, expected = torch.load(sys.argv[2])
 with torch.no_grad():
     logits = AutoModelForCausalLM.from_pretrained(sys.argv[1])(ids, use_cache=False).logits
