@@ -97,7 +97,7 @@ FULL = Sizes(
     num_experts=4,
     context_length=256,
     sequences_per_step=4,
-    steps=125,
+    steps=170,
     learning_rate=1.5e-3,
     validate_sequences=64,
 )
