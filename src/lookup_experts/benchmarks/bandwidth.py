@@ -1,26 +1,12 @@
-"""The physical ceilings: what this machine's memory and disk reach at best."""
+"""The physical ceiling of reading: what the disk reaches at best, and whether it was read."""
 
 import os
 import time
 from pathlib import Path
 
-import torch
-
 from lookup_experts.table.store import aligned_buffer
 
 LARGE_READ = 8 * 2**20
-
-
-def memory_bytes_per_second(num_bytes: int = 2**29, rounds: int = 7) -> float:
-    """Reading memory with all threads: the sum of a tensor far larger than the caches."""
-    numbers = torch.ones(num_bytes // 4)
-    numbers.sum()
-    rates = []
-    for _ in range(rounds):
-        started_at = time.perf_counter()
-        numbers.sum()
-        rates.append(num_bytes / (time.perf_counter() - started_at))
-    return max(rates)
 
 
 def disk_bytes_per_second(path: Path, num_bytes: int = 2**29, start: int = 0) -> float:
