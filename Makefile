@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/mole demo $(DEMO_ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(TEST_ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -23,7 +23,7 @@ lint: $(VENV)/installed
 
 # torch goes first: what is installed after it then finds its requirement met and does not
 # fetch another build. The file `installed` is written last, so a broken installation is redone.
-$(VENV)/installed: pyproject.toml constraints-cpu.txt
+$(VENV)/installed: pyproject.toml constraints-cpu.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lookup-experts needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINT) torch
