@@ -20,6 +20,7 @@ import mmap
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -193,7 +194,7 @@ class ThreadedRead:
         self._future.result()
 
 
-class RecordStore:
+class RecordStore(ABC):
     """What all stores share: checking requests and records, finding files, counting."""
 
     name: str
@@ -253,9 +254,9 @@ class RecordStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @abstractmethod
     def _fetch(self, ids: np.ndarray, out: np.ndarray, start: int) -> int:
         """Bring valid ids; how many bytes were read."""
-        raise NotImplementedError
 
     def _check_request(self, ids: np.ndarray, out: np.ndarray, start: int) -> None:
         width = out.shape[-1] if start else self.layout.stride
