@@ -27,7 +27,7 @@ $(VENV)/installed: pyproject.toml constraints-cpu.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lookup-experts needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINT) torch
-	$(BIN)/python -m pip install --quiet $(CONSTRAINT) --editable '.[train,plot]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINT) --editable '.[train,plot,eval,serve]'
 	$(BIN)/python -m pip install --quiet $(CONSTRAINT) --requirement requirements-dev.txt
 	touch $@
 

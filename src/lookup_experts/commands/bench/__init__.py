@@ -1,0 +1,18 @@
+"""`mole bench WHAT`: a measurement is the function of its name in the module of its name."""
+
+import typer
+
+from lookup_experts.commands.bench.build import build
+from lookup_experts.commands.bench.decode import decode
+from lookup_experts.commands.bench.memory import memory
+from lookup_experts.commands.bench.prefill import prefill
+from lookup_experts.commands.bench.read import read
+
+app = typer.Typer(
+    name="bench",
+    help="Measure decoding, prefill, reading and building on this machine.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+for measurement in (decode, prefill, read, build, memory):
+    app.command()(measurement)

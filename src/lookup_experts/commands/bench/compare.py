@@ -1,0 +1,43 @@
+"""`mole bench decode` and `prefill`: MoLE beside its dense backbone, for each size."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lookup_experts import console
+from lookup_experts.commands.bench.report import counts, id_stream, line, report
+
+
+def compare(
+    measure: Callable[..., list[Any]],
+    shape: str,
+    experts: int,
+    encoding: str,
+    store: str,
+    cache: str,
+    sizes: str,
+    pairs: int,
+    ids: Path | None,
+    work: Path,
+    json: Path | None,
+    plot: Path | None,
+) -> None:
+    """Dense and MoLE side by side for each size."""
+    from lookup_experts.benchmarks.models import Case, dense_model, random_table, table_model
+    from lookup_experts.benchmarks.speed import TextWindows
+    from lookup_experts.units import parse_bytes
+
+    case = Case(shape, experts, encoding)
+    numbers, cache_bytes = counts(sizes), parse_bytes(cache)
+    with console.progress_bar("Writing a table") as progress:
+        table = random_table(case, work, progress)
+    windows = TextWindows(id_stream(ids, case, work))
+    dense = dense_model(case)
+    mole = table_model(case, table, store, cache_bytes, console.say)
+    results = []
+    for size in numbers:
+        with console.progress_bar(f"{measure.__name__.removeprefix('measure_')} {size}") as bar:
+            found = measure(dense, mole, windows, size, pairs, bar)
+        results += [result.to_dict() for result in found]
+        console.say(line(results[-1]))
+    report(measure.__name__.removeprefix("measure_"), results, json, plot)

@@ -1,0 +1,39 @@
+"""`mole bench memory`."""
+
+from pathlib import Path
+
+from lookup_experts import console
+from lookup_experts.commands import options
+from lookup_experts.commands.bench import options as bench_options
+from lookup_experts.commands.bench.report import id_stream, line, report
+
+
+def memory(
+    shape: bench_options.Shape = "160m",
+    experts: bench_options.Experts = 4,
+    encoding: bench_options.Encoding = "bfloat16",
+    store: options.Store = "direct",
+    cache: options.Cache = "0",
+    ids: bench_options.Ids = None,
+    work: bench_options.Work = Path("runs/bench"),
+    json: bench_options.JsonFile = None,
+) -> None:
+    """What the processes of a dense and of a MoLE model really hold, after decoding and a prompt.
+
+    Example: `mole bench memory --cache 0`
+    """
+    from lookup_experts.benchmarks.models import Case, random_table
+    from lookup_experts.benchmarks.residency import measure_memory
+    from lookup_experts.units import parse_bytes
+
+    case = Case(shape, experts, encoding)
+    with console.progress_bar("Writing a table") as progress:
+        table = random_table(case, work, progress)
+    stream = id_stream(ids, case, work)
+    results = [
+        found.to_dict()
+        for found in measure_memory(case, table.folder, store, parse_bytes(cache), stream)
+    ]
+    for found in results:
+        console.say(line(found))
+    report("memory", results, json, None)

@@ -1,0 +1,46 @@
+"""What the measurements do alike: read sizes and token ids, say and write results."""
+
+from pathlib import Path
+from typing import Any
+
+from lookup_experts import console
+
+
+def id_stream(ids: Path | None, case: Any, work: Path) -> Any:
+    from lookup_experts.benchmarks.ids import load_ids, standard_library_ids
+
+    vocab_size = case.layout.shape.vocab_size
+    return load_ids(ids, vocab_size) if ids else standard_library_ids(work)
+
+
+def counts(text: str) -> list[int]:
+    from lookup_experts.errors import UserError
+
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"Expected numbers like 1,8,32; got {text!r}.") from error
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"Sizes must be at least 1; got {text!r}.")
+    return numbers
+
+
+def line(result: dict[str, Any]) -> str:
+    """One result in one line."""
+    words = []
+    for key, value in result.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        words.append(f"{key} {shown}")
+    return "  " + ", ".join(words)
+
+
+def report(what: str, results: list[dict[str, Any]], json: Path | None, plot: Path | None) -> None:
+    from lookup_experts.benchmarks.results import draw_ratios, make_report, write_report
+
+    found = make_report(f"bench {what}", results)
+    if json:
+        write_report(found, json)
+    else:
+        console.json_result(found)
+    if plot:
+        draw_ratios(found, plot)
