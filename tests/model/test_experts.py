@@ -304,3 +304,15 @@ def test_zero_experts_are_silent_in_the_paper_backbone():
         before = model(input_ids=ids).logits
         after = le.attach(model, 2)(input_ids=ids).logits
     assert torch.equal(before, after)
+
+
+def test_an_observer_sees_the_router_weights_of_every_layer():
+    model = attached_model(num_experts=3)
+    seen: dict[int, torch.Tensor] = {}
+    model.lookup_attachment.context.observe = lambda layer, weights: seen.update({layer: weights})
+    with torch.no_grad():
+        model(token_ids(1, 4))
+    assert sorted(seen) == list(range(model.config.num_hidden_layers))
+    for weights in seen.values():
+        assert weights.shape == (4, 3)
+        assert torch.allclose(weights.sum(-1), torch.ones(4))

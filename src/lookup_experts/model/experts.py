@@ -13,7 +13,7 @@ e embedding size, D hidden size of an expert.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Protocol
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from lookup_experts.errors import UserError, unknown_name
 
 EXPERT_KINDS = ("gelu", "swiglu")
+
+RouterObserver = Callable[[int, Tensor], None]
 
 
 class TokenRows(Protocol):
@@ -175,10 +177,15 @@ class TokenContext:
     """Hands a batch's rows from the model's entrance to its blocks.
 
     Each thread has its own, so that several can use one model at the same time.
+
+    Attributes:
+        source: where rows come from.
+        observe: told every block's router weights, as (layer, weights [B·T, N]); None: nobody.
     """
 
     def __init__(self, source: ExpertSource | None = None) -> None:
         self.source = source
+        self.observe: RouterObserver | None = None
         self._of_thread = threading.local()
 
     @property
@@ -270,7 +277,10 @@ class LookupExperts(nn.Module):
                 f"token ids of shape {tuple(index.shape)} that entered the model."
             )
         weights = self.router_weights(hidden_states)
-        mixed = rows.mix(self.layer, weights.view(index.numel(), -1))
+        weights = weights.view(index.numel(), -1)
+        if self.context.observe is not None:
+            self.context.observe(self.layer, weights)
+        mixed = rows.mix(self.layer, weights)
         return mixed.view(hidden_states.shape).to(hidden_states.dtype)
 
 
