@@ -20,6 +20,7 @@ TARGET = "transformers.models.auto.configuration_auto"
 # Model type -> class in `model/configuration.py`.
 MODEL_TYPES = {
     "gateless_llama": "GatelessLlamaConfig",
+    "moe_gateless_llama": "MoeGatelessLlamaConfig",
     "lookup_experts": "LookupExpertsConfig",
 }
 

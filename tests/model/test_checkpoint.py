@@ -15,6 +15,7 @@ import lookup_experts as le
 from lookup_experts.errors import UserError
 from lookup_experts.model.attach import expert_layers
 from lookup_experts.model.checkpoint import official_kind, read_config, tensor_names, weight_files
+from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 
 CONFIG = {
     "architectures": ["MoleForCausalLM"],
@@ -80,8 +81,14 @@ def rms_norm(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-5) * weight
 
 
-def official_logits(weights: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """The published MoLE and Dense models in a few lines, from their weights: [B, T, V]."""
+def official_logits(weights: dict[str, Tensor], ids: Tensor, selected: int = 2) -> Tensor:
+    """The published models in a few lines, from their weights: [B, T, V].
+
+    Args:
+        weights: under the authors' names.
+        ids: [B, T].
+        selected: experts per token of a mixture of experts.
+    """
 
     def linear(inputs: Tensor, name: str) -> Tensor:
         return F.linear(inputs, weights[f"{name}.weight"])
@@ -99,8 +106,16 @@ def official_logits(weights: dict[str, Tensor], ids: Tensor) -> Tensor:
             linear,
         )
         inputs = rms_norm(hidden, weights[f"{block}.post_attention_layernorm.weight"])
-        hidden = hidden + ffn(inputs, f"{block}.mlp")
-        if f"{block}.router.weight" in weights:
+        if f"{block}.mlp.up_proj.weight" in weights:
+            hidden = hidden + ffn(inputs, f"{block}.mlp")
+        else:
+            logits = linear(inputs, f"{block}.router")
+            lowest = logits.sort(-1, descending=True).values[..., selected - 1, None]
+            shares = logits.masked_fill(logits < lowest, -torch.inf).softmax(-1)
+            for expert in range(CONFIG["num_experts"]):
+                said = ffn(inputs, f"{block}.experts.{expert}")
+                hidden = hidden + shares[..., expert, None] * said
+        if f"{block}.expert_layernorm.weight" in weights:
             shares = linear(inputs, f"{block}.router").softmax(-1)
             normed = rms_norm(embedding, weights[f"{block}.expert_layernorm.weight"])
             for expert in range(CONFIG["num_experts"]):
@@ -130,7 +145,7 @@ def _attention(inputs: Tensor, name: str, linear) -> Tensor:
     return linear(mixed.transpose(1, 2).reshape(batch, tokens, hidden), f"{name}.o_proj")
 
 
-@pytest.mark.parametrize("kind", ["dense", "mole"])
+@pytest.mark.parametrize("kind", ["dense", "mole", "moe"])
 def test_the_authors_format_gives_the_logits_of_the_paper(kind, tmp_path):
     folder = official_folder(tmp_path / kind, kind)
     ids = token_ids(2, 12, vocab_size=64)
@@ -161,8 +176,8 @@ def _assert_greedy(model, folder: Path) -> None:
     assert torch.equal(torch.cat([prompt, greedy(model, prompt, new)], dim=1), tokens)
 
 
-def _assert_oracle(folder: Path):
-    model = le.load(folder)
+def _assert_oracle(folder: Path, **options):
+    model = le.load(folder, **options)
     expected = load_file(folder / "expected.safetensors")
     logits = logits_of(model, expected["input_ids"])
     torch.testing.assert_close(logits, expected["logits"], rtol=1e-4, atol=1e-4)
@@ -183,14 +198,31 @@ def test_the_published_table_is_what_folding_writes(official_oracles, tmp_path):
         _assert_greedy(model, folder)
 
 
-def test_the_published_mixture_of_experts_is_refused_by_name(official_oracles):
-    with pytest.raises(UserError, match="mixture-of-experts checkpoint"):
-        le.load(official_oracles / "moe-10e-top10")
+def test_the_published_oracle_of_the_mixture_of_experts(official_oracles):
+    """The published code selects ten of ten, whatever the paper says."""
+    model = _assert_oracle(official_oracles / "moe-10e-top10", num_experts_per_tok=10)
+    assert isinstance(model, MoeGatelessLlamaForCausalLM)
 
 
-def test_a_mixture_of_experts_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match=r"mixture-of-experts checkpoint.*MoLE and Dense"):
-        le.load(official_folder(tmp_path / "moe", "moe"))
+@pytest.mark.parametrize("selected", [1, 2, 3])
+def test_how_many_experts_are_selected_is_an_option(selected, tmp_path):
+    folder = official_folder(tmp_path / "moe", "moe")
+    ids = token_ids(2, 12, vocab_size=64)
+    expected = official_logits(official_weights("moe"), ids, selected)
+    model = le.load(folder, num_experts_per_tok=selected)
+    torch.testing.assert_close(logits_of(model, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_more_experts_per_token_than_there_are(tmp_path):
+    folder = official_folder(tmp_path / "moe", "moe")
+    for selected in (0, 4):
+        with pytest.raises(UserError, match=f"num_experts_per_tok is {selected}; expected 1 to 3"):
+            le.load(folder, num_experts_per_tok=selected)
+    le.load(folder).save_pretrained(tmp_path / "ours")
+    with pytest.raises(UserError, match="expected 1 to 3"):
+        le.load(tmp_path / "ours", num_experts_per_tok=4)
+    with pytest.raises(UserError, match="is for the paper's mixture of experts"):
+        le.load(official_folder(tmp_path / "dense", "dense"), num_experts_per_tok=2)
 
 
 def test_a_checkpoint_in_several_files_loads(tmp_path):
@@ -231,14 +263,9 @@ def test_weights_decide_whatever_the_architecture_says(kind, tmp_path):
     """A folder that calls itself a plain Llama and isn't never loads as one."""
     folder = official_folder(tmp_path / kind, kind, architectures=["LlamaForCausalLM"])
     assert official_kind(folder, read_config(folder)) == kind
-    if kind == "moe":
-        with pytest.raises(UserError):
-            le.load(folder)
-    else:
-        model = le.load(folder)
-        ids = token_ids(1, 5, vocab_size=64)
-        expected = official_logits(official_weights(kind), ids)
-        torch.testing.assert_close(logits_of(model, ids), expected, rtol=1e-4, atol=1e-4)
+    ids = token_ids(1, 5, vocab_size=64)
+    expected = official_logits(official_weights(kind), ids)
+    torch.testing.assert_close(logits_of(le.load(folder), ids), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["dense", "mole", "moe"])

@@ -36,6 +36,12 @@ def format_description(described: dict[str, Any]) -> str:
             f"  experts         {settings['num_experts']} {settings['expert_kind']} experts of "
             f"size {settings['expert_size']} in {len(settings['layers'])} layers"
         )
+    moe = described.get("moe")
+    if moe:
+        lines.append(
+            f"  experts         {moe['num_experts_per_tok']} of {moe['num_experts']} experts of "
+            f"size {moe['expert_size']} per token in {moe['num_layers']} layers"
+        )
     for name, count in described.get("parameters", {}).items():
         lines.append(f"  {name.replace('_', ' '):<15} {count:,} parameters")
     table = described.get("table")

@@ -19,6 +19,7 @@ from lookup_experts.errors import UserError
 from lookup_experts.generation.loading import TOKENIZER_FILES, load, local_folder
 from lookup_experts.model.attach import expert_layers
 from lookup_experts.model.huggingface import LookupExpertsMixin
+from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 from lookup_experts.table.build import build_table, evaluate_experts, plan_table
 from lookup_experts.table.encoding import get_encoding
 from lookup_experts.table.format import Progress, Table
@@ -115,6 +116,11 @@ def _is_expert(name: str) -> bool:
 
 
 def _require_experts(model: Any) -> None:
+    if isinstance(model, MoeGatelessLlamaForCausalLM):
+        raise UserError(
+            "The experts of this mixture of experts look at the hidden state, so they can't be "
+            "folded into a table; only lookup experts, which look at the token embedding, can."
+        )
     if not isinstance(model, LookupExpertsMixin):
         raise UserError(
             f"This {type(model).__name__} has no lookup experts, so there is nothing to fold. "

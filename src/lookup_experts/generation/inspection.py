@@ -12,12 +12,13 @@ from lookup_experts.generation.folding import tokenizer_hash
 from lookup_experts.generation.loading import load, local_folder
 from lookup_experts.model.attach import LookupSettings
 from lookup_experts.model.checkpoint import (
+    moe_settings,
     official_kind,
     official_settings,
     read_config,
     weight_files,
 )
-from lookup_experts.model.configuration import LookupExpertsConfig
+from lookup_experts.model.configuration import LookupExpertsConfig, MoeGatelessLlamaConfig
 from lookup_experts.model.fingerprint import embedding_hash
 from lookup_experts.table.format import (
     MANIFEST_NAME,
@@ -34,6 +35,8 @@ EXPERT_MARKS = {
     "huggingface": (),
 }
 """What the names of routed experts' weights contain, by the format of the folder."""
+MOE_MARK = ".experts."
+"""Likewise in the paper's mixture of experts, the authors' and ours."""
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
@@ -43,7 +46,8 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     (`lookup-experts`, `official` or `huggingface`), `backbone`, `lookup_experts` (the settings),
     `parameters` (`resident`: what a running model in table form holds; `experts`: routed experts
     in training form; `table`: numbers that the table stands for, `loaded_per_token` of them for
-    each token), and `table`.
+    each token; of a mixture of experts, `active`: those that a token uses), `table`, and `moe`
+    (the settings) for the paper's mixture of experts.
     """
     path = local_folder(folder)
     if (path / MANIFEST_NAME).exists():
@@ -68,6 +72,8 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
             "format": "lookup-experts",
             "backbone": config.get("backbone_type"),
         }
+    elif config.get("model_type") == MoeGatelessLlamaConfig.model_type:
+        described |= {"form": "moe", "format": "lookup-experts", "backbone": "gateless_llama"}
     else:
         described |= {
             "form": "dense",
@@ -75,8 +81,12 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
             "backbone": config.get("model_type"),
         }
     described["lookup_experts"] = settings.to_dict() if settings else None
-    described["parameters"] = count_parameters(path, EXPERT_MARKS[described["format"]])
     described["table"] = None
+    if described["form"] == "moe":
+        described["moe"] = moe_settings(path, config)
+        described["parameters"] = moe_parameters(path, described["moe"])
+        return described
+    described["parameters"] = count_parameters(path, EXPERT_MARKS[described["format"]])
     if settings is not None and settings.form == "table":
         table = open_table(path / "table")
         described["table"] = describe_table(table)
@@ -100,6 +110,16 @@ def count_parameters(folder: Path, expert_marks: tuple[str, ...]) -> dict[str, i
                 kind = "experts" if any(mark in name for mark in expert_marks) else "resident"
                 counts[kind] += math.prod(file.get_slice(name).get_shape())
     return counts
+
+
+def moe_parameters(folder: Path, settings: dict[str, int]) -> dict[str, int]:
+    """Those of a mixture of experts: all are resident; a token uses those of its experts."""
+    counts = count_parameters(folder, (MOE_MARK,))
+    experts = counts["experts"]
+    num_experts = settings["num_experts"]
+    unused = experts // num_experts * (num_experts - settings["num_experts_per_tok"])
+    total = counts["resident"] + experts
+    return {"resident": total, "experts": experts, "active": total - unused}
 
 
 def table_parameters(table: Table) -> dict[str, int]:

@@ -11,12 +11,17 @@ from safetensors import SafetensorError
 from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.model.checkpoint import (
     load_official,
+    moe_settings,
     official_kind,
     read_config,
     refuse_partial_loading,
     weight_files,
 )
-from lookup_experts.model.configuration import LookupExpertsConfig
+from lookup_experts.model.configuration import (
+    LookupExpertsConfig,
+    MoeGatelessLlamaConfig,
+    check_experts_per_token,
+)
 from lookup_experts.model.huggingface import LookupExpertsMixin
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -31,6 +36,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str = "auto",
     verify_checksums: bool = False,
+    num_experts_per_tok: int | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> Any:
     """The model in a folder, in evaluation mode.
@@ -46,6 +52,8 @@ def load(
         device: where the model runs.
         dtype: of the weights: `float32`, `bfloat16`, `float16`, or `auto` for that of the folder.
         verify_checksums: compare every record that is read with its checksum.
+        num_experts_per_tok: of the paper's mixture-of-experts baseline, how many experts each token
+            selects; default: what the folder says, else 2.
         notify: told which store was chosen and why.
 
     Raises:
@@ -58,9 +66,10 @@ def load(
     path = local_folder(folder)
     config = read_config(path)
     kind = official_kind(path, config)
+    selection = _expert_selection(path, kind, config, num_experts_per_tok)
     if kind is not None:
-        model = load_official(path, kind, config, _torch_dtype(dtype)).to(device)
-        return model.eval()
+        model = load_official(path, kind, config, _torch_dtype(dtype), **selection)
+        return model.to(device).eval()
     if config.get("model_type") == LookupExpertsConfig.model_type:
         weight_files(path)
         options = {
@@ -70,7 +79,22 @@ def load(
             "notify": notify,
         }
         return _load_huggingface(path, device, dtype, options).eval()
-    return _load_huggingface(path, device, dtype, {}).eval()
+    return _load_huggingface(path, device, dtype, selection).eval()
+
+
+def _expert_selection(
+    path: Path, kind: str | None, config: dict[str, Any], num_experts_per_tok: int | None
+) -> dict[str, Any]:
+    """The loading option that says how many experts are selected, where it was given."""
+    if num_experts_per_tok is None:
+        return {}
+    if kind != "moe" and config.get("model_type") != MoeGatelessLlamaConfig.model_type:
+        raise UserError(
+            f"num_experts_per_tok is for the paper's mixture of experts; {path} is none. "
+            "Leave it out."
+        )
+    check_experts_per_token(num_experts_per_tok, moe_settings(path, config)["num_experts"])
+    return {"num_experts_per_tok": num_experts_per_tok}
 
 
 def local_folder(folder: str | Path) -> Path:

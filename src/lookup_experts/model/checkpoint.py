@@ -1,8 +1,8 @@
 """Model folders: what they are, and the authors' checkpoints among them.
 
 The authors of MoLE publish folders whose `config.json` says `"model_type": "llama"` and whose
-weights are something else: an FFN without a gate and, for MoLE, experts and routers. Loaded as
-what they say they are, they give wrong logits without an error. So a folder is judged by the
+weights are something else: an FFN without a gate and, for MoLE and MoE, experts and routers. Loaded
+as what they say they are, they give wrong logits without an error. So a folder is judged by the
 names of its tensors as well as by its configuration.
 """
 
@@ -18,14 +18,28 @@ from torch import Tensor
 from lookup_experts.errors import UserError
 from lookup_experts.model.attach import LookupSettings
 from lookup_experts.model.baselines import GatelessLlamaForCausalLM
-from lookup_experts.model.configuration import GatelessLlamaConfig, attached_config_class
+from lookup_experts.model.configuration import (
+    GatelessLlamaConfig,
+    MoeGatelessLlamaConfig,
+    attached_config_class,
+)
 from lookup_experts.model.huggingface import attached_class
+from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Architectures that the authors' `config.json` files name.
 OFFICIAL = {"DenseForCausalLM": "dense", "MoleForCausalLM": "mole", "MoeForCausalLM": "moe"}
 _EXPERT_KEY = re.compile(r"(model\.layers\.\d+)\.experts\.(\d+)\.(up_proj|down_proj)\.weight")
+_PLACES = {
+    "mole": {
+        "experts": "mlp.lookup_experts.routed",
+        "router": "mlp.lookup_experts.router",
+        "expert_layernorm": "mlp.lookup_experts.routed.norm",
+    },
+    "moe": {"experts": "mlp.experts", "router": "mlp.router"},
+}
+"""Where the authors' parts of a layer are in our models."""
 _LAYER_KEY = re.compile(r"(model\.layers\.\d+)\.(router|expert_layernorm)\.weight")
 
 
@@ -100,7 +114,13 @@ def official_kind(folder: Path, config: dict[str, Any]) -> str | None:
     return found
 
 
-def load_official(folder: Path, kind: str, config: dict[str, Any], dtype: Any = "auto") -> Any:
+def load_official(
+    folder: Path,
+    kind: str,
+    config: dict[str, Any],
+    dtype: Any = "auto",
+    num_experts_per_tok: int | None = None,
+) -> Any:
     """A model of ours with the weights of a folder in the authors' format.
 
     Args:
@@ -108,12 +128,9 @@ def load_official(folder: Path, kind: str, config: dict[str, Any], dtype: Any = 
         kind: what `official_kind` says of it.
         config: its `config.json`.
         dtype: of the weights; `auto` keeps that of the files.
+        num_experts_per_tok: of a mixture of experts, how many are selected; default: what
+            `config.json` says, else 2, the paper's.
     """
-    if kind == "moe":
-        raise UserError(
-            f"{folder} is a mixture-of-experts checkpoint (MoeForCausalLM); this version loads "
-            "the authors' MoLE and Dense checkpoints."
-        )
     state = _read_state(folder)
     fields = {
         key: value
@@ -125,8 +142,15 @@ def load_official(folder: Path, kind: str, config: dict[str, Any], dtype: Any = 
     if kind == "mole":
         model_class = attached_class(GatelessLlamaForCausalLM)
         config_class = attached_config_class(GatelessLlamaConfig)
-        state = _stack_experts(state)
+        state = _stack_experts(state, _PLACES["mole"])
         fields["lookup_experts"] = official_settings(folder, config).to_dict()
+    elif kind == "moe":
+        model_class = MoeGatelessLlamaForCausalLM
+        config_class = MoeGatelessLlamaConfig
+        state = _stack_experts(state, _PLACES["moe"])
+        fields["num_experts"] = _whole_number(folder, config, "num_experts")
+        if num_experts_per_tok is not None:
+            fields["num_experts_per_tok"] = num_experts_per_tok
     model, report = model_class.from_pretrained(
         None,
         config=config_class(**fields),
@@ -141,19 +165,34 @@ def load_official(folder: Path, kind: str, config: dict[str, Any], dtype: Any = 
 
 def official_settings(folder: Path, config: dict[str, Any]) -> LookupSettings:
     """What the `config.json` of a MoLE checkpoint in the authors' format says of its experts."""
-
-    def whole_number(key: str) -> int:
-        value = config.get(key)
-        if not isinstance(value, int):
-            raise UserError(f"{folder}: config.json should state {key} as a whole number.")
-        return value
-
     return LookupSettings(
-        num_experts=whole_number("num_experts"),
-        expert_size=whole_number("intermediate_size"),
-        layers=tuple(range(whole_number("num_hidden_layers"))),
+        num_experts=_whole_number(folder, config, "num_experts"),
+        expert_size=_whole_number(folder, config, "intermediate_size"),
+        layers=tuple(range(_whole_number(folder, config, "num_hidden_layers"))),
         norm_eps=config.get("rms_norm_eps", 1e-6),
     )
+
+
+def moe_settings(folder: Path, config: dict[str, Any]) -> dict[str, int]:
+    """What the `config.json` of a mixture of experts, the authors' or ours, says of its experts.
+
+    Keys: `num_experts` (per layer), `num_experts_per_tok` (the paper's 2 where nothing is said),
+    `expert_size`, `num_layers`.
+    """
+    default = MoeGatelessLlamaConfig.num_experts_per_tok
+    return {
+        "num_experts": _whole_number(folder, config, "num_experts"),
+        "num_experts_per_tok": config.get("num_experts_per_tok", default),
+        "expert_size": _whole_number(folder, config, "intermediate_size"),
+        "num_layers": _whole_number(folder, config, "num_hidden_layers"),
+    }
+
+
+def _whole_number(folder: Path, config: dict[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int):
+        raise UserError(f"{folder}: config.json should state {key} as a whole number.")
+    return value
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:
@@ -164,17 +203,21 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def _stack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' names -> ours: one tensor per expert becomes one per layer."""
+def _stack_experts(state: dict[str, Tensor], places: dict[str, str]) -> dict[str, Tensor]:
+    """The authors' names -> ours: one tensor per expert becomes one per layer.
+
+    Args:
+        state: the authors' tensors.
+        places: of `_PLACES`.
+    """
     stacked: dict[str, Tensor] = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in state.items():
         if match := _EXPERT_KEY.fullmatch(name):
-            key = f"{match[1]}.mlp.lookup_experts.routed.{match[3]}"
+            key = f"{match[1]}.{places['experts']}.{match[3]}"
             experts.setdefault(key, {})[int(match[2])] = tensor
         elif match := _LAYER_KEY.fullmatch(name):
-            ours = "router" if match[2] == "router" else "routed.norm"
-            stacked[f"{match[1]}.mlp.lookup_experts.{ours}.weight"] = tensor
+            stacked[f"{match[1]}.{places[match[2]]}.weight"] = tensor
         else:
             stacked[name] = tensor
     for key, parts in experts.items():

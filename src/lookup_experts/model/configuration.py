@@ -1,6 +1,7 @@
 """Configurations that Hugging Face's `AutoConfig` learns: light, no model code is imported.
 
-Two model types are added. `gateless_llama` is the paper's backbone (`baselines.py`).
+Three model types are added. `gateless_llama` is the paper's backbone (`baselines.py`) and
+`moe_gateless_llama` the same with a mixture of experts in place of its FFNs (`moe.py`).
 `lookup_experts` is any backbone with experts attached. Its `config.json` nests the backbone's
 settings under another name than transformers looks for, and states a number of layers that is a
 sentence: without this package nothing can take the folder for the plain backbone.
@@ -38,6 +39,40 @@ class GatelessLlamaConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         register_models(type(self))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        stated = config_dict.get("model_type", cls.model_type)
+        if stated != cls.model_type:
+            raise UserError(
+                f"This is the configuration of a model of type {stated!r}, not {cls.model_type!r}; "
+                "load it with AutoModelForCausalLM or lookup_experts.load."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+
+class MoeGatelessLlamaConfig(GatelessLlamaConfig):
+    """The same with a mixture of experts (`moe.py`); `intermediate_size` is that of one expert."""
+
+    model_type = "moe_gateless_llama"
+
+    num_experts: int = 10
+    num_experts_per_tok: int = 2
+    load_balance_loss: float = 0.01
+    z_loss: float = 0.001
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        check_experts_per_token(self.num_experts_per_tok, self.num_experts)
+
+
+def check_experts_per_token(selected: int, num_experts: int) -> None:
+    """Raise a `UserError` unless so many of the experts can be selected."""
+    if not 1 <= selected <= num_experts:
+        raise UserError(
+            f"num_experts_per_tok is {selected}; expected 1 to {num_experts}, the number of "
+            "experts."
+        )
 
 
 class LookupConfigMixin:
@@ -112,4 +147,5 @@ def register_models(config_class: Any) -> None:
 # Importing this module is what makes the real classes known in place of their stand-ins
 # (`_transformers_hook.py`).
 AutoConfig.register(GatelessLlamaConfig.model_type, GatelessLlamaConfig, exist_ok=True)
+AutoConfig.register(MoeGatelessLlamaConfig.model_type, MoeGatelessLlamaConfig, exist_ok=True)
 AutoConfig.register(LookupExpertsConfig.model_type, LookupExpertsConfig, exist_ok=True)

@@ -29,9 +29,12 @@ from lookup_experts.model.baselines import GatelessLlamaForCausalLM
 from lookup_experts.model.configuration import (
     GatelessLlamaConfig,
     LookupConfigMixin,
+    LookupExpertsConfig,
+    MoeGatelessLlamaConfig,
     attached_config_class,
 )
 from lookup_experts.model.experts import ExpertSource
+from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 
 TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""
@@ -41,6 +44,8 @@ def model_class_for(config_class: type) -> Any:
     """The model class that belongs to one of our configuration classes."""
     if config_class is GatelessLlamaConfig:
         return GatelessLlamaForCausalLM
+    if config_class is MoeGatelessLlamaConfig:
+        return MoeGatelessLlamaForCausalLM
     if issubclass(config_class, LookupConfigMixin):
         return attached_class(model_class_for(config_class.__mro__[2]))  # (ours, mixin, backbone)
     return MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
@@ -147,9 +152,18 @@ class LookupExpertsMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers does; in table form the table beside the weights is opened too.
 
+        Experts that were saved without their backbone come with the backbone that they refer to.
         Keyword arguments named in `TABLE_OPTIONS` go to the table's reader.
         """
         options = {name: kwargs.pop(name) for name in TABLE_OPTIONS if name in kwargs}
+        if _refers_to_backbone(pretrained_model_name_or_path, kwargs):
+            from lookup_experts.model.backbone import load_on_backbone
+
+            folder = _local_folder(pretrained_model_name_or_path, kwargs)
+            config = kwargs.pop("config", None)
+            wants_report = kwargs.pop("output_loading_info", False)
+            loaded = load_on_backbone(folder, config, *args, **kwargs)
+            return loaded if wants_report else loaded[0]
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.lookup_settings.form == "table":
@@ -161,13 +175,33 @@ class LookupExpertsMixin:
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers does; in table form the table is saved with the weights."""
+        """As transformers does; in table form the table is saved with the weights.
+
+        A model that refers to its backbone saves its experts alone (`backbone.py`).
+        """
+        if self.lookup_settings.backbone is not None:
+            from lookup_experts.model.backbone import save_experts
+
+            names = ("is_main_process", "state_dict", "max_shard_size")
+            options = {name: kwargs[name] for name in names if name in kwargs}
+            save_experts(self, save_directory, *args, **options)
+            return
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if self.lookup_settings.form == "table" and kwargs.get("is_main_process", True):
             from lookup_experts.table.build import copy_table
 
             source: Any = self.expert_source
             copy_table(source.folder, Path(save_directory) / "table")
+
+
+def _refers_to_backbone(name: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether `from_pretrained` is given experts without their backbone."""
+    config = kwargs.get("config")
+    if config is None and name is not None:
+        folder = _local_folder(name, kwargs)
+        config = LookupExpertsConfig.from_pretrained(folder)
+    settings = getattr(config, "lookup_experts", None)
+    return settings is not None and settings.get("backbone") is not None
 
 
 def _no_contexts() -> tuple[Any, Any]:
