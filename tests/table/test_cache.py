@@ -5,7 +5,6 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from random_tables import make_table
 from reading import Expected, open_reader_by
 
 from lookup_experts.errors import TableError
+from lookup_experts.table.batch import FillingFromStore, SlotBatch
 from lookup_experts.table.cache import Arrival, RowCache, Taken
-from lookup_experts.table.reader import SlotBatch
 from lookup_experts.table.store import ThreadedRead
 
 pytestmark = pytest.mark.timeout(60)
@@ -224,7 +223,7 @@ def use(cache: RowCache, store: SlowStore, ids: list[int]) -> bool | None:
     taken = cache.take(ids)
     if taken is None:
         return None
-    batch = SlotBatch(SimpleNamespace(_store=store, _cache=cache), taken)
+    batch = SlotBatch(FillingFromStore(store, cache.memory), cache, taken)
     try:
         batch.begin()
         batch.wait()
@@ -356,16 +355,16 @@ class Gate:
 def test_a_wait_that_is_interrupted_keeps_its_slots(monkeypatch):
     """The read goes on: other batches wait for it, and nobody else may use the slots until then."""
     cache, store = RowCache(STRIDE, 0, 4), Gate()
-    reader = SimpleNamespace(_store=store, _cache=cache)
-    first = SlotBatch(reader, cache.take([1, 2]))
+    filling = FillingFromStore(store, cache.memory)
+    first = SlotBatch(filling, cache, cache.take([1, 2]))
     first.begin()
-    second = SlotBatch(reader, cache.take([1, 2]))
+    second = SlotBatch(filling, cache, cache.take([1, 2]))
     with monkeypatch.context() as patch:
         patch.setattr(ThreadedRead, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             first.wait()
     slots = set(second.slots())
-    third = SlotBatch(reader, cache.take([3, 4]))
+    third = SlotBatch(filling, cache, cache.take([3, 4]))
     assert not slots & set(third.slots())
     assert cache.take([5]) is None
     store.open.set()
@@ -380,7 +379,7 @@ def test_a_wait_that_is_interrupted_keeps_its_slots(monkeypatch):
 
 def test_a_batch_that_nobody_waited_for_is_read_before_its_slots_are_given_back():
     cache, store = RowCache(STRIDE, 0, 2), Gate()
-    batch = SlotBatch(SimpleNamespace(_store=store, _cache=cache), cache.take([1, 2]))
+    batch = SlotBatch(FillingFromStore(store, cache.memory), cache, cache.take([1, 2]))
     batch.begin()
     with ThreadPoolExecutor(1) as other:
         releasing = other.submit(batch.release)

@@ -72,20 +72,16 @@ class Taken:
         """Of those that other batches are reading."""
 
 
-class RowCache:
-    """Slots for records, and which of them hold what. Safe to use from several threads.
+class SlotCache:
+    """Which slots hold what, wherever their memory is. Safe to use from several threads.
 
     Args:
-        stride: bytes per record.
-        budget_bytes: what records that nobody uses may take; 0 keeps none.
-        working_slots: how many records batches may hold at once, beyond the budget.
+        num_slots: slots in all.
+        cached_slots: how many records that nobody uses may stay in them.
     """
 
-    def __init__(self, stride: int, budget_bytes: int, working_slots: int) -> None:
-        self.cached_slots = budget_bytes // stride
-        num_slots = self.cached_slots + working_slots
-        # Memory that was never touched takes none, so an empty cache costs nothing.
-        self.memory: np.ndarray = aligned_buffer(num_slots * stride).reshape(num_slots, stride)
+    def __init__(self, num_slots: int, cached_slots: int) -> None:
+        self.cached_slots = cached_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._held: dict[int, Slot] = {}
         self._idle: OrderedDict[int, Slot] = OrderedDict()  # least recently used first
@@ -173,3 +169,20 @@ class RowCache:
         if self._free:
             return self._free.pop()
         return self._idle.popitem(last=False)[1].number
+
+
+class RowCache(SlotCache):
+    """Slots in RAM.
+
+    Args:
+        stride: bytes per record.
+        budget_bytes: what records that nobody uses may take; 0 keeps none.
+        working_slots: how many records batches may hold at once, beyond the budget.
+    """
+
+    def __init__(self, stride: int, budget_bytes: int, working_slots: int) -> None:
+        cached_slots = budget_bytes // stride
+        num_slots = cached_slots + working_slots
+        super().__init__(num_slots, cached_slots)
+        # Memory that was never touched takes none, so an empty cache costs nothing.
+        self.memory: np.ndarray = aligned_buffer(num_slots * stride).reshape(num_slots, stride)

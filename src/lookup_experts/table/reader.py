@@ -9,23 +9,21 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lookup_experts.errors import TableError
 from lookup_experts.model.experts import TokenRows
-from lookup_experts.table.cache import RowCache, Taken
+from lookup_experts.table.batch import FillingFromStore, SlotBatch
+from lookup_experts.table.cache import RowCache
 from lookup_experts.table.format import Table, TableShape, open_table
 from lookup_experts.table.rows import Decoding, MemoryRows, StreamedRows, WaitClock
 from lookup_experts.table.store import (
-    PendingRead,
     Store,
     ThreadedRead,
     aligned_buffer,
@@ -96,10 +94,13 @@ class TableExperts:
         self._cache_bytes = 0 if whole is not None else cache_bytes
         useful_bytes = min(self._cache_bytes, table.layout.table_bytes)
         self._cache = RowCache(table.layout.stride, useful_bytes, SLOT_BATCH)
+        self._filling = FillingFromStore(store, self._cache.memory)
         self._slots = torch.from_numpy(self._cache.memory)
         self._dropped: deque[SlotBatch] = deque()
         """Batches whose rows nobody holds any more. Noted here and given back by the next batch:
         the garbage collector drops rows at any moment, even while this thread holds a lock."""
+        self.missed: frozenset[int] | None = frozenset()
+        """The ids whose records the newest batch had to read; None: all of its ids."""
         self._closed = False
         self._since = ReaderStatistics("", "", 0)
         self._counted = ReaderStatistics(store.name, store.backend, self._cache_bytes)
@@ -153,18 +154,18 @@ class TableExperts:
         taken = self._cache.take(unique_ids)
         if taken is None:  # other batches hold the slots
             return None
+        self.missed = frozenset(token_id for token_id, _ in taken.missing)
         self._count(len(ids), len(unique_ids), len(unique_ids) - len(taken.missing))
-        batch = SlotBatch(self, taken)
+        batch = SlotBatch(self._filling, self._cache, taken)
         try:
             batch.begin()
             index = torch.tensor(positions, device=token_ids.device).view(token_ids.shape)
             return self._rows_of_batch(batch, index, positions)
         except BaseException:
-            taken.arrival.abandon()
-            batch.release()
+            batch.abandon()
             raise
 
-    def _rows_of_batch(self, batch: "SlotBatch", index: Tensor, positions: list[int]) -> MemoryRows:
+    def _rows_of_batch(self, batch: SlotBatch, index: Tensor, positions: list[int]) -> MemoryRows:
         slots = batch.slots()
         return MemoryRows(
             self._decoding,
@@ -189,6 +190,7 @@ class TableExperts:
         """Out of the whole table, or of memory of the batch's own: autograd may hold on to it."""
         unique_ids, index = self._unique(token_ids)
         if self._whole is not None:
+            self.missed = frozenset()
             return MemoryRows(self._decoding, self._whole, unique_ids, index, self._clock)
         records = aligned_buffer(len(unique_ids) * self.table.layout.stride)
         records = records.reshape(len(unique_ids), self.table.layout.stride)
@@ -272,66 +274,6 @@ class TableExperts:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TableExperts":
         return self  # a copy of a model reads the same table
-
-
-class SlotBatch:
-    """The slots of one batch from asking for its records to giving them back.
-
-    As a `PendingRead` it stands for all of them: what this batch reads, and what others are
-    reading for it.
-    """
-
-    def __init__(self, reader: TableExperts, taken: Taken) -> None:
-        self._store, self._cache, self._taken = reader._store, reader._cache, taken
-        self._open = bool(taken.missing)
-        self.is_pending = self._open or bool(taken.under_way)
-        """Whether there is anything to wait for."""
-
-    def slots(self) -> list[int]:
-        """Where the records are, or will be, in the order of the ids."""
-        return [slot.number for _, slot in self._taken.entries]
-
-    def begin(self) -> None:
-        """Start to read what is missing."""
-        if self._taken.missing:
-            self._taken.arrival.begin(self._begin_read)
-
-    def _begin_read(self) -> PendingRead:
-        missing = self._taken.missing
-        ids = np.array([token_id for token_id, _ in missing])
-        slots = np.array([slot.number for _, slot in missing])
-        return self._store.begin(ids, self._cache.memory, slots)
-
-    def wait(self) -> None:
-        """See `PendingRead.wait`."""
-        if self._open:
-            self._settle()
-        elif self._taken.missing:
-            self._taken.arrival.wait()  # once more: it ends as it did
-        for arrival in self._taken.under_way:
-            arrival.wait()
-
-    def _settle(self) -> None:
-        """Wait for what this batch reads, and tell the cache how that ended.
-
-        Where the waiting is interrupted (Ctrl-C) it hasn't ended, and remains to be done.
-        """
-        try:
-            self._taken.arrival.wait()
-        except Exception:
-            self._open = False
-            self._cache.forget(self._taken)
-            raise
-        self._open = False
-        self._cache.arrived(self._taken)
-
-    def release(self) -> None:
-        """Give the slots back. If nobody waited (a forward pass that failed), the read is waited
-        for now: the kernel must not write into slots that have a new owner."""
-        if self._open:
-            with suppress(Exception):  # it only matters that the read is over
-                self._settle()
-        self._cache.release(self._taken)
 
 
 def open_reader(
