@@ -25,6 +25,8 @@ COMMANDS = {
     "verify": "Check that a table is intact and belongs to its model.",
     "generate": "Continue a prompt, token by token.",
     "chat": "Talk to a model.",
+    "serve": "Serve a model by OpenAI's API, with a page that shows what its experts do.",
+    "eval": "Score models: the paper's tasks, perplexity of a text, recall.",
     "bench": "Measure decoding, prefill, reading and building on this machine.",
 }
 

@@ -205,6 +205,7 @@ class TableExperts:
 
     def _streamed_rows(self, token_ids: Tensor) -> StreamedRows:
         unique_ids, index = self._unique(token_ids)
+        self.missed = None
         return StreamedRows(
             self._decoding,
             self._store,

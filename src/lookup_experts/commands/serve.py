@@ -1,0 +1,96 @@
+"""`mole serve`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lookup_experts import console
+from lookup_experts.commands import options
+from lookup_experts.errors import UserError
+
+
+def serve(
+    folder: options.ModelFolder,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0 takes any that is free.")] = 8000,
+    store: options.Store = "auto",
+    cache: options.Cache = "0",
+    checksums: options.Checksums = False,
+    tokenizer: options.Tokenizer = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    max_batch: Annotated[int, typer.Option(help="Texts that are generated at once.")] = 32,
+    max_queue: Annotated[
+        int, typer.Option(help="Texts that may wait; beyond, clients get status 429.")
+    ] = 128,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that a request may take, waiting included.")
+    ] = 300.0,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Keys, one a line; clients must send one of them.")
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="A file with a chat template, or 'plain', for a model without one."),
+    ] = None,
+) -> None:
+    """Serve a model by OpenAI's API, with a page at `/` that shows what its experts do.
+
+    Requests join and leave the running batch at every step. Ctrl-C or SIGTERM finishes what runs.
+
+    Example: `mole serve out/ --store direct --cache 256MB`, then
+    `curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once"}'`
+    """
+    for name, value, least in (
+        ("--max-batch", max_batch, 1),
+        ("--max-queue", max_queue, 0),
+        ("--port", port, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}.")
+    if timeout <= 0:
+        raise UserError(f"--timeout is {timeout}; it must be above 0 seconds.")
+
+    from lookup_experts.generation.loading import load, load_tokenizer
+
+    try:
+        from lookup_experts.serving.engine import Limits
+        from lookup_experts.serving.prompts import check_chat_template, read_chat_template
+        from lookup_experts.serving.run import open_socket, read_keys
+        from lookup_experts.serving.run import serve as run_server
+        from lookup_experts.serving.service import Service, ServiceOptions
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"mole serve needs {error.name}, which is not installed: "
+            "pip install 'lookup-experts[serve]'."
+        ) from error
+
+    console.quiet_transformers()
+    keys = read_keys(api_key_file)
+    template = read_chat_template(chat_template)
+    loaded_tokenizer = load_tokenizer(tokenizer or folder)
+    check_chat_template(loaded_tokenizer, template)
+    listening = open_socket(host, port)  # before the model is loaded, which may take long
+    model = load(
+        folder,
+        store=store,
+        cache=cache,
+        device=device,
+        dtype=dtype,
+        verify_checksums=checksums,
+        notify=console.say,
+    )
+    served = ServiceOptions(
+        name=served_name(folder),
+        limits=Limits(max_batch, max_queue),
+        seconds=timeout,
+        chat_template=template,
+    )
+    run_server(Service(model, loaded_tokenizer, served), listening, keys, console.say)
+
+
+def served_name(folder: str) -> str:
+    """A folder's last part; a name on the hub as it is."""
+    path = Path(folder)
+    return path.resolve().name if path.exists() else folder

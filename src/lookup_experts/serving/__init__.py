@@ -1,0 +1,22 @@
+"""`mole serve`: an OpenAI-compatible server over any model that `load` gives.
+
+    HTTP (app, protocol, replies) ──► Engine: one thread, one batch ──► model ──► table/reader
+             ▲                              │
+             └──────── tokens, each step ───┘
+
+**Why not transformers' own serving.** `transformers serve` builds its models by name from its own
+tables; a model type of ours enters only by replacing internals of its model manager, and nothing
+promises that they stay. Its continuous batching (`generate_batch`) needs about five seconds per
+call on a CPU whatever the model, keeps paged keys and values that our blocks' hooks would see as
+one row of packed tokens, and tells nothing of a step: which experts were weighed, what was read.
+So the HTTP side is FastAPI and uvicorn, as there, and the batch is our own: `engine.py` lets
+requests join and leave at every step, `kv_cache.py` keeps their keys and values, and the model
+is called through its public `forward` with a left-padded batch, which every causal LM of
+transformers supports. One forward per step means one read per step: the table's reader sees the
+ids of all streams together and reads each distinct record once.
+
+Modules: `sequence` what the engine works on; `kv_cache`, `forward`, `sampling`, `text` the parts
+of a step; `engine` the loop; `details` what the experts did; `metrics` counters; `protocol` what
+a client may send; `prompts` text to ids; `replies` what it gets; `app` routes; `guard` keys,
+limits and headers; `run` the process.
+"""

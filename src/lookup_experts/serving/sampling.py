@@ -1,0 +1,136 @@
+"""The next token of each row of a batch, chosen as its own request asks.
+
+The order is that of transformers' `generate`: temperature, then top-k, then top-p. What is drawn
+for a request depends on its own seed alone: one number per token from its own generator, found in
+the cumulated probabilities. So neither the batch nor the device changes it.
+"""
+
+from dataclasses import dataclass, field
+from random import Random
+
+import torch
+from torch import Tensor
+
+NUCLEUS = 1024
+"""For top-p, the likeliest tokens that are looked at before all are sorted."""
+
+
+@dataclass
+class Chooser:
+    """How one request chooses its tokens."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 considers all."""
+    seed: int | None = None
+    random: Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random = Random(self.seed)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0 or self.top_p == 0 or self.top_k == 1
+
+
+def choose(logits: Tensor, choosers: list[Chooser]) -> list[int]:
+    """One token id per row of logits [B, V]; draws one number for each row that samples."""
+    chosen = logits.argmax(-1).tolist()
+    plain = [row for row, how in enumerate(choosers) if not how.is_greedy and not _is_cut(how)]
+    if plain:
+        heat = torch.tensor([[choosers[row].temperature] for row in plain], device=logits.device)
+        scaled = logits[plain].float() / heat
+        drawn = _draw(scaled.softmax(-1), [choosers[row].random.random() for row in plain])
+        for row, token_id in zip(plain, drawn.tolist(), strict=True):
+            chosen[row] = token_id
+    for row, how in enumerate(choosers):
+        if not how.is_greedy and _is_cut(how):
+            chosen[row] = _choose_cut(logits[row].float(), how)
+    return chosen
+
+
+def choose_reference(logits: Tensor, choosers: list[Chooser]) -> list[int]:
+    """`choose` by the book, row by row: sort everything, cut, draw."""
+    chosen = []
+    for row, how in zip(logits.float(), choosers, strict=True):
+        if how.is_greedy:
+            chosen.append(int(row.argmax()))
+            continue
+        scaled, ids = (row / how.temperature).sort(descending=True, stable=True)
+        if how.top_k:
+            scaled, ids = scaled[: how.top_k], ids[: how.top_k]
+        probabilities = scaled.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        keep = before < how.top_p
+        keep[0] = True
+        ids, probabilities = ids[keep], probabilities[keep]
+        order = ids.argsort() if not _is_cut(how) else torch.arange(len(ids))
+        ids, probabilities = ids[order], probabilities[order]
+        chosen.append(int(ids[int(_draw(probabilities[None], [how.random.random()]))]))
+    return chosen
+
+
+def _is_cut(how: Chooser) -> bool:
+    return how.top_k > 0 or how.top_p < 1
+
+
+def _choose_cut(logits: Tensor, how: Chooser) -> int:
+    """From the likeliest tokens only; `logits` [V] float32."""
+    vocab_size = len(logits)
+    scaled = logits / how.temperature
+    size = min(how.top_k or NUCLEUS, vocab_size)
+    top, ids = scaled.topk(size)
+    total = top.logsumexp(-1) if how.top_k else scaled.logsumexp(-1)
+    probabilities = (top - total).exp()
+    cumulated = probabilities.cumsum(-1)
+    if not how.top_k and float(cumulated[-1]) < how.top_p and size < vocab_size:
+        top, ids = scaled.sort(descending=True, stable=True)
+        probabilities = (top - total).exp()
+        cumulated = probabilities.cumsum(-1)
+    keep = max(1, int((cumulated - probabilities < how.top_p).sum()))
+    place = _draw(probabilities[None, :keep], [how.random.random()])
+    return int(ids[int(place)])
+
+
+def _draw(probabilities: Tensor, numbers: list[float]) -> Tensor:
+    """For each row [B, M] of probabilities, scaled or not, the place where a number of [0, 1)
+    falls."""
+    cumulated = probabilities.double().cumsum(-1)
+    total = cumulated[:, -1:]
+    points = torch.tensor(numbers, dtype=torch.float64, device=total.device).unsqueeze(1) * total
+    places = torch.searchsorted(cumulated, points, right=True)
+    return places.squeeze(1).clamp(max=probabilities.shape[1] - 1)
+
+
+def log_probabilities(logits: Tensor, chosen: Tensor, top: int) -> list["TokenLogProbability"]:
+    """Of each row's chosen token, and of the likeliest ones, before temperature and cuts.
+
+    Args:
+        logits: [M, V].
+        chosen: int64 [M].
+        top: how many of the likeliest to tell.
+    """
+    scores = logits.float()
+    totals = scores.logsumexp(-1, keepdim=True)
+    own = (scores.gather(1, chosen.unsqueeze(1)) - totals).squeeze(1).tolist()
+    values, ids = scores.topk(min(top, scores.shape[1]))
+    values = values - totals
+    return [
+        TokenLogProbability(*row)
+        for row in zip(chosen.tolist(), own, ids.tolist(), values.tolist(), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class TokenLogProbability:
+    """Natural logarithms of probabilities at one position."""
+
+    token_id: int
+    value: float
+    """Of the token that is there."""
+    top_ids: list[int]
+    """The likeliest tokens, likeliest first."""
+    top_values: list[float]

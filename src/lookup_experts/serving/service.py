@@ -1,0 +1,174 @@
+"""A loaded model as a service: its engine, its prompts, its counts. What routes call."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lookup_experts.serving.calls import Call, deliver_on
+from lookup_experts.serving.engine import Engine, Limits, Outbox, end_ids_of
+from lookup_experts.serving.errors import ApiError
+from lookup_experts.serving.metrics import ServingMetrics, resident_bytes
+from lookup_experts.serving.prompts import Prompter
+from lookup_experts.serving.protocol import ChatBody, CompletionBody, GenerationBody
+from lookup_experts.serving.replies import Choice
+from lookup_experts.serving.sampling import Chooser
+from lookup_experts.serving.sequence import GenerationRequest
+from lookup_experts.serving.text import decoder_of
+from lookup_experts.table.reader import TableExperts
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""Of OpenAI's API."""
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """How a model is served."""
+
+    name: str
+    """By which clients ask for it."""
+    limits: Limits
+    seconds: float = 300.0
+    """A request may take, waiting included."""
+    chat_template: str | None = None
+    """To use instead of the tokenizer's own."""
+
+
+class Service:
+    """One model, ready for requests once `start` was called on an event loop.
+
+    Args:
+        model: a causal LM of transformers, in evaluation mode.
+        tokenizer: its tokenizer.
+        options: how it is served.
+
+    Raises:
+        UserError: the model can't be batched.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, options: ServiceOptions) -> None:
+        self.options = options
+        self.started_at = time.time()
+        self._model = model
+        source = getattr(model, "expert_source", None)
+        self._table = source if isinstance(source, TableExperts) else None
+        self.metrics = ServingMetrics(self._table)
+        self.prompter = Prompter(model, tokenizer, options.chat_template)
+        self._decode = decoder_of(tokenizer)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.engine = Engine(
+            model, end_ids_of(model, tokenizer), options.limits, self.metrics, self._deliver
+        )
+
+    def _deliver(self, outbox: Outbox) -> None:
+        assert self._loop is not None
+        deliver_on(self._loop, outbox)
+
+    def start(self) -> None:
+        """Begin to work; events are heard on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.engine.start()
+
+    # ------------------------------------------------------------------ requests
+
+    def check_model(self, name: str | None) -> None:
+        """Raise an `ApiError` for a model that isn't served."""
+        if name is not None and name != self.options.name:
+            raise ApiError(
+                404,
+                f"The model {name[:200]!r} is not served here; this server has "
+                f"{self.options.name!r}.",
+                "model",
+                "model_not_found",
+            )
+
+    def completion(self, body: CompletionBody) -> Call:
+        """The sequences that a completion asks for, not yet submitted."""
+        self.check_model(body.model)
+        wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        if wanted == 0 and not body.echo:
+            raise ApiError(400, "max_tokens can be 0 only with echo.", "max_tokens")
+        requests: list[GenerationRequest] = []
+        choices: list[Choice] = []
+        for prompt in body.prompts():
+            ids = self.prompter.encode(prompt)
+            self.prompter.room_for(ids, wanted)
+            text = prompt if isinstance(prompt, str) else None
+            for copy in range(body.n or 1):
+                requests.append(self._request(body, ids, wanted, len(requests), body.logprobs))
+                choice = Choice(len(choices), len(ids), counts_prompt=copy == 0)
+                if body.echo:
+                    choice.echo_text = self.prompter.text(ids) if text is None else text
+                    choice.echo_ids = ids
+                    requests[-1].score_prompt = body.logprobs is not None
+                choices.append(choice)
+        return Call(self.engine, self._decode, requests, choices)
+
+    def chat(self, body: ChatBody) -> Call:
+        """The sequences that a chat completion asks for, not yet submitted."""
+        self.check_model(body.model)
+        ids = self.prompter.encode_chat(body.messages)
+        room = self.prompter.room_for(ids, body.most_tokens())
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        places = range(body.n or 1)
+        requests = [self._request(body, ids, room, place, top) for place in places]
+        choices = [Choice(place, len(ids), counts_prompt=place == 0) for place in places]
+        return Call(self.engine, self._decode, requests, choices)
+
+    def _request(
+        self, body: GenerationBody, ids: list[int], max_tokens: int, place: int, top: int | None
+    ) -> GenerationRequest:
+        chooser = Chooser(
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            top_k=body.top_k or 0,
+            seed=None if body.seed is None else body.seed + place,
+        )
+        return GenerationRequest(
+            ids,
+            max_tokens,
+            chooser,
+            body.stops(),
+            top,
+            lookup_details=body.lookup_details,
+            deadline=time.monotonic() + self.options.seconds,
+        )
+
+    # ------------------------------------------------------------------ what it tells of itself
+
+    def stats(self) -> dict[str, Any]:
+        """As `protocol.Stats`."""
+        reader = self._table.stats() if self._table is not None else None
+        settings = getattr(self._model, "lookup_settings", None)
+        config = self._model.config.get_text_config(decoder=True)
+        return {
+            "model": self.options.name,
+            "kind": kind_of(self._model),
+            "layers": config.num_hidden_layers,
+            "experts": settings.num_experts if settings else num_routed(config),
+            "tokens_per_second": round(self.metrics.tokens_per_second, 2),
+            "hit_rate": reader.cache_hits / max(1, reader.ids_unique) if reader else 0.0,
+            "bytes_read": reader.bytes_read if reader else 0,
+            "wait_seconds": reader.wait_seconds if reader else 0.0,
+            "resident_bytes": resident_bytes(),
+            "running": self.engine.num_running,
+            "waiting": self.engine.num_waiting,
+            "store": reader.store if reader else None,
+            "backend": reader.backend if reader else None,
+            "uptime_seconds": round(time.time() - self.started_at, 3),
+        }
+
+
+def kind_of(model: Any) -> str:
+    """`mole-table`, `mole-experts`, `moe` or `dense`."""
+    settings = getattr(model, "lookup_settings", None)
+    if settings is not None:
+        return f"mole-{settings.form}"
+    return "moe" if num_routed(model.config.get_text_config(decoder=True)) > 1 else "dense"
+
+
+def num_routed(config: Any) -> int:
+    """Experts per layer of a mixture-of-experts backbone; 0 for any other."""
+    names: Sequence[str] = ("num_local_experts", "num_experts", "n_routed_experts")
+    return max((getattr(config, name, None) or 0 for name in names), default=0)
