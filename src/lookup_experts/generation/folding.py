@@ -99,7 +99,7 @@ def tokenizer_hash(folder: Path) -> str | None:
 
 def save_without_experts(model: Any, folder: Path, fingerprint: str) -> None:
     """Save the backbone with its routers, marked as being in table form."""
-    settings = replace(model.lookup_settings, form="table", fingerprint=fingerprint)
+    settings = replace(model.lookup_settings, form="table", fingerprint=fingerprint, backbone=None)
     state = {name: value for name, value in model.state_dict().items() if not _is_expert(name)}
     training_config = model.config
     model.config = copy.deepcopy(training_config)

@@ -7,7 +7,7 @@ as itself is in `huggingface.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +24,26 @@ from lookup_experts.model.experts import (
 
 INITS = ("zero", "normal")
 FORMS = ("experts", "table")
+SAVES = ("full", "experts")
+
+
+@dataclass(frozen=True)
+class BackboneReference:
+    """Where the backbone is that a folder with experts alone belongs to."""
+
+    name: str
+    """A folder, relative ones seen from the folder with the experts, or a name on the hub."""
+    fingerprint: str
+    """Of its weights, see `backbone.py`: another backbone is refused."""
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "BackboneReference":
+        if not isinstance(values, dict) or set(values) != {"name", "fingerprint"}:
+            raise UserError(
+                "The backbone in a model's lookup_experts settings should have a name and a "
+                f"fingerprint; it is {values!r}."
+            )
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,8 @@ class LookupSettings:
     """`experts`: training form. `table`: the experts were folded into a table."""
     fingerprint: str | None = None
     """In table form, what was folded; the table beside the model must say the same."""
+    backbone: BackboneReference | None = None
+    """Where the backbone is, if the model is saved as experts alone."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 1 or self.expert_size < 1:
@@ -66,11 +88,16 @@ class LookupSettings:
         for key in ("num_experts", "expert_size", "layers"):
             if key not in values:
                 raise UserError(f"The lookup_experts settings of a model have no {key!r}.")
-        return cls(**{**values, "layers": tuple(values["layers"])})
+        backbone = values.get("backbone")
+        reference = None if backbone is None else BackboneReference.from_dict(backbone)
+        return cls(**{**values, "layers": tuple(values["layers"]), "backbone": reference})
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {**asdict(self), "layers": list(self.layers)}
+        values = {**asdict(self), "layers": list(self.layers)}
+        if self.backbone is None:
+            del values["backbone"]
+        return values
 
 
 @dataclass
@@ -87,8 +114,10 @@ def attach(
     *,
     expert_size: int | None = None,
     expert_kind: str = "gelu",
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | str | None = None,
     init: str = "zero",
+    train_backbone: bool = True,
+    save: str = "full",
 ) -> Any:
     """Add routed experts to a Hugging Face causal LM, in place, and give it back.
 
@@ -100,23 +129,38 @@ def attach(
         num_experts: N, experts per layer.
         expert_size: D, the hidden size of each expert; default: that of the backbone's FFN.
         expert_kind: `gelu`, the paper's gate-less expert, or `swiglu`.
-        layers: the blocks that gain experts; default: all.
+        layers: the blocks that gain experts: their numbers, or in words `0-7`, `0,2,4` or
+            `every:2`; default: all.
         init: `zero`: the experts' outputs are zero, so the model gives exactly the backbone's
             logits at first. `normal`: all weights as the backbone initialises its own, for
             training from scratch.
+        train_backbone: False takes the gradients from the backbone's parameters, so that experts
+            and routers alone are trained, and alone have optimizer state.
+        save: what `save_pretrained` writes, also when the Trainer calls it. `full`: everything.
+            `experts`: the experts and routers, with a reference to the folder or the hub's model
+            that the backbone was loaded from; needs `train_backbone=False`. A quantised backbone
+            can be trained on in this way only.
 
     Raises:
         UserError: the model's blocks have no single FFN, or an argument makes no sense.
     """
+    from lookup_experts.model.backbone import freeze_backbone, refer_to, require_reference
     from lookup_experts.model.huggingface import become_attached
 
     if init not in INITS:
         raise unknown_name("init", init, INITS)
+    if save not in SAVES:
+        raise unknown_name("value of save", save, SAVES)
     if getattr(model, "lookup_attachment", None) is not None:
         raise UserError(f"This {type(model).__name__} has lookup experts already.")
     settings = settings_for(model, num_experts, expert_size, expert_kind, layers)
+    require_reference(model, save, train_backbone)
+    if save == "experts":
+        settings = replace(settings, backbone=refer_to(model.name_or_path))
     install(model, settings)
     become_attached(model, settings)
+    if not train_backbone:
+        freeze_backbone(model)
     std = initializer_std(model.config)
     for module in model.lookup_attachment.modules:
         nn.init.normal_(module.router.weight, 0.0, std)
@@ -129,10 +173,12 @@ def settings_for(
     num_experts: int,
     expert_size: int | None,
     expert_kind: str,
-    layers: Sequence[int] | None,
+    layers: Sequence[int] | str | None,
 ) -> LookupSettings:
     """The settings that `attach` was asked for, checked against the model."""
     num_blocks = len(find_ffns(model))
+    if isinstance(layers, str):
+        layers = parse_layers(layers, num_blocks)
     chosen = tuple(range(num_blocks)) if layers is None else tuple(sorted(set(layers)))
     if not chosen or not all(0 <= layer < num_blocks for layer in chosen):
         raise UserError(
@@ -148,6 +194,22 @@ def settings_for(
         expert_kind=expert_kind,
         norm_eps=getattr(model.config, "rms_norm_eps", None) or 1e-6,
     )
+
+
+def parse_layers(words: str, num_blocks: int) -> tuple[int, ...]:
+    """A choice of blocks in words: `0-7`, `0,2,4`, `0-3,8` or `every:2`, from block 0 on."""
+    rule, colon, step = words.partition(":")
+    if colon and rule.strip() == "every" and step.strip().isdecimal() and int(step) > 0:
+        return tuple(range(0, num_blocks, int(step)))
+    chosen: set[int] = set()
+    for part in words.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UserError(
+                f"Layers {words!r} should be like 0-7, 0,2,4 or every:2; {part.strip()!r} isn't."
+            )
+        chosen.update(range(int(first), int(last if dash else first) + 1))
+    return tuple(sorted(chosen))
 
 
 def install(model: Any, settings: LookupSettings) -> Attachment:
