@@ -13,7 +13,7 @@ CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constrai
 demo: $(VENV)/installed
 	$(BIN)/mole demo $(DEMO_ARGS)
 
-test: $(VENV)/installed
+test: $(VENV)/installed $(VENV)/browser
 	$(BIN)/python -m pytest -n auto --dist loadfile $(TEST_ARGS)
 
 lint: $(VENV)/installed
@@ -29,6 +29,14 @@ $(VENV)/installed: pyproject.toml constraints-cpu.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet $(CONSTRAINT) torch
 	$(BIN)/python -m pip install --quiet $(CONSTRAINT) --editable '.[train,plot,eval,serve]'
 	$(BIN)/python -m pip install --quiet $(CONSTRAINT) --requirement requirements-dev.txt
+	touch $@
+
+# The browser test drives Debian's chromium. Where it is missing and can't be installed that test
+# is skipped and says so.
+$(VENV)/browser: $(VENV)/installed
+	if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; \
+	fi
 	touch $@
 
 clean:
