@@ -1,0 +1,157 @@
+"""From a model's folder to all that `mole eval` was asked for."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lookup_experts import console
+from lookup_experts.errors import UserError
+from lookup_experts.evaluation.answers import AnswerJournal, folder_identity
+from lookup_experts.evaluation.harness import (
+    Evaluation,
+    check_counts,
+    check_harness,
+    evaluate_tasks,
+)
+from lookup_experts.evaluation.perplexity import Perplexity, perplexity, window_size
+from lookup_experts.evaluation.recall import Recall, measure_recall, word_ids
+from lookup_experts.evaluation.summary import ModelSummary
+from lookup_experts.evaluation.tasks import EvaluationTask, local_file
+from lookup_experts.evaluation.text import read_token_ids
+from lookup_experts.generation.inspection import inspect_folder
+from lookup_experts.generation.loading import load, load_tokenizer, local_folder
+from lookup_experts.table.reader import TableExperts
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of every model."""
+
+    tasks: Sequence[EvaluationTask]
+    data_dir: Path | None = None
+    """Local copies of the tasks' rows; None for the hub."""
+    limit: int | None = None
+    """Rows of each task; None for all."""
+    text: Path | None = None
+    """Its perplexity, too."""
+    recall: bool = False
+    batch_size: int = 8
+    out: Path | None = None
+    """Where the harness's results are written; None for nowhere."""
+
+    def check(self, folders: Sequence[str]) -> None:
+        """Raise a `UserError` for what can be known to fail before a model is loaded."""
+        check_counts(self.limit, self.batch_size)
+        if self.tasks:
+            check_harness()
+        if self.data_dir is not None:
+            for task in self.tasks:
+                local_file(task, self.data_dir)
+        if self.out is not None and self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out} is a file; give a folder.")
+        names = [_file_name(folder) for folder in folders]
+        for position, name in enumerate(names):
+            if name in names[:position]:
+                raise UserError(f"The model {folders[position]} is given twice.")
+
+
+def evaluate_folder(
+    folder: str, request: Request, tokenizer_folder: Path | None, loading: dict[str, Any]
+) -> ModelSummary:
+    """Load a model and measure what is asked of it, with progress on stderr.
+
+    Args:
+        folder: of the model, or its name on the hub.
+        request: what is asked.
+        tokenizer_folder: where the model's own folder has no tokenizer.
+        loading: keyword arguments of `load`.
+
+    Raises:
+        UserError: no such model; no tokenizer; rows or a text that can't be read.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder or folder)
+    model = load(folder, notify=console.say, **loading)
+    summary = ModelSummary(
+        model=folder,
+        form=inspect_folder(folder)["form"],
+        dtype=str(model.dtype).removeprefix("torch."),
+        tasks=_tasks(folder, model, tokenizer, request, loading) if request.tasks else None,
+        perplexity=_perplexity(model, tokenizer, request) if request.text else None,
+        recall=_recall(model, tokenizer, request) if request.recall else None,
+    )
+    source = getattr(model, "expert_source", None)
+    if isinstance(source, TableExperts):
+        source.close()
+    return summary
+
+
+def _tasks(
+    folder: str, model: Any, tokenizer: Any, request: Request, loading: dict[str, Any]
+) -> Evaluation:
+    with _journal(folder, request, loading) as journal:
+        with console.progress_bar(f"Tasks, {folder}") as progress:
+            found = evaluate_tasks(
+                model,
+                tokenizer,
+                request.tasks,
+                data_dir=request.data_dir,
+                limit=request.limit,
+                batch_size=request.batch_size,
+                journal=journal,
+                progress=progress,
+            )
+        if request.out is not None:
+            write_harness_results(found.harness, request.out / f"{_file_name(folder)}.json")
+        if journal is not None:
+            journal.delete()
+    return found
+
+
+@contextmanager
+def _journal(
+    folder: str, request: Request, loading: dict[str, Any]
+) -> Iterator[AnswerJournal | None]:
+    if request.out is None:
+        yield None
+        return
+    identity = folder_identity(local_folder(folder), **loading)
+    path = request.out / f"{_file_name(folder)}.answers.jsonl"
+    with AnswerJournal(path, identity) as journal:
+        yield journal
+
+
+def write_harness_results(results: dict[str, Any], path: Path) -> None:
+    """Write what the harness found, as the harness writes it, all or nothing."""
+    from lm_eval.utils import handle_non_serializable
+
+    temporary = path.with_name(f"{path.name}.tmp")
+    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _file_name(folder: str) -> str:
+    """As the harness names files: `owner/name` -> `owner__name`."""
+    return folder.strip("/").replace("/", "__") or "root"
+
+
+def _perplexity(model: Any, tokenizer: Any, request: Request) -> Perplexity:
+    assert request.text is not None
+    token_ids = read_token_ids(request.text, tokenizer)
+    with console.progress_bar("Perplexity") as progress:
+        return perplexity(model, token_ids, window_size(model), progress=progress)
+
+
+def _recall(model: Any, tokenizer: Any, request: Request) -> Recall:
+    prefix = tokenizer("")["input_ids"]
+    with console.progress_bar("Recall") as progress:
+        return measure_recall(
+            model,
+            word_ids(tokenizer),
+            prefix=prefix,
+            batch_size=request.batch_size,
+            progress=progress,
+        )
