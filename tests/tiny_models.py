@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lookup_experts as le
 from lookup_experts.model.baselines import GatelessLlamaForCausalLM
-from lookup_experts.model.configuration import GatelessLlamaConfig
+from lookup_experts.model.configuration import GatelessLlamaConfig, MoeGatelessLlamaConfig
+from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 
 VOCAB = 97
 HIDDEN = 32
@@ -76,6 +77,13 @@ def gateless_model(seed: int = 0, **overrides: Any) -> Any:
     """A tiny random model of the paper's backbone."""
     torch.manual_seed(seed)
     return GatelessLlamaForCausalLM(GatelessLlamaConfig(**{**_SIZES, **overrides})).eval()
+
+
+def moe_model(seed: int = 0, **overrides: Any) -> Any:
+    """A tiny random mixture of experts on the paper's backbone."""
+    torch.manual_seed(seed)
+    sizes = {**_SIZES, "num_hidden_layers": 2, "intermediate_size": 24, "num_experts": 6}
+    return MoeGatelessLlamaForCausalLM(MoeGatelessLlamaConfig(**{**sizes, **overrides})).eval()
 
 
 def attached_model(family: str = "llama", seed: int = 0, *, scale: float = 0.4, **settings) -> Any:

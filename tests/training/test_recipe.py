@@ -54,7 +54,13 @@ def test_the_papers_recipes_state_its_setup(name: str) -> None:
     assert (training.min_lr_ratio, training.warmup_fraction) == (0.1, 0.01)
     assert training.precision == "bf16"
     if kind == "dense":
-        assert model.experts is None
+        assert model.experts is model.moe is None
+    elif kind == "moe":
+        assert model.moe is not None
+        assert f"{model.moe.num_experts}e" == experts[0]
+        assert (model.moe.experts_per_token, model.moe.size) == (2, model.ffn_size // 2)
+        assert (model.moe.load_balance_loss, model.moe.z_loss) == (0.01, 0.001)
+        assert (model.experts, model.moe.shared_size) == (None, None)
     else:
         assert model.experts is not None
         assert f"{model.experts.num_experts}e" == experts[0]
@@ -119,6 +125,13 @@ def test_a_binary_file_is_no_recipe(tmp_path: Path) -> None:
         ("model.experts.kind=relu", "gelu"),
         ("model.experts.layers=[0, 2]", "blocks from 0 to 1"),
         ("model.experts.size=0", "model.experts.size is 0"),
+        ("model.experts.z_loss=-1", "model.experts.z_loss is -1.0; expected a number of at least"),
+        ("model.moe.num_experts=4", "both model.experts and model.moe"),
+        ("model.moe={num_experts: 4, experts_per_token: 5}", "at most num_experts 4"),
+        ("model.moe={num_experts: 4, experts_per_token: 0}", "model.moe.experts_per_token is 0"),
+        ("model.moe={num_experts: 4, z_loss: .inf}", "model.moe.z_loss is inf"),
+        ("model.moe={num_experts: 4, shared_size: 0}", "model.moe.shared_size is 0"),
+        ("model.moe.experts_per_token=2", "model.moe.num_experts is missing"),
         ("model.vocab_size=0", "model.vocab_size is 0"),
         ("mdel.vocab_size=1", "Did you mean 'model'"),
         ("training=3", "training should be a section"),

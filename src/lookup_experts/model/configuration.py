@@ -52,12 +52,16 @@ class GatelessLlamaConfig(LlamaConfig):
 
 
 class MoeGatelessLlamaConfig(GatelessLlamaConfig):
-    """The same with a mixture of experts (`moe.py`); `intermediate_size` is that of one expert."""
+    """The same with a mixture of experts (`moe.py`); `intermediate_size` is that of one expert.
+
+    `shared_size` is the hidden size of an expert that every token uses; None: there is none.
+    """
 
     model_type = "moe_gateless_llama"
 
     num_experts: int = 10
     num_experts_per_tok: int = 2
+    shared_size: int | None = None
     load_balance_loss: float = 0.01
     z_loss: float = 0.001
 

@@ -1,9 +1,10 @@
 """The mixture of experts that MoLE is compared with, on the same backbone.
 
 Each block's FFN is N experts on the hidden state, `down(gelu(up(h)))` without a gate, of which a
-router selects k per token; the selected are weighed by a softmax over their logits alone. There is
-no shared expert. In the paper (arXiv 2503.15798, section 4.1) k is 2, an expert is half as large
-as the dense FFN, the load-balance loss weighs 0.01 and the z-loss 0.001.
+router selects k per token; the selected are weighed by a softmax over their logits alone. A shared
+expert, which every token uses, can stand beside them; the paper's baseline has none. In the paper
+(arXiv 2503.15798, section 4.1) k is 2, an expert is half as large as the dense FFN, the
+load-balance loss weighs 0.01 and the z-loss 0.001.
 
 Shapes: S positions, d hidden size, D hidden size of an expert, N experts, k selected per position.
 """
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.initialization import guard_torch_init_functions
 
+from lookup_experts.model.baselines import GatelessMLP
 from lookup_experts.model.configuration import MoeGatelessLlamaConfig
 from lookup_experts.model.router_losses import add_router_losses
 
@@ -160,12 +162,16 @@ class MoeFFN(nn.Module):
         self.num_selected = config.num_experts_per_tok
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = MoeExperts(config.num_experts, config.hidden_size, config.intermediate_size)
+        self.shared: GatelessMLP | None = None
+        if config.shared_size is not None:
+            self.shared = GatelessMLP(config.hidden_size, config.shared_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., d] -> [..., d]"""
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         selected, weights = select_experts(self.router(hidden), self.num_selected)
-        return self.experts(hidden, selected, weights).view(hidden_states.shape)
+        mixed = self.experts(hidden, selected, weights).view(hidden_states.shape)
+        return mixed if self.shared is None else mixed + self.shared(hidden_states)
 
 
 class MoeGatelessLlamaForCausalLM(LlamaForCausalLM):

@@ -26,6 +26,9 @@ _GUARDED = {
     "eval_perplexity": "validation perplexity",
 }
 
+AUXILIARY = ("load_balance_loss", "z_loss")
+"""A router's losses, in the logs of a model that has them."""
+
 
 class StopOnSignal(TrainerCallback):
     """Within its context, SIGINT and SIGTERM stop training after the step, with a checkpoint.
@@ -151,7 +154,10 @@ class Record(TrainerCallback):
     ) -> None:
         if "loss" in logs:
             self.stopwatch.lap()  # a GPU's steps have ended only now
-            self._append(state.global_step, loss=logs["loss"], lr=logs["learning_rate"])
+            auxiliary = {key: logs[key] for key in AUXILIARY if key in logs}
+            self._append(
+                state.global_step, loss=logs["loss"], lr=logs["learning_rate"], **auxiliary
+            )
         elif "eval_loss" in logs:
             self.stopwatch.skip()
             self._append(

@@ -41,7 +41,9 @@ class History:
     """The lines of history.jsonl, on disk as soon as they are known.
 
     A line holds `step`, `tokens`, `seconds` (of training, since the beginning) and either `loss`
-    (the mean since the line before) and `lr`, or `validation_loss` and `validation_perplexity`.
+    (of the language model, the mean since the line before) and `lr`, or `validation_loss` and
+    `validation_perplexity`; `load_balance_loss` and `z_loss`, without their coefficients, stand
+    beside the `loss` of a model that trains with them.
 
     Args:
         path: the file; what it says about steps after `step` is not read.

@@ -8,8 +8,10 @@ import torch
 from lookup_experts.errors import UserError
 from lookup_experts.model.attach import attach, expert_layers
 from lookup_experts.model.baselines import GatelessLlamaForCausalLM
-from lookup_experts.model.configuration import GatelessLlamaConfig
-from lookup_experts.training.recipe import Recipe
+from lookup_experts.model.configuration import GatelessLlamaConfig, MoeGatelessLlamaConfig
+from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM, count_active
+from lookup_experts.model.router_losses import add_router_losses
+from lookup_experts.training.recipe import ExpertsRecipe, Recipe
 
 VOCAB_MULTIPLE = 64
 """Matrix kernels are fastest where the output head has a multiple of this many rows."""
@@ -25,6 +27,8 @@ class ParameterCounts:
     """Those that training changes."""
     resident: int
     """Those in memory once the routed experts are folded into a table on disk."""
+    active: int
+    """Those of the resident that a token uses: of a mixture of experts, the selected ones."""
 
 
 def build_model(recipe: Recipe, vocab_size: int) -> Any:
@@ -35,22 +39,13 @@ def build_model(recipe: Recipe, vocab_size: int) -> Any:
         vocab_size: rows of the embedding and of the head.
 
     Returns:
-        A `GatelessLlamaForCausalLM`, with lookup experts attached where the recipe has them.
+        A `GatelessLlamaForCausalLM`, with lookup experts attached where the recipe has them, or a
+        `MoeGatelessLlamaForCausalLM` where it has a mixture of experts.
     """
     sizes = recipe.model
-    config = GatelessLlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.ffn_size,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads,
-        max_position_embeddings=recipe.training.context_length,
-        initializer_range=sizes.init_std,
-        tie_word_embeddings=False,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.training.seed)
-        model = GatelessLlamaForCausalLM(config)
+        model = _backbone(recipe, vocab_size)
         if sizes.experts is not None:
             attach(
                 model,
@@ -60,7 +55,43 @@ def build_model(recipe: Recipe, vocab_size: int) -> Any:
                 layers=sizes.experts.layers,
                 init="normal",
             )
+            _add_router_losses(model, sizes.experts)
     return model
+
+
+def _backbone(recipe: Recipe, vocab_size: int) -> Any:
+    """The model without lookup experts."""
+    sizes = recipe.model
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": sizes.hidden_size,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "max_position_embeddings": recipe.training.context_length,
+        "initializer_range": sizes.init_std,
+        "tie_word_embeddings": False,
+    }
+    if sizes.moe is None:
+        config = GatelessLlamaConfig(intermediate_size=sizes.ffn_size, **common)
+        return GatelessLlamaForCausalLM(config)
+    return MoeGatelessLlamaForCausalLM(
+        MoeGatelessLlamaConfig(
+            intermediate_size=sizes.moe.size or sizes.ffn_size // 2,
+            num_experts=sizes.moe.num_experts,
+            num_experts_per_tok=sizes.moe.experts_per_token,
+            shared_size=sizes.moe.shared_size,
+            load_balance_loss=sizes.moe.load_balance_loss,
+            z_loss=sizes.moe.z_loss,
+            **common,
+        )
+    )
+
+
+def _add_router_losses(model: Any, experts: ExpertsRecipe) -> None:
+    """Lookup experts train without auxiliary losses, unless the recipe asks for them."""
+    if experts.load_balance_loss or experts.z_loss:
+        routers = [module.router for module in model.lookup_attachment.modules]
+        add_router_losses(model, routers, 1, experts.load_balance_loss, experts.z_loss)
 
 
 def with_vocabulary(recipe: Recipe, tokenizer_size: int) -> Recipe:
@@ -84,7 +115,7 @@ def count_parameters(model: Any) -> ParameterCounts:
     layers = expert_layers(attachment) if attachment is not None else []
     routed = sum(p.numel() for layer in layers for p in layer.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return ParameterCounts(total, trained, total - routed)
+    return ParameterCounts(total, trained, total - routed, count_active(model) - routed)
 
 
 def enable_gradient_checkpointing(model: Any) -> None:

@@ -1,6 +1,6 @@
 """Recipes: everything that decides a training run, in one small YAML file.
 
-    model:                      # the backbone; `experts` adds lookup experts
+    model:                      # the backbone; `experts` adds lookup experts, `moe` others
       shape: 160m
       experts: {num_experts: 4}
     training:
@@ -44,13 +44,49 @@ class ExpertsRecipe:
     """The hidden size of each expert; default: that of the backbone's FFN."""
     layers: tuple[int, ...] | None = None
     """The blocks that have experts; default: all."""
+    load_balance_loss: float = 0.0
+    """Coefficient of the router's load-balance loss; the paper trains without."""
+    z_loss: float = 0.0
+    """Coefficient of the router's z-loss; the paper trains without."""
 
     def __post_init__(self) -> None:
         _require_positive("model.experts", self, "num_experts")
+        _require_not_negative("model.experts", self, "load_balance_loss", "z_loss")
         if self.kind not in EXPERT_KINDS:
             raise unknown_name("value of model.experts.kind", self.kind, EXPERT_KINDS)
         if self.size is not None:
             _require_positive("model.experts", self, "size")
+
+
+@dataclass(frozen=True)
+class MoeRecipe:
+    """A mixture of experts on the hidden state in every block, in place of its FFN."""
+
+    num_experts: int
+    """Experts per layer."""
+    experts_per_token: int = 2
+    """How many of them a router selects."""
+    size: int | None = None
+    """The hidden size of each expert; default: half of the backbone's FFN."""
+    shared_size: int | None = None
+    """The hidden size of an expert that every token uses; default: there is none."""
+    load_balance_loss: float = 0.01
+    """Coefficient of the router's load-balance loss."""
+    z_loss: float = 0.001
+    """Coefficient of the router's z-loss."""
+
+    def __post_init__(self) -> None:
+        _require_positive("model.moe", self, "num_experts", "experts_per_token")
+        _require_not_negative("model.moe", self, "load_balance_loss", "z_loss")
+        for name in ("size", "shared_size"):
+            if getattr(self, name) is not None:
+                _require_positive("model.moe", self, name)
+        _require(
+            self.experts_per_token <= self.num_experts,
+            "model.moe.experts_per_token",
+            self.experts_per_token,
+            f"at most num_experts {self.num_experts}",
+        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +111,8 @@ class ModelRecipe:
     """Rows of the embedding; default: the tokenizer's size, rounded up to a multiple of 64."""
     experts: ExpertsRecipe | None = None
     """Lookup experts; without them the model is dense."""
+    moe: MoeRecipe | None = None
+    """A mixture of experts in place of the FFNs; either this or `experts`."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -89,6 +127,11 @@ class ModelRecipe:
         )
         if self.vocab_size is not None:
             _require_positive("model", self, "vocab_size")
+        if self.experts is not None and self.moe is not None:
+            raise UserError(
+                "The recipe has both model.experts and model.moe; expected one of them. "
+                "Set the other to null."
+            )
         for layer in (self.experts and self.experts.layers) or ():
             _require(
                 0 <= layer < self.num_layers,
@@ -169,9 +212,7 @@ class TrainingRecipe:
             _require(0 <= value <= 1, f"training.{name}", value, "a number from 0 to 1")
         for beta in self.betas:
             _require(0 <= beta < 1, "training.betas", beta, "numbers from 0 to below 1")
-        for name in ("weight_decay", "seed"):
-            value = getattr(self, name)
-            _require(value >= 0, f"training.{name}", value, "a number of at least 0")
+        _require_not_negative("training", self, "weight_decay", "seed")
         if self.precision not in PRECISIONS:
             raise unknown_name("value of training.precision", self.precision, PRECISIONS)
 
@@ -381,3 +422,9 @@ def _require_positive(where: str, section: object, *names: str) -> None:
         value = getattr(section, name)
         # Written so that NaN fails, and infinity too.
         _require(0 < value < float("inf"), f"{where}.{name}", value, "a number above 0")
+
+
+def _require_not_negative(where: str, section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(0 <= value < float("inf"), f"{where}.{name}", value, "a number of at least 0")

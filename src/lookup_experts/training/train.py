@@ -78,7 +78,9 @@ class TrainingSummary:
     @classmethod
     def load(cls, path: Path) -> Self:
         values = json.loads(path.read_bytes())
-        return cls(**{**values, "parameters": ParameterCounts(**values["parameters"])})
+        # Runs from before there were mixtures of experts don't state it: all was active.
+        parameters = {"active": values["parameters"]["resident"], **values["parameters"]}
+        return cls(**{**values, "parameters": ParameterCounts(**parameters)})
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -135,7 +135,19 @@ class RecipeTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
+        elif "loss" in logs:
+            self._take_router_losses_apart(logs)
         super().log(logs, *args, **kwargs)
+
+    def _take_router_losses_apart(self, logs: dict[str, float]) -> None:
+        """What is logged as the loss is the language model's, auxiliary losses stand beside it."""
+        losses = getattr(self.model, "router_losses", None)
+        if losses is None:
+            return
+        sums = self.accelerator.gather(losses.take_sums(self.args.device)[None]).sum(dim=0)
+        balance, z = (sums[:2] / sums[2]).tolist()
+        logs["loss"] -= losses.load_balance * balance + losses.z * z
+        logs |= {"load_balance_loss": balance, "z_loss": z}
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Let the Trainer write under another name; rename when every process is done."""
