@@ -1,0 +1,94 @@
+"""The tables of the README and of docs/results.md are those of the committed JSON files."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from lookup_experts.errors import UserError
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+REPORTS = sorted((DOCS / "results").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def render_results():
+    """The script `docs/render_results.py` as a module."""
+    sys.path.insert(0, str(DOCS))
+    try:
+        import render_results
+
+        yield render_results
+    finally:
+        sys.path.remove(str(DOCS))
+
+
+@pytest.mark.parametrize("name", ["README.md", "results.md"])
+def test_pages_say_what_the_files_say(render_results, name):
+    (path,) = (path for path in render_results.PAGES if path.name == name)
+    page = path.read_text()
+    assert "<!-- results:" in page
+    rendered = render_results.render(page, with_provenance=name != "README.md")
+    assert rendered == page, f"{name} differs from docs/results/*.json; run `make results`."
+
+
+def test_another_figure_gives_another_page(render_results, tmp_path):
+    results = shutil.copytree(DOCS / "results", tmp_path / "results")
+    report = json.loads((results / "decode.json").read_text())
+    report["results"][1]["ratio_to_dense"] = 9.876
+    (results / "decode.json").write_text(json.dumps(report))
+    page = (DOCS / "results.md").read_text()
+    changed = render_results.render(page, with_provenance=True, results=results)
+    assert "| 9.876 |" in changed and "9.876" not in page
+    assert render_results.render(changed, with_provenance=True) == page
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.name)
+def test_a_committed_file_says_how_it_was_made_and_names_no_place(path, render_results):
+    text = path.read_text()
+    for place in ("/tmp/", "/home/", "/root/", "/work/"):
+        assert place not in text
+    line = render_results.provenance(path.name, json.loads(text))
+    assert "torch" in line and "cores" in line and ("commit" in line or "version" in line)
+
+
+BLOCK = "<!-- results: {} -->\n<!-- /results -->\n"
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        (BLOCK.format("decod decode.json"), "Unknown renderer 'decod'. Did you mean 'decode'?"),
+        (BLOCK.format("decode nothing.json"), "There is no nothing.json"),
+        (BLOCK.format("decode"), "malformed"),
+        ("<!-- results: decode decode.json -->\n" * 2 + "<!-- /results -->\n", "malformed"),
+        (BLOCK.format("decode decode.json") + "<!-- /results -->\n", "malformed"),
+    ],
+)
+def test_bad_comments_are_refused(render_results, page, message):
+    with pytest.raises(UserError, match=message):
+        render_results.render(page, with_provenance=True)
+
+
+def test_prose_is_left_alone(render_results):
+    page = "one\n" + BLOCK.format("memory memory.json") + "two | three\n"
+    rendered = render_results.render(page, with_provenance=False)
+    assert rendered.startswith("one\n<!-- results: memory memory.json -->\n| ")
+    assert rendered.endswith("|\n<!-- /results -->\ntwo | three\n")
+    assert render_results.render(rendered, with_provenance=False) == rendered
+
+
+def test_columns(render_results):
+    from result_tables import table
+
+    rows = [{"a": 1, "b": {"c": 0.5}, "d": 7}, {"a": 2, "b": {"c": 0.25}, "d": 7}]
+    columns = {"a": "{a}", "c": "{b[c]:.0%}", "d?": "{d}", "sum": lambda row: f"{row['a'] + 7}"}
+    assert table(rows, columns).splitlines() == [
+        "| a | c | sum |",
+        "| --- | --- | --- |",
+        "| 1 | 50% | 8 |",
+        "| 2 | 25% | 9 |",
+    ]
+    assert "| a | c | d | sum |" in table([rows[0], {**rows[1], "d": 8}], columns)
