@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "The whole story on text found on this machine: train, fold, read from disk, compare.",
     "prepare": "Turn text into token shards for training.",
     "train": "Train a recipe from scratch; resumes where it stopped.",
+    "upcycle": "Train lookup experts on an existing model; resumes where it stopped.",
     "reparameterize": "Fold the trained experts into a table on disk.",
     "reencode": "Write a table again in another encoding.",
     "inspect": "Tell what is in a model folder or a table.",

@@ -1,12 +1,15 @@
 """`mole train`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lookup_experts import console
 from lookup_experts.commands import options
+
+if TYPE_CHECKING:
+    from lookup_experts.training.recipe import RecipeFile
 
 
 def train(
@@ -26,15 +29,21 @@ def train(
 
     Example: `mole train mole-tiny-4e --data data/ --out out/ --set training.steps=100`
     """
-    from lookup_experts.cli import EXIT_INTERRUPTED
     from lookup_experts.training.recipe import load_recipe
+
+    console.quiet_transformers()
+    run_training(load_recipe(recipe, overrides or ()), data, out, json)
+
+
+def run_training(recipe: "RecipeFile", data: Path, out: Path, json: bool) -> None:
+    """Train a recipe of any kind and tell what came out."""
+    from lookup_experts.cli import EXIT_INTERRUPTED
     from lookup_experts.training.train import TrainingInterrupted
     from lookup_experts.training.train import train as train_recipe
     from lookup_experts.training.trainer import is_main_process
 
-    console.quiet_transformers()
     try:
-        summary = train_recipe(load_recipe(recipe, overrides or ()), data, out)
+        summary = train_recipe(recipe, data, out)
     except TrainingInterrupted as interrupted:
         console.say(str(interrupted))
         raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from lookup_experts.errors import DiskFullError, UserError
 from lookup_experts.training.checkpoints import clear_unfinished, last_checkpoint
-from lookup_experts.training.recipe import Recipe
+from lookup_experts.training.models import ParameterCounts
+from lookup_experts.training.recipe import RecipeFile
 from lookup_experts.training.run_folder import RunFolder
 from lookup_experts.units import format_bytes
 
@@ -19,14 +20,15 @@ _CHECKPOINT_BYTES_PER_PARAMETER = 12
 _FULL_BELOW_BYTES = 1 << 20
 
 
-def check_disk_space(run: RunFolder, recipe: Recipe, num_parameters: int) -> None:
+def check_disk_space(run: RunFolder, recipe: RecipeFile, parameters: ParameterCounts) -> None:
     """Refuse to begin a run whose checkpoints and model won't fit on the disk.
 
     What the run's folder holds already counts as room.
     """
     num_checkpoints = recipe.training.keep_checkpoints + 1  # one more while it is written
-    needed = num_parameters * (
-        num_checkpoints * _CHECKPOINT_BYTES_PER_PARAMETER + _MODEL_BYTES_PER_PARAMETER
+    needed = (
+        num_checkpoints * _CHECKPOINT_BYTES_PER_PARAMETER * parameters.trained
+        + _MODEL_BYTES_PER_PARAMETER * parameters.total
     )
     free = shutil.disk_usage(run.path).free
     held = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())

@@ -18,7 +18,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from types import UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints, overload
 
 import yaml  # type: ignore[import-untyped]
 
@@ -30,6 +30,8 @@ PRECISIONS = ("bf16", "fp32")
 SUFFIX = ".yaml"
 # Two ways to say how long to train: setting one of them on the command line replaces the other.
 LENGTHS = ("tokens", "steps")
+# The section that says what is trained -> the command that the recipe is for.
+COMMANDS = {"model": "mole train", "backbone": "mole upcycle"}
 
 
 @dataclass(frozen=True)
@@ -229,12 +231,12 @@ class TrainingRecipe:
         return -(-self.tokens // self.tokens_per_step)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A model and how it is trained."""
+class RecipeFile:
+    """What a recipe is, whichever command it is for: sections of a file, `training` among them."""
 
-    model: ModelRecipe
     training: TrainingRecipe
+    subject: ClassVar[str]
+    """The section that says what is trained; one of `COMMANDS`."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -243,30 +245,61 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain YAML values, without the keys that are left to their default None."""
-        return _plain(asdict(self))
+        return _plain(asdict(self))  # type: ignore[call-overload]
 
     def to_yaml(self) -> str:
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
+    @property
+    def backbone_learning_rate(self) -> float | None:
+        """The peak of the backbone's own learning rate; None: that of everything else."""
+        return None
 
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+
+@dataclass(frozen=True)
+class Recipe(RecipeFile):
+    """A model and how it is trained."""
+
+    model: ModelRecipe
+    training: TrainingRecipe
+
+    subject = "model"
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=RecipeFile)
+
+
+@overload
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe: ...
+@overload
+def load_recipe(
+    name: str | Path, overrides: Sequence[str] = (), *, kind: type[AnyRecipe]
+) -> AnyRecipe: ...
+def load_recipe(
+    name: str | Path, overrides: Sequence[str] = (), *, kind: type[RecipeFile] = Recipe
+) -> RecipeFile:
     """The recipe in a file, or of a bare name such as `mole-160m-4e`.
 
     Args:
         name: a path, or the name of a recipe that comes with the package.
         overrides: `key=value` with a dotted key and a YAML value: `training.learning_rate=1e-3`.
+        kind: the class of the recipe: `Recipe`, or that of another command.
     """
-    path = find_recipe(name)
+    path = find_recipe(name, kind)
     values = _read_yaml(path)
+    for subject, command in COMMANDS.items():
+        if subject in values and subject != kind.subject:
+            wanted = COMMANDS[kind.subject]
+            raise UserError(f"{path} is a recipe for `{command}`; `{wanted}` can't take it.")
     try:
         for override in overrides:
             _set(values, override)
-        return Recipe.from_dict(values)
+        return kind.from_dict(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def find_recipe(name: str | Path) -> Path:
+def find_recipe(name: str | Path, kind: type[RecipeFile] = Recipe) -> Path:
     """The file of a recipe that is given by its path or its bare name."""
     path = Path(name).expanduser()
     if path.is_file():
@@ -275,16 +308,19 @@ def find_recipe(name: str | Path) -> Path:
         raise UserError(f"{path} is a folder; expected a recipe file or the name of a recipe.")
     if path.suffix or len(path.parts) > 1:
         raise UserError(
-            f"No recipe file {path}. Give a YAML file, or a name: {', '.join(recipe_names())}."
+            f"No recipe file {path}. Give a YAML file, or a name: {', '.join(recipe_names(kind))}."
         )
-    if str(name) not in recipe_names():
-        raise unknown_name("recipe", str(name), recipe_names())
-    return _recipes_folder() / f"{name}{SUFFIX}"
+    found = _recipes_folder() / f"{name}{SUFFIX}"
+    if not found.is_file():
+        raise unknown_name("recipe", str(name), recipe_names(kind))
+    return found
 
 
-def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    return sorted(path.stem for path in _recipes_folder().glob(f"*{SUFFIX}"))
+def recipe_names(kind: type[RecipeFile] = Recipe) -> list[str]:
+    """The recipes of a kind that come with the package."""
+    has_subject = re.compile(rf"^{kind.subject}:", re.MULTILINE)
+    paths = _recipes_folder().glob(f"*{SUFFIX}")
+    return sorted(path.stem for path in paths if has_subject.search(path.read_text("utf-8")))
 
 
 def _recipes_folder() -> Path:
@@ -359,7 +395,8 @@ def _read_section(section: Any, values: Any, where: str) -> Any:
     """A dataclass from the mapping of a recipe file; `where` is its dotted key."""
     if not isinstance(values, Mapping):
         raise UserError(f"{where or 'The recipe'} should be a section with keys, not {values!r}.")
-    hints = get_type_hints(section)
+    all_hints = get_type_hints(section)
+    hints = {item.name: all_hints[item.name] for item in fields(section)}
     if section is ModelRecipe:
         values = _expand_shape(values)
         valid = {*hints, "shape"}

@@ -20,7 +20,7 @@ from lookup_experts.errors import UserError
 from lookup_experts.training.checkpoints import UNFINISHED, clear_unfinished
 from lookup_experts.training.files import atomic_write, locked
 from lookup_experts.training.manifest import Manifest
-from lookup_experts.training.recipe import Recipe, load_recipe
+from lookup_experts.training.recipe import RecipeFile, load_recipe
 
 _MAX_DIFFERENCES = 3
 
@@ -42,17 +42,17 @@ class RunFolder:
         """Create the folder and keep other processes from training in it."""
         return locked(self.path, "training")
 
-    def check(self, recipe: Recipe, data: dict[str, Any]) -> None:
+    def check(self, recipe: RecipeFile, data: dict[str, Any]) -> None:
         """Refuse a folder with other things in it; say in what an earlier run differs."""
         if not self.recipe.exists():
             self._refuse_foreign_files()
             return
-        before = load_recipe(self.recipe).to_dict()
+        before = load_recipe(self.recipe, kind=type(recipe)).to_dict()
         self._compare("recipe", _flatten(before), _flatten(recipe.to_dict()))
         if self.data.exists():
             self._compare("data", _read_json(self.data), data)
 
-    def begin(self, recipe: Recipe, data: dict[str, Any]) -> None:
+    def begin(self, recipe: RecipeFile, data: dict[str, Any]) -> None:
         """Say what the folder is for, and remove what a killed run left half written."""
         write_text(self.recipe, recipe.to_yaml())
         write_text(self.data, json.dumps(data, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Training a recipe from scratch, on transformers' Trainer.
+"""Training a recipe, from scratch or on a backbone, on transformers' Trainer.
 
 `train` checks everything that can be checked, then trains, or goes on where it stopped, and leaves
 a Hugging Face folder. The parts: `recipe.py` what to do, `data.py` and `order.py` what the model
@@ -41,9 +41,15 @@ from lookup_experts.training.models import (
 from lookup_experts.training.order import ShuffledSequences
 from lookup_experts.training.prepare import TOKENIZER_NAME
 from lookup_experts.training.progress import Display, make_display, without_transformers_bars
-from lookup_experts.training.recipe import Recipe
+from lookup_experts.training.recipe import Recipe, RecipeFile
 from lookup_experts.training.run_folder import RunFolder, identify_data, write_text
 from lookup_experts.training.trainer import RecipeTrainer, is_main_process
+from lookup_experts.training.upcycling import (
+    UpcycleRecipe,
+    check_data,
+    prepare_to_save,
+    upcycled_model,
+)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -101,7 +107,7 @@ class TrainingSummary:
 
 
 def train(
-    recipe: Recipe, data: str | Path, out: str | Path, *, progress: bool = True
+    recipe: RecipeFile, data: str | Path, out: str | Path, *, progress: bool = True
 ) -> TrainingSummary:
     """Train a recipe into a Hugging Face folder; go on where an earlier call stopped.
 
@@ -109,7 +115,8 @@ def train(
     Under torchrun every process calls this.
 
     Args:
-        recipe: the model and how it is trained; see `load_recipe`.
+        recipe: the model and how it is trained: a `Recipe` (see `load_recipe`), or an
+            `UpcycleRecipe` whose backbone is settled (see `for_backbone`).
         data: a folder of `prepare`.
         out: the run's folder, see `run_folder.py`; new, empty, or of the same recipe and data.
         progress: show progress on stderr.
@@ -121,7 +128,7 @@ def train(
     """
     _require_accelerate()
     manifest = Manifest.load(Path(data))
-    recipe = with_vocabulary(recipe, manifest.vocab_size)
+    recipe = _settled(recipe, manifest)
     sequences = TokenDataset(TokenShards(data), recipe.training.context_length)
     held_out = _held_out_sequences(data, manifest, recipe)
     run = RunFolder(out)
@@ -134,7 +141,7 @@ def train(
             return TrainingSummary.load(run.summary)
         model = _model_for(recipe, manifest)
         if is_main_process():
-            check_disk_space(run, recipe, count_parameters(model).total)
+            check_disk_space(run, recipe, count_parameters(model))
             run.begin(recipe, identify_data(manifest))
         with told_when_disk_is_full(run), without_transformers_bars():
             return _train_model(model, recipe, run, sequences, held_out, Path(data), display)
@@ -147,8 +154,17 @@ def _require_accelerate() -> None:
         )
 
 
+def _settled(recipe: RecipeFile, manifest: Manifest) -> RecipeFile:
+    """The recipe with what the data decides, and refused where they don't go together."""
+    if isinstance(recipe, UpcycleRecipe):
+        check_data(recipe, manifest)
+        return recipe
+    assert isinstance(recipe, Recipe)
+    return with_vocabulary(recipe, manifest.vocab_size)
+
+
 def _held_out_sequences(
-    data: str | Path, manifest: Manifest, recipe: Recipe
+    data: str | Path, manifest: Manifest, recipe: RecipeFile
 ) -> Dataset[Any] | None:
     """The sequences of every validation, spread evenly; None where no text was held out."""
     if not manifest.splits["validation"]:
@@ -158,20 +174,30 @@ def _held_out_sequences(
     return Subset(sequences, [i * len(sequences) // count for i in range(count)])
 
 
-def _model_for(recipe: Recipe, manifest: Manifest) -> Any:
-    """The model before training; it begins and ends a text with the data's one special token."""
-    assert recipe.model.vocab_size is not None
-    model = build_model(recipe, recipe.model.vocab_size)
-    for config in (model.config, model.generation_config):
-        config.bos_token_id = config.eos_token_id = manifest.eos_token_id
+def _model_for(recipe: RecipeFile, manifest: Manifest) -> Any:
+    """The model before training."""
+    if isinstance(recipe, UpcycleRecipe):
+        model = upcycled_model(recipe)
+    else:
+        assert isinstance(recipe, Recipe)
+        model = _model_from_scratch(recipe, manifest)
     if recipe.training.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
 
 
+def _model_from_scratch(recipe: Recipe, manifest: Manifest) -> Any:
+    """A model that begins and ends a text with the data's one special token."""
+    assert recipe.model.vocab_size is not None
+    model = build_model(recipe, recipe.model.vocab_size)
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = config.eos_token_id = manifest.eos_token_id
+    return model
+
+
 def _train_model(
     model: Any,
-    recipe: Recipe,
+    recipe: RecipeFile,
     run: RunFolder,
     sequences: TokenDataset,
     held_out: Dataset[Any] | None,
@@ -209,13 +235,15 @@ def _train_model(
 def _finish(
     trainer: RecipeTrainer,
     model: Any,
-    recipe: Recipe,
+    recipe: RecipeFile,
     run: RunFolder,
     history: History,
     tokenizer: Path,
 ) -> TrainingSummary:
     """Write the trained model and the summary, which says that the run is finished."""
     model.config.use_cache = True  # the Trainer turns it off for training
+    if isinstance(recipe, UpcycleRecipe):
+        prepare_to_save(model, recipe)
     trainer.save_trained_model(run.unfinished_model)
     if is_main_process():
         run.install_model(tokenizer)
@@ -226,7 +254,7 @@ def _finish(
 
 
 def _speaking_callbacks(
-    run: RunFolder, recipe: Recipe, history: History, display: Display, step: int
+    run: RunFolder, recipe: RecipeFile, history: History, display: Display, step: int
 ) -> list[TrainerCallback]:
     """Those that write and show, in the main process alone."""
     history.drop_later_lines()
@@ -242,7 +270,7 @@ def _speaking_callbacks(
     return callbacks
 
 
-def _summarise(model: Any, recipe: Recipe, history: History, device: str) -> TrainingSummary:
+def _summarise(model: Any, recipe: RecipeFile, history: History, device: str) -> TrainingSummary:
     tokens = recipe.training.num_steps * recipe.training.tokens_per_step
     return TrainingSummary(
         steps=recipe.training.num_steps,

@@ -10,9 +10,10 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lookup_experts.errors import UserError
+from lookup_experts.model.backbone import is_attached
 from lookup_experts.training.checkpoints import UNFINISHED, publish_checkpoint
 from lookup_experts.training.history import perplexity
-from lookup_experts.training.recipe import Recipe
+from lookup_experts.training.recipe import RecipeFile
 from lookup_experts.training.run_folder import RunFolder
 
 
@@ -26,7 +27,7 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def training_arguments(recipe: Recipe, run: RunFolder, validates: bool) -> TrainingArguments:
+def training_arguments(recipe: RecipeFile, run: RunFolder, validates: bool) -> TrainingArguments:
     """The recipe in the Trainer's words.
 
     `precision: bf16` is its mixed precision: weights, gradients and optimizer in float32, matrix
@@ -70,7 +71,7 @@ def training_arguments(recipe: Recipe, run: RunFolder, validates: bool) -> Train
     return arguments
 
 
-def _micro_batches_per_step(recipe: Recipe) -> int:
+def _micro_batches_per_step(recipe: RecipeFile) -> int:
     """How many micro batches each process computes for one step."""
     training = recipe.training
     at_once = training.sequences_per_micro_batch * num_processes()
@@ -98,7 +99,7 @@ class RecipeTrainer(Trainer):
     def __init__(
         self,
         run: RunFolder,
-        recipe: Recipe,
+        recipe: RecipeFile,
         model: Any,
         train_dataset: Dataset[Any],
         eval_dataset: Dataset[Any] | None,
@@ -114,6 +115,7 @@ class RecipeTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # which prints every log on stdout
         self._run = run
         self._keep_checkpoints = recipe.training.keep_checkpoints
+        self._backbone_learning_rate = recipe.backbone_learning_rate
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(train_dataset or self.train_dataset)
@@ -131,6 +133,24 @@ class RecipeTrainer(Trainer):
             for name, parameter in model.named_parameters()
             if parameter.ndim >= 2 and id(parameter) not in embeddings
         ]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's, of what takes gradients; a backbone may have its own learning rate."""
+        optimizer = super().create_optimizer(model)
+        if self._backbone_learning_rate is not None:
+            self._set_apart_backbone(optimizer, self._backbone_learning_rate)
+        return optimizer
+
+    def _set_apart_backbone(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+        """Each group of parameters becomes two; the experts' come first and give the log's rate."""
+        attached = {id(p) for name, p in self.model.named_parameters() if is_attached(name)}
+        groups = []
+        for own, lr in ((True, self.args.learning_rate), (False, learning_rate)):
+            for group in optimizer.param_groups:
+                parameters = [p for p in group["params"] if (id(p) in attached) is own]
+                if parameters:
+                    groups.append({**group, "params": parameters, "lr": lr})
+        optimizer.param_groups[:] = groups
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "eval_loss" in logs:

@@ -1,0 +1,68 @@
+"""`mole upcycle`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lookup_experts import console
+from lookup_experts.commands import options
+
+
+def upcycle(
+    model: Annotated[
+        str, typer.Argument(help="A folder with a causal LM, or its name on the hub.")
+    ],
+    data: Annotated[
+        Path, typer.Option(help="A folder of `mole prepare`, made with the model's tokenizer.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the run and of the trained model.")],
+    recipe: Annotated[
+        str, typer.Option(help="A recipe file, or a name: how it is trained.")
+    ] = "upcycle",
+    experts: Annotated[
+        int | None, typer.Option(help="Experts per layer; 0 trains the backbone as it is.")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="The blocks that gain experts: 0-7, 0,2,4 or every:2. Default: all."),
+    ] = None,
+    train_backbone: Annotated[
+        str | None, typer.Option(help="What of the backbone is trained too: nothing, ffn or all.")
+    ] = None,
+    backbone_lr: Annotated[
+        float | None, typer.Option(help="The learning rate of what is trained of the backbone.")
+    ] = None,
+    save: Annotated[
+        str | None,
+        typer.Option(help="full: a complete model. experts: they alone, naming their backbone."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a key of the recipe; can be given several times."),
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Train lookup experts on an existing model; resumes where it stopped.
+
+    Their outputs are zero at first, so the model begins as what it is. The backbone is frozen
+    unless --train-backbone says otherwise. Ctrl-C stops with a checkpoint; the same command goes
+    on. The result folds like any other: `mole reparameterize`.
+
+    Example: `mole upcycle HuggingFaceTB/SmolLM2-135M --data data/ --out out/ --layers every:2`
+    """
+    from lookup_experts.commands.train import run_training
+    from lookup_experts.training.recipe import load_recipe
+    from lookup_experts.training.upcycling import UpcycleRecipe, for_backbone
+
+    console.quiet_transformers()
+    settled = for_backbone(
+        load_recipe(recipe, overrides or (), kind=UpcycleRecipe),
+        model,
+        num_experts=experts,
+        layers=layers,
+        trained=train_backbone,
+        learning_rate=backbone_lr,
+        save=save,
+    )
+    run_training(settled, data, out, json)

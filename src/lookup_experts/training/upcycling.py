@@ -1,0 +1,239 @@
+"""Lookup experts on a model that is trained already: what `mole upcycle` does differently.
+
+The run, its folder and its Trainer are those of `mole train` (`train.py`). Only the beginning
+differs: the model is loaded, not drawn, and its tokenizer must be the one that the text was
+prepared with; and the end: what is saved may be the experts alone.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lookup_experts.errors import UserError, unknown_name
+from lookup_experts.generation.loading import load, local_folder
+from lookup_experts.model.attach import SAVES, attach, parse_layers
+from lookup_experts.model.backbone import is_attached, refer_to, set_backbone_reference
+from lookup_experts.model.blocks import find_ffns
+from lookup_experts.model.checkpoint import read_config
+from lookup_experts.training.manifest import Manifest
+from lookup_experts.training.recipe import ExpertsRecipe, RecipeFile, TrainingRecipe
+from lookup_experts.training.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_hash
+
+TRAINED = ("nothing", "ffn", "all")
+
+
+@dataclass(frozen=True)
+class BackboneRecipe:
+    """The model that gains experts."""
+
+    trained: str = "nothing"
+    """What of it is trained: `nothing`, the FFNs (`ffn`), or `all`."""
+    learning_rate: float = 1e-4
+    """The peak of what is trained of it; the experts have that of the section `training`."""
+    name: str | None = None
+    """The folder, or the name on the hub, that it is loaded from; the command's argument."""
+    fingerprint: str | None = None
+    """Of its weights, as the run began with them."""
+
+    def __post_init__(self) -> None:
+        if self.trained not in TRAINED:
+            raise unknown_name("value of backbone.trained", self.trained, TRAINED)
+        if not 0 < self.learning_rate < float("inf"):
+            raise UserError(
+                f"backbone.learning_rate is {self.learning_rate}; expected a number above 0."
+            )
+
+
+@dataclass(frozen=True)
+class UpcycleRecipe(RecipeFile):
+    """A backbone, what it gains, and how that is trained."""
+
+    training: TrainingRecipe
+    backbone: BackboneRecipe = BackboneRecipe()
+    experts: ExpertsRecipe | None = None
+    """Without them the backbone is trained further as it is: for comparisons."""
+    save: str = "full"
+    """What the folder holds: `full`, or `experts` with a reference to the backbone."""
+
+    subject = "backbone"
+
+    def __post_init__(self) -> None:
+        if self.save not in SAVES:
+            raise unknown_name("value of save", self.save, SAVES)
+        if self.experts is None and self.backbone.trained == "nothing":
+            raise UserError(
+                "There is nothing to train: no experts, and nothing of the backbone. Give experts, "
+                "or backbone.trained: ffn or all."
+            )
+        if self.save == "experts" and (self.experts is None or self.backbone.trained != "nothing"):
+            raise UserError(
+                "save: experts leaves the backbone out, so there must be experts and nothing of "
+                "the backbone may be trained. Take save: full."
+            )
+
+    @property
+    def backbone_learning_rate(self) -> float | None:
+        return self.backbone.learning_rate
+
+
+def for_backbone(
+    recipe: UpcycleRecipe,
+    name: str,
+    *,
+    num_experts: int | None = None,
+    layers: str | None = None,
+    trained: str | None = None,
+    learning_rate: float | None = None,
+    save: str | None = None,
+) -> UpcycleRecipe:
+    """The recipe with its backbone settled, and with what was chosen beside it.
+
+    Args:
+        recipe: what is trained and how.
+        name: a folder with a causal LM, or its name on the hub.
+        num_experts: per layer; 0 adds none. None in these arguments leaves the recipe as it is.
+        layers: the blocks that gain experts, in words, see `parse_layers`.
+        trained: of the backbone, see `BackboneRecipe`.
+        learning_rate: the backbone's.
+        save: see `UpcycleRecipe`.
+
+    Raises:
+        UserError: there is no such model, or the choices contradict each other.
+    """
+    config = read_config(local_folder(name))
+    reference = refer_to(name)
+    backbone = replace(recipe.backbone, name=reference.name, fingerprint=reference.fingerprint)
+    backbone = _replace_given(backbone, trained=trained, learning_rate=learning_rate)
+    experts = recipe.experts
+    if num_experts == 0:
+        experts = None
+    elif num_experts is not None:
+        experts = replace(experts or ExpertsRecipe(num_experts), num_experts=num_experts)
+    if layers is not None:
+        if experts is None:
+            raise UserError(f"--layers {layers} says where experts go, but there are none.")
+        experts = replace(experts, layers=parse_layers(layers, config["num_hidden_layers"]))
+    # In one step: each choice alone might contradict what it replaces.
+    settled = replace(recipe, backbone=backbone, experts=experts, save=save or recipe.save)
+    if settled.save == "full" and "quantization_config" in config:
+        raise UserError(
+            f"{name} is quantised, so its experts are saved without it: --save experts."
+        )
+    return settled
+
+
+def _replace_given(recipe: BackboneRecipe, **values: Any) -> BackboneRecipe:
+    return replace(recipe, **{key: value for key, value in values.items() if value is not None})
+
+
+def check_data(recipe: UpcycleRecipe, manifest: Manifest) -> None:
+    """Refuse text that was prepared for another model, before any weights are loaded.
+
+    Raises:
+        UserError: another tokenizer, ids that the embedding has no rows for, or sequences longer
+            than the model's positions.
+    """
+    folder = _folder(recipe)
+    _check_tokenizer(folder, manifest)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    if manifest.vocab_size > config.vocab_size:
+        raise UserError(
+            f"The text was prepared with {manifest.vocab_size:,} token ids, but the embedding of "
+            f"{folder} has {config.vocab_size:,} rows. Prepare it with the model's own tokenizer."
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and recipe.training.context_length > longest:
+        raise UserError(
+            f"training.context_length is {recipe.training.context_length:,}, but {folder} takes at "
+            f"most {longest:,} tokens. Set it to that or less."
+        )
+
+
+def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
+    expected = manifest.tokenizer["hash"]
+    path = folder / TOKENIZER_FILE
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == expected:
+        return
+    # The same tokenizer can be written in several ways; what `mole prepare` would have made of it?
+    eos_token = _token(folder, manifest.eos_token_id)
+    if eos_token is None or tokenizer_hash(load_tokenizer(str(folder), eos_token)) != expected:
+        raise UserError(
+            f"The text was prepared with another tokenizer ({manifest.tokenizer['name']}) than "
+            f"that of {folder}. Prepare it again: mole prepare ... --tokenizer {folder}"
+        )
+
+
+def _token(folder: Path, token_id: int) -> str | None:
+    """The token of an id in a model folder's tokenizer; None where it has none."""
+    from transformers import AutoTokenizer
+
+    from lookup_experts.generation.loading import TOKENIZER_FILES
+
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{folder} has no tokenizer, so it can't be told whether the text was prepared with "
+            "the model's own. Put the tokenizer's files there."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
+
+
+def upcycled_model(recipe: UpcycleRecipe) -> Any:
+    """The backbone with its experts, whose outputs are zero; what isn't trained takes no gradient.
+
+    Experts and routers are float32. The backbone is float32 where it is trained or computed in
+    float32; else it keeps the dtype of its files.
+    """
+    folder = _folder(recipe)
+    frozen = recipe.backbone.trained == "nothing"
+    quantised = "quantization_config" in read_config(folder)
+    own_dtype = quantised or (frozen and recipe.training.precision == "bf16")
+    model = load(folder, dtype="auto" if own_dtype else "float32")
+    if getattr(model, "lookup_attachment", None) is not None:
+        raise UserError(f"{folder} has lookup experts already; give a model without.")
+    model.name_or_path = recipe.backbone.name
+    if recipe.experts is not None:
+        _attach_experts(model, recipe, recipe.experts)
+    _choose_trained(model, recipe.backbone.trained)
+    return model
+
+
+def _attach_experts(model: Any, recipe: UpcycleRecipe, experts: ExpertsRecipe) -> None:
+    frozen = recipe.backbone.trained == "nothing"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.training.seed)
+        attach(
+            model,
+            experts.num_experts,
+            expert_size=experts.size,
+            expert_kind=experts.kind,
+            layers=experts.layers,
+            train_backbone=not frozen,
+            save="experts" if frozen else "full",
+        )
+    for module in model.lookup_attachment.modules:
+        module.float()
+
+
+def _choose_trained(model: Any, trained: str) -> None:
+    """Let the backbone's parameters take gradients, or not."""
+    ffns = {id(p) for ffn in find_ffns(model) for p in ffn.parameters()} if trained == "ffn" else ()
+    for name, parameter in model.named_parameters():
+        if not is_attached(name) and parameter.is_floating_point():
+            parameter.requires_grad_(trained == "all" or id(parameter) in ffns)
+
+
+def prepare_to_save(model: Any, recipe: UpcycleRecipe) -> None:
+    """Let `save_pretrained` write what the recipe asks for."""
+    if recipe.experts is not None and recipe.save == "full":
+        set_backbone_reference(model, None)
+
+
+def _folder(recipe: UpcycleRecipe) -> Path:
+    assert recipe.backbone.name is not None, "settled by for_backbone"
+    return local_folder(recipe.backbone.name)
