@@ -144,7 +144,12 @@ def attach(
     Raises:
         UserError: the model's blocks have no single FFN, or an argument makes no sense.
     """
-    from lookup_experts.model.backbone import freeze_backbone, refer_to, require_reference
+    from lookup_experts.model.backbone import (
+        allow_training,
+        freeze_backbone,
+        refer_to,
+        require_reference,
+    )
     from lookup_experts.model.huggingface import become_attached
 
     if init not in INITS:
@@ -161,6 +166,7 @@ def attach(
     become_attached(model, settings)
     if not train_backbone:
         freeze_backbone(model)
+        allow_training(model)
     std = initializer_std(model.config)
     for module in model.lookup_attachment.modules:
         nn.init.normal_(module.router.weight, 0.0, std)

@@ -120,6 +120,18 @@ def freeze_backbone(model: Any) -> None:
         parameter.requires_grad_(is_attached(name))
 
 
+def allow_training(model: Any) -> None:
+    """Let transformers' Trainer train experts on a quantised backbone.
+
+    It refuses quantised models to which nothing trainable was added, and knows of no additions but
+    PEFT's. Whether gradients pass through the quantised layers is still for the quantiser to say.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_qat_trainable:
+        kind = type(quantizer)
+        quantizer.__class__ = type(kind.__name__, (kind,), {"is_qat_trainable": True})
+
+
 def is_attached(name: str) -> bool:
     """Whether a parameter of this name belongs to the experts or a router, not to the backbone."""
     return _EXPERTS in name
@@ -201,6 +213,7 @@ def load_on_backbone(folder: Path, config: Any, *args: Any, **kwargs: Any) -> tu
     become_attached(model, settings)
     load_experts(model, folder)
     freeze_backbone(model)
+    allow_training(model)
     return model.eval(), report
 
 
