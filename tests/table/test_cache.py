@@ -411,3 +411,26 @@ def test_rows_may_be_collected_while_a_lock_is_held(tmp_path):
         ids = torch.arange(9, 20).view(1, -1)
         Expected(table, records).assert_right(reader.rows(ids), ids)
         assert len(reader._cache._held) == 11
+
+
+def test_slots_of_a_batch_that_failed_are_given_back(tmp_path, monkeypatch):
+    """Those of its hits too: the error must not keep the rows that it passed through alive."""
+    table, records = make_table(tmp_path)
+    ids = torch.arange(6).view(1, -1)
+    with (
+        open_reader_by("mmap", table, cache_bytes=40 * table.layout.stride) as reader,
+        torch.no_grad(),
+    ):
+        Expected(table, records).assert_right(reader.rows(ids[:, :3]), ids[:, :3])
+        with monkeypatch.context() as patch:
+
+            def fail(*_):
+                raise TableError("the disk is gone")
+
+            patch.setattr(reader._store, "_fetch", fail)
+            with pytest.raises(TableError, match="the disk is gone"):
+                reader.rows(ids).mix(0, torch.rand(6, 2).half())
+        gc.collect()
+        reader._release_dropped()
+        assert not reader._cache._held
+        Expected(table, records).assert_right(reader.rows(ids), ids)

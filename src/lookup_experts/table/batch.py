@@ -6,8 +6,18 @@ from typing import Protocol
 
 import numpy as np
 
+from lookup_experts.errors import TableError
 from lookup_experts.table.cache import SlotCache, Taken
 from lookup_experts.table.store import PendingRead, Store
+
+
+def check_bounds(low: int, high: int, vocab_size: int) -> None:
+    """Raise a `TableError` unless ids from `low` to `high` are in a table of so many."""
+    if low < 0 or high >= vocab_size:
+        raise TableError(
+            f"Token id {low if low < 0 else high} is outside of the table's vocabulary (0 to "
+            f"{vocab_size - 1}). Is this the tokenizer that belongs to the model?"
+        )
 
 
 class Filling(Protocol):
@@ -46,6 +56,18 @@ class SlotBatch:
         self._open = bool(taken.missing)
         self.is_pending = self._open or bool(taken.under_way)
         """Whether there is anything to wait for."""
+        self.read: PendingRead | None = None
+        """What reads the missing records, once it has begun."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether other batches are reading for this one as well."""
+        return bool(self._taken.under_way)
+
+    @property
+    def missing_ids(self) -> frozenset[int]:
+        """The ids whose records this batch reads."""
+        return frozenset(token_id for token_id, _ in self._taken.missing)
 
     def slots(self) -> list[int]:
         """Where the records are, or will be, in the order of the ids."""
@@ -60,7 +82,8 @@ class SlotBatch:
         missing = self._taken.missing
         ids = np.array([token_id for token_id, _ in missing])
         slots = np.array([slot.number for _, slot in missing])
-        return self._filling.begin(ids, slots)
+        self.read = self._filling.begin(ids, slots)
+        return self.read
 
     def abandon(self) -> None:
         """Give up a batch whose rows could not be made; those who wait for its reading get an

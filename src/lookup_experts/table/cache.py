@@ -8,6 +8,7 @@ within the budget, and the least recently used goes first.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import copy
 
 import numpy as np
 
@@ -43,7 +44,15 @@ class Arrival:
         if self._read is None:
             # Ctrl-C is for the thread that it reached alone.
             raise self._error or TableError("A read was interrupted before it began.")
-        self._read.wait()
+        try:
+            self._read.wait()
+        except Exception as error:
+            # As a copy, which takes the traceback along. The read keeps the error, and with a
+            # traceback all frames above, the rows of the batch among them: their slots would
+            # never be given back.
+            passed_on = copy(error).with_traceback(error.__traceback__)
+            error.__traceback__ = None
+            raise passed_on from None
 
 
 class Slot:

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from lookup_experts.errors import TableError
 from lookup_experts.model.experts import TokenRows
-from lookup_experts.table.batch import FillingFromStore, SlotBatch
+from lookup_experts.table.batch import FillingFromStore, SlotBatch, check_bounds
 from lookup_experts.table.cache import RowCache
+from lookup_experts.table.device import DeviceReader
 from lookup_experts.table.format import Table, TableShape, open_table
+from lookup_experts.table.lanes import open_lane
 from lookup_experts.table.rows import Decoding, MemoryRows, StreamedRows, WaitClock
 from lookup_experts.table.store import (
     Store,
@@ -71,8 +73,8 @@ class TableExperts:
         store: where its records are read from.
         dtype: what rows are decoded to; the model's.
         device: where rows are needed.
-        cache_bytes: budget of the row cache; 0 is off. A store that has the whole table in
-            memory needs none.
+        cache_bytes: budget of the row cache, in the device's memory; 0 is off. Where the whole
+            table is in the same memory it needs none.
     """
 
     def __init__(
@@ -85,14 +87,15 @@ class TableExperts:
     ) -> None:
         self.table = table
         self._store = store
-        self._decoding = Decoding(table.layout, dtype, torch.device(device))
+        self._dtype = dtype
         self._clock = WaitClock()
         self._thread = ThreadPoolExecutor(1, "table-reader")
         self._lock = threading.Lock()
         whole = store.whole()
         self._whole = None if whole is None else torch.from_numpy(whole)
-        self._cache_bytes = 0 if whole is not None else cache_bytes
-        useful_bytes = min(self._cache_bytes, table.layout.table_bytes)
+        self._budget = cache_bytes
+        in_memory = 0 if whole is not None else cache_bytes
+        useful_bytes = min(in_memory, table.layout.table_bytes)
         self._cache = RowCache(table.layout.stride, useful_bytes, SLOT_BATCH)
         self._filling = FillingFromStore(store, self._cache.memory)
         self._slots = torch.from_numpy(self._cache.memory)
@@ -103,12 +106,13 @@ class TableExperts:
         """The ids whose records the newest batch had to read; None: all of its ids."""
         self._closed = False
         self._since = ReaderStatistics("", "", 0)
-        self._counted = ReaderStatistics(store.name, store.backend, self._cache_bytes)
+        self._counted = ReaderStatistics(store.name, store.backend, 0)
+        self.move_to(device)
 
     @property
     def cache_bytes(self) -> int:
-        """Budget of the row cache; 0 where the whole table is in memory."""
-        return self._cache_bytes
+        """Budget of the row cache; 0 where the whole table is in the memory of the model."""
+        return 0 if self._whole is not None and self._on_device is None else self._budget
 
     @property
     def folder(self) -> Path:
@@ -128,6 +132,8 @@ class TableExperts:
         """
         if self._closed:
             raise ValueError(f"The reader of the table in {self.folder} is closed.")
+        if self._on_device is not None and not torch.is_grad_enabled():
+            return self._on_device.rows(token_ids, ready)
         if torch.is_grad_enabled() or ready or self._whole is not None:
             rows = self._rows_in_memory(token_ids)
             if ready:
@@ -226,17 +232,31 @@ class TableExperts:
         return unique_ids, index
 
     def _check_bounds(self, low: int, high: int) -> None:
-        vocab_size = self.table.layout.shape.vocab_size
-        if low < 0 or high >= vocab_size:
-            raise TableError(
-                f"Token id {low if low < 0 else high} is outside of the table's vocabulary (0 to "
-                f"{vocab_size - 1}). Is this the tokenizer that belongs to the model?"
-            )
+        check_bounds(low, high, self.table.layout.shape.vocab_size)
 
     def move_to(self, device: torch.device | str) -> None:
-        """Give rows on another device from the next batch on."""
-        layout, dtype = self._decoding.layout, self._decoding.dtype
-        self._decoding = Decoding(layout, dtype, torch.device(device))
+        """Give rows on another device from the next batch on.
+
+        On CUDA the row cache is there as well: its budget is then of the GPU's memory.
+        """
+        self._decoding = Decoding(self.table.layout, self._dtype, torch.device(device))
+        self._on_device = self._reader_on_device()
+
+    def _reader_on_device(self) -> DeviceReader | None:
+        lane = open_lane(self._decoding.device)
+        if lane is None:
+            return None
+        return DeviceReader(
+            self._decoding,
+            self._store,
+            self._thread,
+            self._clock,
+            lane,
+            self._count_on_device,
+            self._budget,
+            SLOT_BATCH,
+            GROUP_BYTES,
+        )
 
     def stats(self) -> ReaderStatistics:
         """The counts since the reader was opened, or since `reset_stats`."""
@@ -245,7 +265,7 @@ class TableExperts:
             name: value - getattr(since, name) if isinstance(value, int | float) else value
             for name, value in asdict(now).items()
         }
-        return ReaderStatistics(**{**values, "cache_bytes": self._cache_bytes})
+        return ReaderStatistics(**{**values, "cache_bytes": self.cache_bytes})
 
     def reset_stats(self) -> None:
         """Count from zero."""
@@ -266,10 +286,17 @@ class TableExperts:
             self._counted.ids_unique += unique
             self._counted.cache_hits += hits
 
+    def _count_on_device(self, asked: int, unique: int, missed: frozenset[int] | None) -> None:
+        self.missed = missed
+        self._count(asked, unique, 0 if missed is None else unique - len(missed))
+
     def close(self) -> None:
         """Stop the reading thread and close the files; what was begun is read to its end."""
         self._closed = True
         self._thread.shutdown()
+        if self._on_device is not None:
+            self._on_device.close()
+            self._on_device = None
         self._store.close()
         self._whole = None
 
@@ -291,7 +318,8 @@ def open_reader(
         folder: the inference folder; the table is in its folder `table`.
         model: an attached model in table form.
         store: `memory`, `mmap`, `direct` or `auto`.
-        cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off.
+        cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off. It is
+            memory of the device that the model runs on: RAM, or the GPU's.
         verify_checksums: compare every record that is read with its checksum.
         notify: told which store was chosen and why.
 

@@ -1,0 +1,302 @@
+"""Table form where the model runs on a GPU: the row cache is there, the table is not.
+
+`DeviceReader` does on a device what `TableExperts` does in RAM. The token ids come to the host,
+once and by themselves (`Lane.to_host`); the host knows which records lie in slots on the device,
+reads the others and queues their copies beside the compute (`transfer.py`). Blocks mix straight
+out of encoded records (`mixing.py`). Nothing else lets the host wait for the device.
+
+What a compiled graph reads has fixed addresses and shapes: the slots, and three rows of numbers
+for each shape of batch. Its entrance runs outside of the graph and brings everything first
+(`ready`). The numbers are a new small tensor each time, which a graph copies to its own place:
+were they one tensor for all batches, rows that somebody still holds would turn into others'.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+from weakref import finalize
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lookup_experts.model.experts import TokenRows, mix
+from lookup_experts.table.batch import SlotBatch, check_bounds
+from lookup_experts.table.cache import SlotCache
+from lookup_experts.table.device_prompt import PromptRows
+from lookup_experts.table.lanes import Lane, Mark
+from lookup_experts.table.mixing import decode_and_mix, prepare
+from lookup_experts.table.rows import Decoding, WaitClock
+from lookup_experts.table.store import Store
+from lookup_experts.table.transfer import PinnedRing, Transfer, Transfers
+
+Count = Callable[[int, int, frozenset[int] | None], None]
+"""Told (ids asked, unique ids, those among them that the cache didn't have) of every batch; None
+for a batch that went past the cache."""
+
+
+class DeviceRows:
+    """Rows of records that lie, or will lie, whole on the device.
+
+    Args:
+        decoding: how records become rows.
+        memory: uint8 [M, stride] on the device.
+        numbers: int64 [3, B·T] on the device: for each position its record's place in `memory`,
+            and its token id's place among the unique ones; and the place in `memory` of each
+            unique id, with zeros behind them.
+        num_ids: how many unique ids there are.
+        shape: (B, T).
+        arrival: what brings the records; None if they are there.
+    """
+
+    def __init__(
+        self,
+        decoding: Decoding,
+        memory: Tensor,
+        numbers: Tensor,
+        num_ids: int,
+        shape: torch.Size,
+        arrival: "SlotArrival | None" = None,
+    ) -> None:
+        self._decoding, self._memory, self._arrival = decoding, memory, arrival
+        self._record_of_position = numbers[0]
+        self.index = numbers[1].view(shape)
+        self._record_of_id = numbers[2, :num_ids]
+
+    def wait(self) -> None:
+        """Return when the model's queue waits for all records, and the host for none."""
+        if self._arrival is not None:
+            self._arrival.lead(self._decoding.layout.shape.num_layers - 1)
+            self._arrival = None
+
+    def layer(self, layer: int) -> Tensor:
+        """See `TokenRows.layer`."""
+        if self._arrival is not None:
+            self._arrival.lead(layer)
+        layout = self._decoding.layout
+        codes = self._memory[:, layout.layer_slice(layer)].index_select(0, self._record_of_id)
+        return self._decoding.decode(codes)
+
+    def mix(self, layer: int, weights: Tensor) -> Tensor:
+        """See `TokenRows.mix`."""
+        if weights.requires_grad:
+            return mix(self.layer(layer), self.index.view(-1), weights)
+        if self._arrival is not None:
+            self._arrival.lead(layer)
+        layout = self._decoding.layout
+        return decode_and_mix(
+            self._memory,
+            self._record_of_position,
+            weights,
+            layout.encoding,
+            layout.shape.hidden_size,
+            layer * layout.layer_bytes,
+            self._decoding.dtype,
+        )
+
+
+class SlotArrival:
+    """Makes the model's queue wait for a batch's records, layer by layer.
+
+    Args:
+        batch: what is being read, by this batch and by others for it.
+        transfers: who copies it.
+    """
+
+    def __init__(
+        self, batch: SlotBatch, transfers: Transfers, lane: Lane, clock: WaitClock
+    ) -> None:
+        self._batch, self._transfers, self._lane, self._clock = batch, transfers, lane, clock
+        self._marks: list[tuple[int, Mark]] | None = None
+        self._layers_there = 0
+
+    def lead(self, layer: int) -> None:
+        """Let the model's queue wait for this layer and those before it; the host waits for the
+        disk if that is still reading, never for the device."""
+        if layer < self._layers_there:
+            return
+        if self._marks is None:
+            self._clock.wait(self._batch)
+            self._marks = self._marks_of_batch()
+        for layers_there, mark in self._marks:
+            if layer < layers_there:
+                self._lane.lead(mark)
+                self._layers_there = layers_there
+                return
+
+    def _marks_of_batch(self) -> list[tuple[int, Mark]]:
+        if isinstance(self._batch.read, Transfer) and not self._batch.shares:
+            return self._batch.read.marks
+        assert self._transfers.last is not None
+        return [(self._transfers.num_layers, self._transfers.last)]
+
+
+class DeviceReader:
+    """Gives the rows of batches on a device.
+
+    Args:
+        decoding: how records become rows; its device is the lane's.
+        store: where records are read from.
+        thread: reads prompts.
+        clock: counts the waiting for records.
+        lane: to the device.
+        count: told of every batch.
+        cache_bytes: budget of the slots on the device: what is asked for is what they take, in
+            whole records, but never less than one batch needs.
+        slot_batch: the most unique ids of a batch that goes through slots.
+        group_bytes: about what each of a prompt's buffers may take.
+    """
+
+    def __init__(
+        self,
+        decoding: Decoding,
+        store: Store,
+        thread: Executor,
+        clock: WaitClock,
+        lane: Lane,
+        count: Count,
+        cache_bytes: int,
+        slot_batch: int,
+        group_bytes: int,
+    ) -> None:
+        self._decoding, self._store, self._thread = decoding, store, thread
+        self._clock, self._lane, self._count = clock, lane, count
+        self._slot_batch, self._group_bytes = slot_batch, group_bytes
+        layout = decoding.layout
+        prepare(layout.encoding, lane.device)
+        cached = min(cache_bytes, layout.table_bytes) // layout.stride
+        num_slots = max(cached, slot_batch)
+        self._cache = SlotCache(num_slots, cached)
+        self._memory = lane.device_memory(num_slots, layout.stride, lasting=True)
+        self._ring = PinnedRing(lane, layout.stride, slot_batch, clock)
+        self._transfers = Transfers(store, layout, lane, self._memory, self._ring)
+        self._dropped: deque[tuple[SlotBatch, Any]] = deque()
+        """Batches whose rows nobody holds any more, and the model's queue that read them; given
+        back by the next batch, since rows may be collected at any moment, under any lock."""
+
+    @property
+    def device_bytes(self) -> int:
+        """What the slots take on the device."""
+        return self._memory.numel()
+
+    @property
+    def host_bytes(self) -> int:
+        """What page-locked memory is taken for records on their way, prompts left out."""
+        return self._ring.memory.numel()
+
+    def rows(self, token_ids: Tensor, ready: bool) -> TokenRows:
+        """See `TableExperts.rows`."""
+        ids = self._lane.to_host(token_ids.reshape(-1))
+        unique_ids, index = np.unique(ids, return_inverse=True)
+        if len(ids):
+            vocab_size = self._decoding.layout.shape.vocab_size
+            check_bounds(int(unique_ids[0]), int(unique_ids[-1]), vocab_size)
+        self._release_dropped()
+        if len(unique_ids) <= self._slot_batch and len(ids) <= 4 * self._slot_batch:
+            rows = self._rows_in_slots(unique_ids, index, token_ids.shape, ready)
+            if rows is not None:
+                return rows
+        self._count(len(ids), len(unique_ids), None)
+        if ready or not len(ids):
+            return self._rows_of_their_own(unique_ids, index, token_ids.shape)
+        return PromptRows(
+            self._decoding,
+            self._store,
+            self._thread,
+            unique_ids,
+            self._lane.to_device(index).view(token_ids.shape),
+            self._clock,
+            self._group_bytes,
+            self._lane,
+        )
+
+    def _rows_in_slots(
+        self, unique_ids: np.ndarray, index: np.ndarray, shape: torch.Size, ready: bool
+    ) -> DeviceRows | None:
+        """Through the cache; None if other batches hold the slots."""
+        if not len(unique_ids):
+            return None
+        taken = self._cache.take(unique_ids.tolist())
+        if taken is None:
+            return None
+        batch = SlotBatch(self._transfers, self._cache, taken)
+        try:
+            self._count(len(index), len(unique_ids), batch.missing_ids)
+            batch.begin()
+            rows = self._rows_of_batch(batch, index, shape)
+            if ready:
+                rows.wait()
+        except BaseException:
+            batch.abandon()
+            raise
+        finalize(rows, self._dropped.append, (batch, self._lane.model_queue())).atexit = False
+        return rows
+
+    def _rows_of_batch(self, batch: SlotBatch, index: np.ndarray, shape: torch.Size) -> DeviceRows:
+        before = self._transfers.last
+        if before is not None:  # hits may have been copied for another queue
+            self._lane.lead(before)
+        arrival = None
+        if batch.is_pending:
+            arrival = SlotArrival(batch, self._transfers, self._lane, self._clock)
+        return self._device_rows(self._memory, np.array(batch.slots()), index, shape, arrival)
+
+    def _device_rows(
+        self,
+        memory: Tensor,
+        records: np.ndarray,
+        index: np.ndarray,
+        shape: torch.Size,
+        arrival: SlotArrival | None,
+    ) -> DeviceRows:
+        numbers = np.zeros((3, len(index)), np.int64)
+        numbers[0] = records[index]
+        numbers[1] = index
+        numbers[2, : len(records)] = records
+        return DeviceRows(
+            self._decoding,
+            memory,
+            self._lane.to_device(numbers),
+            len(records),
+            shape,
+            arrival,
+        )
+
+    def _rows_of_their_own(
+        self, unique_ids: np.ndarray, index: np.ndarray, shape: torch.Size
+    ) -> DeviceRows:
+        """In memory for this batch alone: all of a prompt's records, before a graph that can't
+        wait for them."""
+        layout = self._decoding.layout
+        memory = self._lane.device_memory(len(unique_ids), layout.stride)
+        transfers = Transfers(self._store, layout, self._lane, memory, self._ring)
+        places = np.arange(len(unique_ids))
+        pieces = range(0, len(unique_ids), self._slot_batch)
+        reads = [
+            transfers.begin(
+                unique_ids[first : first + self._slot_batch],
+                places[first : first + self._slot_batch],
+            )
+            for first in pieces
+        ]
+        for read in reads:
+            self._clock.wait(read)
+        if transfers.last is not None:
+            self._lane.lead(transfers.last)
+        return self._device_rows(memory, places, index, shape, None)
+
+    def _release_dropped(self) -> None:
+        while self._dropped:
+            try:
+                batch, queue = self._dropped.popleft()
+            except IndexError:  # another thread was faster
+                return
+            self._lane.follow(self._lane.mark_of(queue))  # what reads the slots now is queued there
+            batch.release()
+
+    def close(self) -> None:
+        """Let what was queued come to its end."""
+        self._release_dropped()
+        if self._transfers.last is not None:
+            self._transfers.last.wait()

@@ -1,0 +1,215 @@
+"""The way of bytes from the host to where the model runs, beside the model's own work.
+
+A `Lane` is a queue of copies: a CUDA stream of its own, whose copies run while the model's stream
+computes. Both queues are asked for work by the host and do it later, so they are ordered by marks:
+a mark is reached when everything that was queued before it is done. The model's queue waits for a
+mark of the lane before it reads what was copied, the lane waits for the model's queue before it
+overwrites what was read. The host waits in one place only, for token ids (`Lane.to_host`).
+
+`HostLane` is the reference: the same in order, without a device and at once.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lookup_experts.errors import UserError
+from lookup_experts.table.store import aligned_buffer
+
+
+class Mark(Protocol):
+    """A place in a queue."""
+
+    def is_reached(self) -> bool:
+        """Whether everything before it is done."""
+        ...
+
+    def wait(self) -> None:
+        """Let the host wait until it is."""
+        ...
+
+
+class Lane(Protocol):
+    """What brings bytes to a device; safe to use from several threads.
+
+    "The model's queue" is the calling thread's current stream.
+    """
+
+    device: torch.device
+
+    def host_memory(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes] on the host that copies can be made from without waiting."""
+        ...
+
+    def device_memory(self, num_rows: int, row_bytes: int, lasting: bool = False) -> Tensor:
+        """uint8 [num_rows, row_bytes] on the device, with whatever is in it.
+
+        Args:
+            lasting: it stays where it is for as long as the model is used, so that a CUDA graph
+                may read from its address.
+        """
+        ...
+
+    def model_queue(self) -> Any:
+        """The model's queue, to hand to `mark_of`, later or by another thread."""
+        ...
+
+    def mark_of(self, queue: Any) -> Mark:
+        """Reached when everything that is in this queue now is done."""
+        ...
+
+    def follow(self, mark: Mark) -> None:
+        """Start no further copy before this mark is reached."""
+        ...
+
+    def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Mark:
+        """Queue copies of contiguous bytes; `sources` are parts of `host_memory`."""
+        ...
+
+    def lead(self, mark: Mark) -> None:
+        """Let the model's queue wait for a mark of this lane; the host doesn't."""
+        ...
+
+    def to_device(self, numbers: np.ndarray) -> Tensor:
+        """int64 numbers on the device, by the model's queue; the host doesn't wait."""
+        ...
+
+    def to_host(self, token_ids: Tensor) -> np.ndarray:
+        """Token ids as int64 on the host. This is the one place where the host waits for the
+        device: ids that a GPU chose must be known before their records can be asked for."""
+        ...
+
+
+class HostLane:
+    """Copies at once, from memory to memory."""
+
+    device = torch.device("cpu")
+
+    def host_memory(self, num_bytes: int) -> Tensor:
+        return torch.from_numpy(aligned_buffer(num_bytes))
+
+    def device_memory(self, num_rows: int, row_bytes: int, lasting: bool = False) -> Tensor:
+        return torch.from_numpy(aligned_buffer(num_rows * row_bytes)).view(num_rows, row_bytes)
+
+    def model_queue(self) -> Any:
+        return None
+
+    def mark_of(self, queue: Any) -> Mark:
+        return _Reached()
+
+    def follow(self, mark: Mark) -> None:
+        pass
+
+    def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Mark:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+        return _Reached()
+
+    def lead(self, mark: Mark) -> None:
+        pass
+
+    def to_device(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers)
+
+    def to_host(self, token_ids: Tensor) -> np.ndarray:
+        return token_ids.to(torch.int64).numpy()
+
+
+class _Reached:
+    def is_reached(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+class CudaLane:
+    """Copies on a CUDA stream of its own, out of page-locked memory.
+
+    Index numbers and token ids are few and go through torch's own cache of page-locked memory,
+    which gives a block away again only when the copies out of it are over.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self._stream = torch.cuda.Stream(self.device)
+
+    def host_memory(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def device_memory(self, num_rows: int, row_bytes: int, lasting: bool = False) -> Tensor:
+        shape = (num_rows, row_bytes)
+        with torch.inference_mode(False):
+            memory = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        # It may have been somebody's whose work is still queued; and when it is let go, nobody
+        # is to have it before the lane's copies are over.
+        self.follow(self.mark_of(self.model_queue()))
+        memory.record_stream(self._stream)
+        if not lasting:
+            return memory
+        # Otherwise a CUDA graph would copy all of it into memory of its own at every step.
+        torch._dynamo.mark_static_address(memory)
+        return memory
+
+    def model_queue(self) -> Any:
+        return torch.cuda.current_stream(self.device)
+
+    def mark_of(self, queue: Any) -> Mark:
+        return _CudaMark(queue)
+
+    def follow(self, mark: Mark) -> None:
+        assert isinstance(mark, _CudaMark)
+        self._stream.wait_event(mark.event)
+
+    def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Mark:
+        with torch.cuda.stream(self._stream):
+            torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+            return _CudaMark(self._stream)
+
+    def lead(self, mark: Mark) -> None:
+        assert isinstance(mark, _CudaMark)
+        self.model_queue().wait_event(mark.event)
+
+    def to_device(self, numbers: np.ndarray) -> Tensor:
+        pinned = torch.from_numpy(numbers).pin_memory()
+        return pinned.to(self.device, non_blocking=True)
+
+    def to_host(self, token_ids: Tensor) -> np.ndarray:
+        if token_ids.device.type == "cpu":
+            return token_ids.to(torch.int64).numpy()
+        pinned = torch.empty(token_ids.shape, dtype=torch.int64, pin_memory=True)
+        pinned.copy_(token_ids, non_blocking=True)
+        # An event of its own: what else is queued, on other streams, is not waited for.
+        self.mark_of(self.model_queue()).wait()
+        return pinned.numpy()
+
+
+class _CudaMark:
+    """An event recorded on a stream."""
+
+    def __init__(self, stream: "torch.cuda.Stream") -> None:
+        self.event = torch.cuda.Event()
+        self.event.record(stream)
+
+    def is_reached(self) -> bool:
+        return self.event.query()
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+def open_lane(device: torch.device) -> Lane | None:
+    """The lane to a device; None for the CPU, where records are read to where they are needed.
+
+    Raises:
+        UserError: a kind of device that has none.
+    """
+    if device.type == "cpu":
+        return None
+    if device.type == "cuda":
+        return CudaLane(device)
+    raise UserError(f"Tables are read for cpu and cuda, not for {device.type!r}.")

@@ -1,0 +1,462 @@
+"""The reader for devices, on the CPU: the same code over lanes that are late, or take notes.
+
+Every row that comes out is compared with the table's bytes. What needs a GPU is in
+`test_cuda.py`.
+"""
+
+import gc
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lanes import LateLane, NotingLane
+from random_tables import make_table
+from reading import Expected, open_by, ways_here
+from tiny_models import greedy, logits_of, token_ids
+
+import lookup_experts as le
+from lookup_experts.errors import TableError, UserError
+from lookup_experts.model.experts import mix_reference
+from lookup_experts.table import reader as reader_module
+from lookup_experts.table import transfer
+from lookup_experts.table.cache import SlotCache
+from lookup_experts.table.encoding import ENCODINGS, get_encoding
+from lookup_experts.table.format import RecordLayout, TableShape
+from lookup_experts.table.lanes import HostLane, open_lane
+from lookup_experts.table.mixing import decode_and_mix, decode_and_mix_reference, prepare
+from lookup_experts.table.reader import SLOT_BATCH, TableExperts
+from lookup_experts.table.rows import WaitClock
+from lookup_experts.table.transfer import PinnedRing, copy_groups
+
+pytestmark = pytest.mark.timeout(60)
+
+ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "hidden_size": 512, "encoding": "float16"}
+"""A record of 4096 bytes."""
+
+
+@contextmanager
+def open_on(lane, table, way="threads", dtype=None, cache_bytes=0, group_bytes=2**24):
+    """A reader whose device is at the end of this lane."""
+    dtype = dtype or table.layout.encoding.torch_dtype or torch.float32
+    with pytest.MonkeyPatch.context() as patch, open_by(way, table) as store:
+        patch.setattr(reader_module, "open_lane", lambda device: lane)
+        patch.setattr(reader_module, "GROUP_BYTES", group_bytes)
+        reader = TableExperts(table, store, dtype, cache_bytes=cache_bytes)
+        yield reader
+        reader.close()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """(table, its records) of 300 ids."""
+    return make_table(tmp_path_factory.mktemp("wide"), vocab_size=300, **ONE_BLOCK)
+
+
+@st.composite
+def batches(draw, vocab_size: int):
+    """Token ids [B, T], around the sizes where the way changes; some with few unique ones."""
+    length = draw(st.sampled_from([0, 1, 2, 63, 64, 65, 255, 256, 257]))
+    most = draw(st.sampled_from([1, min(vocab_size, 5), vocab_size]))
+    random = np.random.default_rng(draw(st.integers(0, 99)))
+    ids = torch.from_numpy(random.integers(0, most, length))
+    return ids.view(-1, 3) if length % 3 == 0 else ids.view(1, -1)
+
+
+# -------------------------------------------------------------------------------- right rows
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_rows_of_any_table_and_batch(tmp_path_factory, data):
+    vocab_size = data.draw(st.sampled_from([1, 64, 65, 130]), "vocab_size")
+    shape = {
+        "vocab_size": vocab_size,
+        "num_layers": data.draw(st.integers(1, 5), "layers"),
+        "num_experts": data.draw(st.integers(1, 4), "experts"),
+        "hidden_size": data.draw(st.sampled_from([1, 7, 40, 96, 520]), "d"),
+        "encoding": data.draw(st.sampled_from(sorted(ENCODINGS)), "encoding"),
+    }
+    table, records = make_table(tmp_path_factory.mktemp("table"), **shape)
+    dtypes = {torch.float32, table.layout.encoding.torch_dtype or torch.bfloat16}
+    dtype = data.draw(st.sampled_from(sorted(dtypes, key=str)), "dtype")
+    cache_bytes = data.draw(st.sampled_from([0, 3, 70, 1000]), "cache") * table.layout.stride
+    group_bytes = data.draw(st.sampled_from([1, 2**24]), "group_bytes")
+    way = data.draw(st.sampled_from(ways_here()), "way")
+    expected = Expected(table, records, dtype)
+    copy_bytes = data.draw(st.sampled_from([1, 2**22]), "copy_bytes")
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(transfer, "COPY_BYTES", copy_bytes)
+        copy_groups.cache_clear()
+        lane = LateLane(1e-3)
+        with open_on(lane, table, way, dtype, cache_bytes, group_bytes) as reader:
+            for _ in range(4):
+                ids = data.draw(batches(vocab_size), "ids")
+                ready = data.draw(st.booleans(), "ready")
+                layers = list(range(expected.num_layers))
+                order = data.draw(st.sampled_from([layers, layers + layers, layers[::-1]]))
+                expected.assert_right(reader.rows(ids, ready=ready), ids, order)
+        copy_groups.cache_clear()
+
+
+def test_a_cache_under_pressure_never_gives_another_ids_rows(wide):
+    table, records = wide
+    expected = Expected(table, records)
+    random = np.random.default_rng(0)
+    with open_on(LateLane(5e-4), table, cache_bytes=70 * 4096) as reader, torch.no_grad():
+        held = []
+        for _ in range(60):
+            ids = torch.from_numpy(random.zipf(1.2, (1, int(random.integers(1, 64)))) % 300)
+            held = [*held[-2:], (ids, reader.rows(ids))]  # some are read late, some never
+            chosen, rows = held[0]
+            expected.assert_right(rows, chosen)
+        statistics = reader.stats()
+        assert 0 < statistics.cache_hits < statistics.ids_unique
+
+
+def test_threads_share_slots_and_ring(wide):
+    table, records = wide
+    expected = Expected(table, records)
+    problems: list[BaseException] = []
+
+    def read(seed: int, reader: TableExperts) -> None:
+        random = np.random.default_rng(seed)
+        try:
+            with torch.no_grad():
+                for _ in range(25):
+                    ids = torch.from_numpy(random.integers(0, 90, (1, int(random.integers(1, 60)))))
+                    rows = reader.rows(ids)
+                    if random.random() < 0.8:
+                        expected.assert_right(rows, ids)
+        except BaseException as error:
+            problems.append(error)
+
+    with open_on(LateLane(5e-4), table, cache_bytes=80 * 4096) as reader:
+        threads = [threading.Thread(target=read, args=(seed, reader)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(40)
+        assert not any(thread.is_alive() for thread in threads)
+    assert problems == []
+
+
+def test_gradients_reach_the_weights(wide):
+    table, records = wide
+    expected = Expected(table, records)
+    with open_on(LateLane(), table) as reader:
+        for length in (5, 200):
+            ids = torch.arange(length).view(1, -1)
+            with torch.no_grad():
+                rows = reader.rows(ids)
+            weights = expected.weights(ids, 1).requires_grad_()
+            rows.mix(1, weights).float().square().sum().backward()
+            again = weights.detach().clone().requires_grad_()
+            by_the_book = mix_reference(expected.layer(1, ids)[0], torch.arange(length), again)
+            by_the_book.float().square().sum().backward()
+            torch.testing.assert_close(weights.grad, again.grad, rtol=2e-2, atol=2e-2)
+
+
+# -------------------------------------------------------------------------- what is copied when
+
+
+def test_hits_are_not_copied_again(wide):
+    lane = LateLane()
+    ids = torch.tensor([[3, 4, 3]])
+    with open_on(lane, wide[0], cache_bytes=100 * 4096) as reader, torch.no_grad():
+        reader.rows(ids, ready=True)
+        assert lane.bytes_copied == 2 * 4096
+        for _ in range(3):
+            reader.rows(ids, ready=True)
+        assert lane.bytes_copied == 2 * 4096
+        assert reader.stats().cache_hits == 6
+        assert reader.missed == frozenset()
+        reader.rows(torch.tensor([[4, 5]]), ready=True)
+        assert lane.bytes_copied == 3 * 4096
+        assert reader.missed == {5}
+
+
+def test_the_host_fetches_ids_once_per_batch(wide):
+    lane = NotingLane()
+    with open_on(lane, wide[0]) as reader, torch.no_grad():
+        for number, length in enumerate((1, 64, 200), start=1):
+            rows = reader.rows(torch.arange(length).view(1, -1))
+            rows.mix(0, torch.rand(length, 2))
+            assert lane.ids_fetched == number
+
+
+def test_layers_are_waited_for_group_by_group(wide, monkeypatch):
+    monkeypatch.setattr(transfer, "COPY_BYTES", 1)
+    copy_groups.cache_clear()
+    lane = NotingLane()
+    with open_on(lane, wide[0]) as reader, torch.no_grad():
+        rows = reader.rows(torch.arange(3).view(1, -1))
+        del lane.notes[:]
+        rows.mix(0, torch.rand(3, 2))
+        assert lane.notes == ["copy", "copy", "lead"]
+        rows.mix(0, torch.rand(3, 2))
+        assert lane.notes == ["copy", "copy", "lead"]
+        rows.mix(1, torch.rand(3, 2))
+        assert lane.notes == ["copy", "copy", "lead", "lead"]
+    copy_groups.cache_clear()
+
+
+def test_slots_get_a_new_owner_only_after_what_still_reads_them(wide):
+    lane = NotingLane()
+    with open_on(lane, wide[0]) as reader, torch.no_grad():
+        for first in range(0, 192, 64):  # each batch takes all slots
+            rows = reader.rows(torch.arange(first, first + 64).view(1, -1))
+            lane.note("mix")
+            rows.mix(0, torch.rand(64, 2))
+            del rows
+        order = [note for note in lane.notes if note != "lead"]
+    assert order[:6] == ["mix", "copy", "follow", "mix", "copy", "follow"]
+
+
+def test_a_prompts_buffers_are_copied_into_after_what_still_reads_them(tmp_path):
+    table, _ = make_table(tmp_path, vocab_size=100, **{**ONE_BLOCK, "num_layers": 12})
+    lane = NotingLane()
+    with open_on(lane, table, group_bytes=1) as reader, torch.no_grad():
+        rows = reader.rows(torch.arange(100).view(1, -1))
+        for layer in range(12):
+            rows.mix(layer, torch.rand(100, 2))
+        del rows
+        reader._thread.submit(int).result()
+    order = [note for note in lane.notes if note != "lead"]
+    assert len(order) > 6 and order == ["follow", "copy"] * (len(order) // 2)
+
+
+def test_memory_is_what_was_asked_for(wide):
+    table, _ = wide
+    for asked, taken in ((0, 64), (10, 64), (64, 64), (200, 200), (1000, 300)):
+        with open_on(HostLane(), table, cache_bytes=asked * 4096 + 5) as reader:
+            assert reader._on_device.device_bytes == taken * 4096
+            assert reader.cache_bytes == asked * 4096 + 5
+    with open_on(HostLane(), table, "memory", cache_bytes=4096) as reader:
+        assert reader.cache_bytes == 4096  # RAM is not where the model is
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 900), st.integers(1, 64))
+def test_groups_of_copies_cover_a_record_once(layers, experts, hidden, num_records):
+    layout = RecordLayout(TableShape(10, layers, experts, hidden), get_encoding("int8"))
+    groups = copy_groups(layout, num_records)
+    assert [group.start for group in groups[1:]] == [group.stop for group in groups[:-1]]
+    assert (groups[0].start, groups[-1].stop) == (0, layout.record_bytes)
+    assert [group.end * layout.layer_bytes for group in groups] == [g.stop for g in groups]
+    for group in groups:
+        one_layer = num_records * layout.layer_bytes
+        assert num_records * (group.stop - group.start) <= max(transfer.COPY_BYTES, one_layer)
+
+
+# ---------------------------------------------------------------------------------- the ring
+
+
+def test_page_locked_memory_is_used_to_its_rounded_size():
+    ring = PinnedRing(HostLane(), 3 * 4096, 64, WaitClock())
+    assert ring.memory.shape == (2**20 // (3 * 4096), 3 * 4096)
+    assert len(ring.take(64)) == 64
+
+
+def test_a_row_is_not_lent_while_it_is_copied():
+    ring, lane = PinnedRing(HostLane(), 4096, 4, WaitClock()), LateLane(0.05)
+    first = ring.take(3)
+    target = torch.zeros(4096, dtype=torch.uint8)
+    ring.memory[first[0]] = 7
+    mark = lane.copy([target], [ring.rows[first[0]]])
+    ring.give_back(first, copied=mark)
+    second = ring.take(2)  # one is free, so this waits
+    assert mark.is_reached() and len(set(second)) == 2
+    assert int(target[0]) == 7
+
+
+def test_rows_that_nobody_waits_for_block_nobody(wide):
+    """One thread may hold the rows of many batches before it looks at the first."""
+    table, records = wide
+    expected = Expected(table, records)
+    with open_on(LateLane(), table, cache_bytes=300 * 4096) as reader, torch.no_grad():
+        several = [torch.arange(first, first + 40).view(1, -1) for first in range(0, 240, 40)]
+        held = [(ids, reader.rows(ids)) for ids in several]
+        for ids, rows in held:
+            expected.assert_right(rows, ids)
+
+
+# ------------------------------------------------------------------------------------ faults
+
+
+class Fault:
+    """Makes the store fail as often as it is told to."""
+
+    def __init__(self, store, monkeypatch) -> None:
+        self.failures = 0
+        fetch = store._fetch
+
+        def fail_or_fetch(*arguments):
+            if self.failures:
+                self.failures -= 1
+                raise TableError("the disk is gone")
+            return fetch(*arguments)
+
+        monkeypatch.setattr(store, "_fetch", fail_or_fetch)
+
+
+@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize("length", [5, 64, 200])
+def test_a_fault_is_an_error_and_leaves_no_wrong_rows(wide, monkeypatch, length, ready):
+    table, records = wide
+    expected = Expected(table, records)
+    ids, half = torch.arange(length).view(1, -1), torch.arange(0, length, 2).view(1, -1)
+    with open_on(LateLane(), table, "mmap", cache_bytes=100 * 4096) as reader, torch.no_grad():
+        fault = Fault(reader._store, monkeypatch)
+        expected.assert_right(reader.rows(half), half)
+        for _ in range(3):
+            fault.failures = 2 if length > 64 else 1
+            with pytest.raises(TableError, match="the disk is gone"):
+                reader.rows(ids, ready=ready).mix(0, torch.rand(length, 2))
+            fault.failures = 0
+            expected.assert_right(reader.rows(half), half)
+        expected.assert_right(reader.rows(ids, ready=ready), ids)
+        cache: SlotCache = reader._on_device._cache
+        gc.collect()
+        reader._on_device._release_dropped()
+        assert not cache._held
+
+
+def test_a_read_that_cannot_begin(wide, monkeypatch):
+    table, records = wide
+    expected = Expected(table, records)
+    ids = torch.arange(4).view(1, -1)
+    with open_on(HostLane(), table) as reader, torch.no_grad():
+        with monkeypatch.context() as patch:
+
+            def refuse(*_):
+                raise TableError("too many open files")
+
+            patch.setattr(reader._store, "begin", refuse)
+            for _ in range(200):  # more than there are rows in the ring
+                with pytest.raises(TableError, match="too many open files"):
+                    reader.rows(ids)
+        expected.assert_right(reader.rows(ids), ids)
+
+
+@pytest.mark.parametrize("wrong", [-1, 300, 1 << 40])
+def test_ids_outside_of_the_table(wide, wrong):
+    with open_on(HostLane(), wide[0]) as reader, torch.no_grad():
+        for ids in (torch.tensor([[1, wrong]]), torch.full((1, 300), wrong)):
+            with pytest.raises(TableError, match=f"Token id {wrong} is"):
+                reader.rows(ids)
+        assert reader.rows(torch.tensor([[1]])).layer(0).isfinite().all()
+
+
+def test_rows_dropped_unread_and_a_reader_closed_at_once(wide):
+    for length in (5, 200):
+        with open_on(LateLane(0.01), wide[0]) as reader, torch.no_grad():
+            reader.rows(torch.arange(length).view(1, -1))
+    with pytest.raises(ValueError, match="closed"):
+        reader.rows(torch.tensor([[1]]))
+
+
+def test_many_steps_leave_nothing_behind(wide):
+    from reading import open_files, resident_bytes
+
+    table, _ = wide
+    random = np.random.default_rng(0)
+    with open_on(HostLane(), table, cache_bytes=100 * 4096) as reader, torch.inference_mode():
+
+        def steps(count: int) -> tuple[int, int, int]:
+            for _ in range(count):
+                ids = torch.from_numpy(random.zipf(1.3, (2, 1)) % 300)
+                reader.rows(ids).mix(1, torch.rand(2, 2))
+            gc.collect()
+            return open_files(), threading.active_count(), resident_bytes()
+
+        before, after = steps(100), steps(700)
+    assert after[:2] == before[:2]
+    assert after[2] - before[2] < 2_000_000
+
+
+# -------------------------------------------------------------------------------- whole models
+
+
+@pytest.fixture
+def on_device(table_folder, monkeypatch):
+    """The model of `table_folder`, its table read by way of a lane."""
+    lane = LateLane(1e-4)
+    monkeypatch.setattr(reader_module, "open_lane", lambda device: lane)
+    return le.load(table_folder, store="direct", cache="64kB")
+
+
+def test_a_model_generates_the_same(on_device, training_folder):
+    plain = le.load(training_folder)
+    for prompt in (token_ids(1, 12, seed=3), token_ids(2, 70)):
+        torch.testing.assert_close(
+            logits_of(on_device, prompt), logits_of(plain, prompt), rtol=1e-4, atol=1e-4
+        )
+    prompt = token_ids(1, 12, seed=3)
+    assert torch.equal(greedy(on_device, prompt, 10), greedy(plain, prompt, 10))
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(greedy(on_device, prompt, 10, **static), greedy(plain, prompt, 10))
+
+
+def test_compiled_decoding_breaks_its_graph_at_the_entrance_alone(on_device, training_folder):
+    from transformers import CompileConfig
+
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain, prompt = le.load(training_folder), token_ids(1, 12, seed=3)
+    settings_ = CompileConfig(backend=count, mode=None, options=None)
+    settings_._compile_all_devices = True
+    torch._dynamo.reset()
+    found = greedy(on_device, prompt, 10, cache_implementation="static", compile_config=settings_)
+    assert torch.equal(found, greedy(plain, prompt, 10))
+    assert len(graphs) <= 3
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert sum("decode_and_mix" in name for name in called) == 3  # one in each layer
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------- mixing
+
+
+@pytest.mark.parametrize("name", sorted(ENCODINGS))
+def test_the_operation_in_a_graph_is_the_same(name):
+    encoding = get_encoding(name)
+    records = encoding.encode(torch.randn(5, 3, 40))
+    padded = torch.zeros(5, 512 if records.shape[1] <= 512 else 1024, dtype=torch.uint8)
+    padded[:, : records.shape[1]] = records
+    places, weights = torch.tensor([4, 0, 4]), torch.rand(3, 3)
+    arguments = (encoding, 40, 0, torch.bfloat16)
+    expected = decode_and_mix_reference(padded, places, weights, *arguments)
+    rows = encoding.decode(records, 3, 40, torch.float32)
+    torch.testing.assert_close(
+        expected, mix_reference(rows, places, weights).bfloat16(), rtol=2e-2, atol=1e-2
+    )
+    assert torch.equal(decode_and_mix(padded, places, weights, *arguments), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(decode_and_mix, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(padded, places, weights, *arguments), expected)
+    torch._dynamo.reset()
+
+
+def test_without_triton_cuda_says_what_to_do(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "lookup_experts.table.kernels", raising=False)
+    with pytest.raises(UserError, match="pip install triton"):
+        prepare(get_encoding("nf4"), torch.device("cuda"))
+    prepare(get_encoding("nf4"), torch.device("cpu"))
+
+
+def test_devices_without_a_lane_are_refused():
+    assert open_lane(torch.device("cpu")) is None
+    with pytest.raises(UserError, match="for cpu and cuda, not for 'xpu'"):
+        open_lane(torch.device("xpu"))
+    assert SLOT_BATCH == 64
