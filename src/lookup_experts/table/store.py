@@ -194,6 +194,13 @@ class ThreadedRead:
         self._future.result()
 
 
+class _Finished:
+    """A `PendingRead` that was over when it began."""
+
+    def wait(self) -> None:
+        """See `PendingRead.wait`."""
+
+
 class RecordStore(ABC):
     """What all stores share: checking requests and records, finding files, counting."""
 
@@ -395,6 +402,15 @@ class MemoryStore(RecordStore):
         part = self._records[:, start : start + out.shape[1]]
         np.take(part, ids, axis=0, out=out, mode="clip")
         return out.nbytes
+
+    def begin(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> PendingRead:
+        """See `Store.begin`: copied at once, which takes less than asking a thread to."""
+        self._check_ids(ids)
+        started_at = time.perf_counter()
+        for token_id, slot in zip(ids.tolist(), slots.tolist(), strict=True):
+            memory[slot] = self._records[token_id]
+        self._count(len(ids) * self.layout.stride, time.perf_counter() - started_at)
+        return _Finished()
 
     def whole(self) -> np.ndarray | None:
         return self._records
