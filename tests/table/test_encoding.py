@@ -128,6 +128,38 @@ def test_codes_are_the_nearest_and_packed_without_gaps(case):
         assert content[:packed] == bit_string.to_bytes(packed, "little")
 
 
+@pytest.mark.parametrize("name", ["nf4", "nf3"])
+def test_quantising_agrees_with_the_reference_at_every_midpoint(name):
+    encoding = get_encoding(name)
+    codebook = normal_float_codebook(encoding.bits)
+    above = below = (codebook[1:] + codebook[:-1]) / 2
+    numbers = [torch.rand(200_000, generator=torch.Generator().manual_seed(0)) * 3 - 1.5]
+    for _ in range(4):
+        numbers += [above, below]
+        above = torch.nextafter(above, torch.tensor(math.inf))
+        below = torch.nextafter(below, torch.tensor(-math.inf))
+    scaled = torch.cat([*numbers, torch.arange(-96, 97) / 64, torch.tensor([-0.0, 1e-45])])
+    assert torch.equal(encoding._quantize(scaled), encoding.quantize_reference(scaled))
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_encoding_in_parts_changes_nothing(monkeypatch, name):
+    rows = torch.randn(7, 3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    encoding = get_encoding(name)
+    whole = encoding.encode(rows)
+    monkeypatch.setattr("lookup_experts.table.encoding.ENCODED_AT_ONCE", 2 * 3 * 50 + 1)
+    assert torch.equal(encoding.encode(rows), whole)
+    assert encoding.encode(rows[:0]).shape == (0, whole.shape[1])
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf3"])
+def test_numbers_below_the_range_of_float16_keep_their_signs(name):
+    """The scale of a tiny absmax is rounded down by up to a third: numbers go beyond 1."""
+    rows = torch.tensor([[[8.9e-8, -8.9e-8, 0.0, 3e-8]]])
+    decoded = get_encoding(name).decode(get_encoding(name).encode(rows), 1, 4, torch.float32)
+    assert decoded.flatten()[:3].sign().tolist() == [1, -1, 0]
+
+
 def test_nf3_takes_three_bits():
     assert get_encoding("nf3").code_bytes(4 * 768) == 4 * 768 * 3 // 8
 
