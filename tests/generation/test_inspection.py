@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import attached_model, gateless_model, tiny_model
 
 import lookup_experts as le
+from lookup_experts.commands.inspect import format_description
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.generation.inspection import inspect_folder, verify_folder
 
@@ -71,12 +72,18 @@ def test_plain_models(tmp_path):
     assert inspect_folder(tmp_path / "gateless")["backbone"] == "gateless_llama"
 
 
-@pytest.mark.parametrize(("name", "form"), [("dense", "dense"), ("mole-4e", "experts")])
+@pytest.mark.parametrize(
+    ("name", "form"), [("dense", "dense"), ("mole-4e", "experts"), ("moe-10e-top10", "moe")]
+)
 def test_the_authors_checkpoints(official_oracles, name, form):
     described = inspect_folder(official_oracles / name)
     assert (described["form"], described["format"]) == (form, "official")
     if name == "mole-4e":
         assert described["parameters"]["experts"] == 2 * (4 * 2 * 48 * 96 + 48)
+    if form == "moe":
+        assert described["parameters"]["experts"] == 2 * 10 * 2 * 48 * 48
+        assert described["moe"]["num_experts_per_tok"] == 2
+        assert "2 of 10 experts of size 48 per token" in format_description(described)
 
 
 def test_a_folder_without_settings_is_an_error(own_folder):

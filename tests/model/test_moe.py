@@ -18,6 +18,7 @@ from lookup_experts.model.moe import (
     mix_selected,
     mix_selected_grouped,
     mix_selected_reference,
+    mix_selected_single,
     mix_selected_sliced,
     select_experts,
 )
@@ -76,6 +77,16 @@ def test_every_path_gives_what_the_reference_gives(path, case):
     inputs = layer_inputs(**case)
     expected, expected_gradients = outputs_and_gradients(mix_selected_reference, inputs)
     output, gradients = outputs_and_gradients(path, inputs)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("selected", [1, 2, EXPERTS])
+def test_a_single_position_gets_what_the_reference_gives(selected):
+    inputs = layer_inputs(positions=1, selected=selected)
+    expected, expected_gradients = outputs_and_gradients(mix_selected_reference, inputs)
+    output, gradients = outputs_and_gradients(mix_selected_single, inputs)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-4)

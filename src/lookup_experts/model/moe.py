@@ -46,7 +46,7 @@ def mix_selected(
 
     Computes only the selected pairs of position and expert, sorted by expert: one grouped matrix
     product where there is a kernel for it (CUDA, without waiting for the device), else one product
-    per expert that was selected.
+    per expert that was selected. A single position on the CPU needs no sorting.
 
     Args:
         hidden: [S, d] floating point.
@@ -60,6 +60,8 @@ def mix_selected(
     """
     if hidden.is_cuda and _has_grouped_product(up_proj):
         return mix_selected_grouped(hidden, selected, weights, up_proj, down_proj)
+    if hidden.shape[0] == 1 and not hidden.is_cuda:
+        return mix_selected_single(hidden, selected, weights, up_proj, down_proj)
     return mix_selected_sliced(hidden, selected, weights, up_proj, down_proj)
 
 
@@ -97,6 +99,19 @@ def mix_selected_sliced(
         [F.linear(F.gelu(F.linear(part, up)), down) for part, up, down in slices if len(part)]
     )
     return _weighted_sum(said, weights, order, positions)
+
+
+def mix_selected_single(
+    hidden: Tensor, selected: Tensor, weights: Tensor, up_proj: Tensor, down_proj: Tensor
+) -> Tensor:
+    """`mix_selected` for one position, as in decoding: nothing to sort, one expert at a time."""
+    said = torch.cat(
+        [
+            F.linear(F.gelu(F.linear(hidden, up_proj[expert])), down_proj[expert])
+            for expert in selected[0].tolist()
+        ]
+    )
+    return (said * weights.to(said.dtype).t()).sum(dim=0, keepdim=True)
 
 
 def mix_selected_grouped(
