@@ -6,6 +6,7 @@ from lookup_experts.commands.bench.build import build
 from lookup_experts.commands.bench.decode import decode
 from lookup_experts.commands.bench.memory import memory
 from lookup_experts.commands.bench.prefill import prefill
+from lookup_experts.commands.bench.quality import quality
 from lookup_experts.commands.bench.read import read
 
 app = typer.Typer(
@@ -14,5 +15,5 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-for measurement in (decode, prefill, read, build, memory):
+for measurement in (decode, prefill, read, build, memory, quality):
     app.command()(measurement)

@@ -1,0 +1,98 @@
+"""`mole bench quality`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lookup_experts import console
+from lookup_experts.commands.bench import options as bench_options
+
+
+def quality(
+    data: Annotated[Path, typer.Option(help="A folder of `mole prepare`, with held-out text.")],
+    systems: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="dense, moe-10e, mole-4e ...; keys of the recipe after a colon: mole-4e:size=128. "
+            "Default: dense moe-10e mole-4e."
+        ),
+    ] = None,
+    ablation: Annotated[
+        str | None,
+        typer.Option(help="The systems of a study of the paper: losses, size, number or path."),
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="To train each on, e.g. 3e6.")] = "1e6",
+    seeds: Annotated[str, typer.Option(help="One run of each system per seed.")] = "0,1,2",
+    recipe: Annotated[
+        str, typer.Option(help="Sizes and schedule of all; a dense recipe.")
+    ] = "dense-tiny",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a key of the recipe; can be given several times."),
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Where the runs are kept.")] = Path("runs/quality"),
+    json: bench_options.JsonFile = None,
+    plot: bench_options.Plot = None,
+) -> None:
+    """Train systems alike, over several seeds, and compare their validation losses.
+
+    Interrupted, the same command goes on; finished runs are not trained again.
+
+    Example: `mole bench quality dense moe-10e mole-4e --data data/ --tokens 3e6 --seeds 0,1,2`
+    """
+    from lookup_experts.benchmarks.quality.report import add_up, draw_curves, in_words
+    from lookup_experts.benchmarks.quality.runs import train_all
+    from lookup_experts.benchmarks.quality.systems import (
+        DEFAULT_SYSTEMS,
+        System,
+        ablation_systems,
+    )
+    from lookup_experts.benchmarks.results import make_report, write_report
+    from lookup_experts.cli import EXIT_INTERRUPTED
+    from lookup_experts.errors import UserError
+    from lookup_experts.training.recipe import load_recipe
+    from lookup_experts.training.train import TrainingInterrupted
+
+    if systems and ablation:
+        raise UserError("Name systems, or an --ablation, which names its own; not both.")
+    console.quiet_transformers()
+    base = load_recipe(recipe, overrides or ())
+    names = ablation_systems(ablation, base) if ablation else systems or DEFAULT_SYSTEMS
+    try:
+        runs = list(
+            train_all(
+                [System.parse(name) for name in names],
+                _numbers(seeds, "--seeds"),
+                base,
+                data,
+                _numbers(tokens, "--tokens")[0],
+                work,
+                console.say,
+            )
+        )
+    except TrainingInterrupted as interrupted:
+        console.say(str(interrupted))
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    results = add_up(runs)
+    for result in results:
+        console.say(in_words(result))
+    found = make_report("bench quality", results)
+    if json:
+        write_report(found, json)
+    else:
+        console.json_result(found)
+    if plot:
+        draw_curves(results, plot)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    from lookup_experts.errors import UserError
+
+    try:
+        numbers = [float(word) for word in text.split(",")]
+        if any(number < 0 or not number.is_integer() for number in numbers):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"{option} is {text!r}; expected whole numbers.") from None
+    return [int(number) for number in numbers]

@@ -1,0 +1,162 @@
+"""`mole bench quality`: systems by name, real tiny runs, one report."""
+
+import json
+import math
+
+import pytest
+from tiny_runs import make_data, tiny_recipe
+from typer.testing import CliRunner
+
+from lookup_experts import cli
+from lookup_experts.benchmarks.quality import runs as quality_runs
+from lookup_experts.benchmarks.quality.report import add_up, in_words
+from lookup_experts.benchmarks.quality.runs import TrainedRun, is_out_of_memory, train_one
+from lookup_experts.benchmarks.quality.systems import System, ablation_systems
+from lookup_experts.errors import UserError
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("quality"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(tiny_recipe().to_yaml())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "settings"),
+    [
+        ("dense", None, {}),
+        ("moe-34e", "moe", {"num_experts": 34}),
+        ("mole-4e", "experts", {"num_experts": 4}),
+        ("mole-2e:size=16,kind=swiglu", "experts", {"num_experts": 2, "size": 16}),
+    ],
+)
+def test_a_name_says_which_experts(name, section, settings):
+    system = System.parse(name)
+    assert system.section == section
+    assert {key: system.settings[key] for key in settings} == settings
+
+
+@pytest.mark.parametrize("name", ["", "dens", "mole", "mole-4", "mole-xe", "dense:size=3"])
+def test_what_is_no_system_is_refused(name):
+    with pytest.raises(UserError, match="No system is called"):
+        System.parse(name)
+
+
+def test_a_change_without_a_value_is_refused():
+    with pytest.raises(UserError, match="key=value"):
+        System.parse("mole-4e:size")
+
+
+def test_systems_differ_in_nothing_but_their_experts():
+    base = tiny_recipe()
+    recipes = [
+        System.parse(name).recipe(base, tokens=1000, seed=3, points=2).to_dict()
+        for name in ("dense", "mole-4e")
+    ]
+    assert recipes[1]["model"].pop("experts")["num_experts"] == 4
+    assert recipes[0] == recipes[1]
+    assert recipes[0]["training"]["seed"] == 3
+    assert recipes[0]["training"]["tokens"] == 1000
+
+
+def test_every_system_of_every_ablation_is_one():
+    base = tiny_recipe()
+    for name in ("losses", "size", "number", "path"):
+        for system in ablation_systems(name, base):
+            System.parse(system).recipe(base, tokens=1000, seed=0, points=2)
+    with pytest.raises(UserError, match="Did you mean 'losses'"):
+        ablation_systems("loses", base)
+
+
+def bench(data, base, work, *arguments):
+    out = work / "quality.json"
+    done = run(
+        cli.app,
+        [
+            *("bench", "quality", *arguments, "--data", str(data), "--recipe", str(base)),
+            *("--tokens", "1e3", "--work", str(work / "runs"), "--json", str(out)),
+        ],
+    )
+    return done, out
+
+
+def test_runs_are_trained_once_and_added_up_over_the_seeds(data, base, tmp_path):
+    plot = tmp_path / "curves.png"
+    arguments = ("dense", "moe-4e", "mole-2e", "--seeds", "0,1", "--plot", str(plot))
+    done, out = bench(data, base, tmp_path, *arguments)
+    assert done.exit_code == 0, done.output
+    report = json.loads(out.read_text())
+    assert [result["system"] for result in report["results"]] == ["dense", "moe-4e", "mole-2e"]
+    for result in report["results"]:
+        assert len(result["validation_losses"]) == 2
+        assert math.isclose(result["validation_loss"], sum(result["validation_losses"]) / 2)
+        assert result["validation_losses"][0] != result["validation_losses"][1]
+        assert result["curve"][-1][0] == result["tokens"]
+    # Folding is exact: float32 experts and a float32 table give the same loss.
+    assert report["results"][2]["table_difference"] < 1e-6
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    # A finished run is taken as it is: nothing but the summary is looked at again.
+    trained_at = (tmp_path / "runs/dense-seed0/model.safetensors").stat().st_mtime_ns
+    done, again = bench(data, base, tmp_path, *arguments)
+    assert done.exit_code == 0, done.output
+    assert json.loads(again.read_text())["results"] == report["results"]
+    assert (tmp_path / "runs/dense-seed0/model.safetensors").stat().st_mtime_ns == trained_at
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("mole-4e", "--seeds", "one"), "--seeds"),
+        (("mole-4e", "--ablation", "size"), "not both"),
+        (("mole-4e:sise=3",), "sise"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(data, base, tmp_path, arguments, words):
+    done, _ = bench(data, base, tmp_path, *arguments)
+    assert isinstance(done.exception, UserError)
+    assert words in str(done.exception)
+
+
+def test_without_held_out_text_nothing_is_trained(base, tmp_path):
+    data = make_data(tmp_path / "all", validation=0.0)
+    done, _ = bench(data, base, tmp_path, "dense")
+    assert isinstance(done.exception, UserError)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_system_without_enough_memory_is_reported_as_such(monkeypatch, data, tmp_path):
+    def exhaust(*_):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 byte")
+
+    monkeypatch.setattr(quality_runs, "train", exhaust)
+    said = []
+    system = System.parse("moe-4e")
+    recipe = system.recipe(tiny_recipe(), tokens=1000, seed=0, points=2)
+    failed = train_one(system, recipe, data, tmp_path / "run", said.append)
+    assert failed.summary is None
+    assert "not enough memory" in said[0]
+    (result,) = add_up([failed])
+    assert in_words(result) == "  moe-4e: out of memory"
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory():
+    assert not is_out_of_memory(RuntimeError("size mismatch"))
+    assert is_out_of_memory(MemoryError())
+
+
+def test_a_single_seed_has_no_spread(data, base, tmp_path):
+    system = System.parse("dense")
+    recipe = system.recipe(tiny_recipe(), tokens=500, seed=0, points=2)
+    trained: TrainedRun = train_one(system, recipe, data, tmp_path / "run", print)
+    (result,) = add_up([trained])
+    assert "validation_loss_std" not in result
+    assert "(1 seed," in in_words(result)
