@@ -1,0 +1,315 @@
+"""What only a GPU can show: kernels, streams, page-locked memory, CUDA graphs."""
+
+import gc
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import pytest
+import torch
+from random_tables import make_table
+from reading import Expected, open_by
+from tiny_models import attached_model, greedy, logits_of, tiny_model, token_ids
+
+import lookup_experts as le
+from lookup_experts.table.encoding import ENCODINGS, get_encoding
+from lookup_experts.table.mixing import decode_and_mix, decode_and_mix_reference
+from lookup_experts.table.reader import SLOT_BATCH, TableExperts
+from lookup_experts.table.store import STORES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.timeout(300),
+]
+
+ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "hidden_size": 512, "encoding": "float16"}
+"""A record of 4096 bytes."""
+STRIDE = 4096
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """(table, its records) of 300 ids."""
+    return make_table(tmp_path_factory.mktemp("wide"), vocab_size=300, **ONE_BLOCK)
+
+
+@pytest.fixture
+def open_on_gpu(wide):
+    """A function that opens a reader on the GPU, and closes it in the end."""
+    with ExitStack() as stack:
+
+        def open_(way="threads", cache_records=0, table=None, dtype=torch.float16):
+            table = table or wide[0]
+            store = stack.enter_context(open_by(way, table))
+            cache_bytes = cache_records * table.layout.stride
+            reader = TableExperts(table, store, dtype, "cuda", cache_bytes)
+            stack.callback(reader.close)
+            return reader
+
+        yield open_
+
+
+def assert_right(expected: Expected, rows, ids) -> None:
+    """Layers bit for bit, and mixes."""
+    for layer in range(expected.num_layers):
+        weights = expected.weights(ids, layer)
+        mixed = rows.mix(layer, weights.cuda()).cpu()
+        expected.assert_close(mixed, expected.mixed(layer, ids, weights))
+        assert torch.equal(rows.layer(layer)[rows.index].cpu(), expected.layer(layer, ids))
+
+
+# -------------------------------------------------------------------------------------- kernel
+
+
+@pytest.mark.parametrize("hidden", [1, 96, 257, 768, 1000, 1024, 4096])
+@pytest.mark.parametrize("name", sorted(ENCODINGS))
+def test_the_kernel_gives_what_its_reference_gives(name, hidden):
+    encoding = get_encoding(name)
+    for experts, positions, dtype in ((1, 1, torch.float32), (4, 9, torch.bfloat16)):
+        layer_bytes = encoding.layer_bytes(experts, hidden)
+        records = torch.zeros(7, -(-3 * layer_bytes // 64) * 64, dtype=torch.uint8)
+        for layer in range(3):
+            rows = torch.randn(7, experts, hidden)
+            records[:, layer * layer_bytes : (layer + 1) * layer_bytes] = encoding.encode(rows)
+        places, weights = torch.randint(0, 7, (positions,)), torch.rand(positions, experts)
+        settings = (encoding, hidden, 2 * layer_bytes, dtype)
+        on_gpu = (records.cuda(), places.cuda(), weights.cuda())
+        found = decode_and_mix(*on_gpu, *settings)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        for expected in (
+            decode_and_mix_reference(records, places, weights, *settings),
+            decode_and_mix_reference(*on_gpu, *settings).cpu(),
+        ):
+            torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("way", ["memory", "mmap", "threads", "io_uring"])
+def test_rows_under_pressure(wide, open_on_gpu, way):
+    from reading import ways_here
+
+    if way not in ways_here():
+        pytest.skip("no io_uring here")
+    table, records = wide
+    expected, reader = Expected(table, records), open_on_gpu(way, 70)
+    random = np.random.default_rng(0)
+    with torch.no_grad():
+        for step in range(60):
+            length = int(random.choice([1, 3, 32, 64, 65, 200, 256, 300]))
+            ids = torch.from_numpy(random.zipf(1.2, (1, length)) % 300)
+            assert_right(expected, reader.rows(ids.cuda(), ready=step % 3 == 0), ids)
+
+
+def test_slots_are_not_overwritten_while_the_gpu_still_reads_them(wide, open_on_gpu):
+    """The model's stream is kept busy, so that it is far behind the host."""
+    table, records = wide
+    expected, reader = Expected(table, records), open_on_gpu()
+    several = [
+        torch.arange(first, first + SLOT_BATCH).view(1, -1) for first in range(0, 256, SLOT_BATCH)
+    ]
+    weights = [expected.weights(ids, 1) for ids in several]
+    on_gpu = [each.cuda() for each in weights]
+    mixed = []
+    with torch.no_grad():
+        for ids, each in zip(several, on_gpu, strict=True):
+            rows = reader.rows(ids)  # ids on the host, so nothing waits for the GPU
+            torch.cuda._sleep(100_000_000)
+            mixed.append(rows.mix(1, each))
+            del rows
+    for ids, each, found in zip(several, weights, mixed, strict=True):
+        expected.assert_close(found.cpu(), expected.mixed(1, ids, each))
+
+
+def test_a_prompts_buffers_are_not_overwritten_while_the_gpu_still_reads_them(
+    tmp_path, open_on_gpu, monkeypatch
+):
+    from lookup_experts.table import reader as reader_module
+
+    monkeypatch.setattr(reader_module, "GROUP_BYTES", 1)
+    table, records = make_table(tmp_path, vocab_size=100, **{**ONE_BLOCK, "num_layers": 12})
+    expected, reader = Expected(table, records), open_on_gpu(table=table)
+    ids = torch.arange(100).view(1, -1)
+    weights = [expected.weights(ids, layer) for layer in range(12)]
+    on_gpu = [each.cuda() for each in weights]
+    mixed = []
+    with torch.no_grad():
+        rows = reader.rows(ids)
+        for layer in range(12):
+            torch.cuda._sleep(30_000_000)
+            mixed.append(rows.mix(layer, on_gpu[layer]))
+    for layer in range(12):
+        by_the_book = expected.mixed(layer, ids, weights[layer])
+        expected.assert_close(mixed[layer].cpu(), by_the_book)
+
+
+def test_streams_of_two_threads(wide, open_on_gpu):
+    from concurrent.futures import ThreadPoolExecutor
+
+    table, records = wide
+    expected, reader = Expected(table, records), open_on_gpu(cache_records=100)
+
+    def read(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(60):
+                ids = torch.from_numpy(random.integers(0, 150, (1, int(random.integers(1, 60)))))
+                assert_right(expected, reader.rows(ids.cuda()), ids)
+
+    with ThreadPoolExecutor(2) as threads:
+        for future in [threads.submit(read, seed) for seed in range(2)]:
+            future.result(120)
+
+
+# -------------------------------------------------------------------------------------- memory
+
+
+def test_the_budget_is_of_the_gpus_memory_and_kept(open_on_gpu):
+    before = torch.cuda.memory_allocated()
+    reader = open_on_gpu(cache_records=250)
+    assert torch.cuda.memory_allocated() - before <= 250 * STRIDE + 4096
+    with torch.no_grad():
+        for first in range(0, 300, 10):
+            rows = reader.rows(torch.arange(first, first + 10).view(1, -1).cuda())
+            rows.mix(0, torch.rand(10, 2, device="cuda", dtype=torch.float16))
+            assert torch.cuda.memory_allocated() - before <= 250 * STRIDE + 65536
+    del rows
+    reader.close()
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before <= 65536
+
+
+def test_ten_thousand_steps_leave_nothing_behind(wide, open_on_gpu):
+    from reading import open_files, resident_bytes
+
+    reader = open_on_gpu("io_uring", cache_records=100)
+    random = np.random.default_rng(0)
+    weights = torch.rand(2, 2, device="cuda", dtype=torch.float16)
+
+    def steps(count: int) -> tuple[int, int, int]:
+        with torch.inference_mode():
+            for _ in range(count):
+                ids = torch.from_numpy(random.zipf(1.3, (2, 1)) % 300).cuda()
+                reader.rows(ids).mix(1, weights)
+        torch.cuda.synchronize()
+        gc.collect()
+        return open_files(), torch.cuda.memory_allocated(), resident_bytes()
+
+    before, after = steps(500), steps(10_000)
+    assert after[:2] == before[:2]
+    assert after[2] - before[2] < 4_000_000
+
+
+# -------------------------------------------------------------------------------- whole models
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory):
+    """A function that gives the inference folder of one model in an encoding."""
+    folder, model = tmp_path_factory.mktemp("folded"), attached_model("llama")
+
+    def of(encoding: str):
+        out = folder / encoding
+        if not out.exists():
+            le.reparameterize(model, out, encoding=encoding)
+        return out
+
+    return of
+
+
+@pytest.mark.parametrize("encoding", sorted(ENCODINGS))
+@pytest.mark.parametrize("store", STORES)
+def test_logits_are_those_of_the_cpu(folded, store, encoding):
+    folder = folded(encoding)
+    plain = le.load(folder, store="memory", dtype="float32")
+    for cache in (0, "64kB"):
+        model = le.load(folder, store=store, cache=cache, device="cuda", dtype="float32")
+        for ids in (token_ids(1, 1), token_ids(2, 40), token_ids(4, 100)):
+            found = logits_of(model, ids.cuda()).cpu()
+            torch.testing.assert_close(found, logits_of(plain, ids), rtol=2e-3, atol=2e-3)
+        model.expert_source.close()
+
+
+def test_gradients_flow_through_a_table_on_the_gpu(folded):
+    ids, gradients = token_ids(2, 9), []
+    for device in ("cpu", "cuda"):
+        model = le.load(folded("float32"), store="mmap", device=device, dtype="float32")
+        model(input_ids=ids.to(device), labels=ids.to(device)).loss.backward()
+        gradients.append({name: w.grad.cpu() for name, w in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=2e-3, atol=2e-4)
+
+
+@contextmanager
+def waiting_is_an_error():
+    """Torch raises wherever one of its operations would wait for the GPU. Waiting for an event,
+    as is done for the ids, is none of these."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("length", [1, 32, 200])
+def test_rows_wait_for_nothing_but_the_ids(open_on_gpu, length):
+    reader = open_on_gpu()
+    several = [torch.arange(first, first + length).view(1, -1).cuda() for first in range(4)]
+    weights = torch.rand(length, 2, device="cuda", dtype=torch.float16)
+    with torch.inference_mode():
+        reader.rows(several[0]).mix(0, weights)
+        reader.rows(several[0]).mix(1, weights)
+        with waiting_is_an_error():
+            for ids in several:
+                rows = reader.rows(ids)
+                rows.mix(0, weights)
+                rows.mix(1, weights)
+
+
+def test_a_models_step_waits_for_nothing_but_the_ids(folded):
+    model = le.load(folded("nf4"), store="direct", cache=0, device="cuda", dtype="bfloat16")
+    steps = [token_ids(1, 1, seed=seed).cuda() for seed in range(8)]
+    with torch.inference_mode():
+        for each in (tiny_model("llama").to("cuda", torch.bfloat16), model):
+            cache = each(token_ids(1, 8).cuda(), use_cache=True).past_key_values
+            for ids in steps[:4]:
+                each(ids, past_key_values=cache, use_cache=True)
+            try:
+                with waiting_is_an_error():
+                    for ids in steps[4:]:
+                        each(ids, past_key_values=cache, use_cache=True)
+            except RuntimeError as error:
+                if each is model:
+                    raise
+                pytest.skip(f"the backbone waits by itself: {error}")
+
+
+@pytest.mark.parametrize("encoding", ["bfloat16", "nf4"])
+def test_static_cache_and_cuda_graphs_give_the_same_tokens(folded, encoding):
+    """`generate` compiles a static cache's decoding with `reduce-overhead` by itself."""
+    folder = folded(encoding)
+    model = le.load(folder, store="direct", cache="64kB", device="cuda", dtype="float32")
+    prompts = [token_ids(1, 12, seed=seed).cuda() for seed in range(3)]
+    expected = [greedy(model, prompt, 24) for prompt in prompts]
+    torch._dynamo.reset()
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        assert torch.equal(greedy(model, prompt, 24, cache_implementation="static"), tokens)
+    torch._dynamo.reset()
+
+
+def test_a_graph_reads_slots_where_they_are(folded):
+    """A copy of all slots at every step would show as memory of the graph's own."""
+    model = le.load(folded("bfloat16"), store="direct", cache="512kB", device="cuda")
+    ids = token_ids(1, 1).cuda()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, mode="reduce-overhead")
+    with torch.inference_mode():
+        for seed in range(6):
+            ids.copy_(token_ids(1, 1, seed=seed))
+            found = compiled(ids, use_cache=False).logits.clone()
+            torch.testing.assert_close(found, logits_of(model, ids), rtol=5e-2, atol=5e-2)
+    memory = model.expert_source._on_device._memory
+    assert memory._dynamo_static_input_type == "unguarded"
+    torch._dynamo.reset()
