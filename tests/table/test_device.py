@@ -88,7 +88,8 @@ def test_rows_of_any_table_and_batch(tmp_path_factory, data):
     way = data.draw(st.sampled_from(ways_here()), "way")
     expected = Expected(table, records, dtype)
     copy_bytes = data.draw(st.sampled_from([1, 2**22]), "copy_bytes")
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+    no_gradients = data.draw(st.sampled_from([torch.no_grad, torch.inference_mode]), "mode")
+    with pytest.MonkeyPatch.context() as patch, no_gradients():
         patch.setattr(transfer, "COPY_BYTES", copy_bytes)
         copy_groups.cache_clear()
         lane = LateLane(1e-3)

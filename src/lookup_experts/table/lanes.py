@@ -92,7 +92,8 @@ class HostLane:
         return torch.from_numpy(aligned_buffer(num_bytes))
 
     def device_memory(self, num_rows: int, row_bytes: int, lasting: bool = False) -> Tensor:
-        return torch.from_numpy(aligned_buffer(num_rows * row_bytes)).view(num_rows, row_bytes)
+        with torch.inference_mode(False):  # copies are made outside of it as well
+            return torch.from_numpy(aligned_buffer(num_rows * row_bytes)).view(num_rows, row_bytes)
 
     def model_queue(self) -> Any:
         return None
@@ -143,7 +144,7 @@ class CudaLane:
 
     def device_memory(self, num_rows: int, row_bytes: int, lasting: bool = False) -> Tensor:
         shape = (num_rows, row_bytes)
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # copies are made outside of it as well
             memory = torch.empty(shape, dtype=torch.uint8, device=self.device)
         # It may have been somebody's whose work is still queued; and when it is let go, nobody
         # is to have it before the lane's copies are over.
