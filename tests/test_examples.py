@@ -22,6 +22,11 @@ def test_attach_and_fold():
     assert "the table says what the experts say" in run(EXAMPLES / "attach_and_fold.py")
 
 
+@pytest.mark.timeout(90)
+def test_upcycle():
+    assert "the folded model says what the trained one says" in run(EXAMPLES / "upcycle.py")
+
+
 def test_train_tokenizer(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(

@@ -106,6 +106,19 @@ def test_without_the_package_it_fails(saved, run_python):
     assert "lookup_experts" in errors
 
 
+def test_inspecting_them_counts_their_backbone(saved, tmp_path):
+    from lookup_experts.commands.inspect import format_description
+    from lookup_experts.generation.inspection import inspect_folder
+
+    folder, _ = saved
+    described = inspect_folder(folder)
+    model = le.load(folder)
+    routed = sum(p.numel() for n, p in model.named_parameters() if ".routed." in n)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert described["parameters"] == {"experts": routed, "resident": total - routed}
+    assert f"  on              {tmp_path / 'backbone'}\n" in format_description(described)
+
+
 # --- another backbone, or none ------------------------------------------------------------------
 
 

@@ -36,6 +36,8 @@ def format_description(described: dict[str, Any]) -> str:
             f"  experts         {settings['num_experts']} {settings['expert_kind']} experts of "
             f"size {settings['expert_size']} in {len(settings['layers'])} layers"
         )
+        if "backbone" in settings:
+            lines.append(f"  on              {settings['backbone']['name']}")
     moe = described.get("moe")
     if moe:
         lines.append(

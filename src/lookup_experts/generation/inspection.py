@@ -11,6 +11,7 @@ from lookup_experts.errors import TableError, UserError
 from lookup_experts.generation.folding import tokenizer_hash
 from lookup_experts.generation.loading import load, local_folder
 from lookup_experts.model.attach import LookupSettings
+from lookup_experts.model.backbone import backbone_folder
 from lookup_experts.model.checkpoint import (
     moe_settings,
     official_kind,
@@ -87,6 +88,9 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         described["parameters"] = moe_parameters(path, described["moe"])
         return described
     described["parameters"] = count_parameters(path, EXPERT_MARKS[described["format"]])
+    if settings is not None and settings.backbone is not None:
+        backbone = count_parameters(backbone_folder(path, settings), ())
+        described["parameters"]["resident"] += backbone["resident"]
     if settings is not None and settings.form == "table":
         table = open_table(path / "table")
         described["table"] = describe_table(table)

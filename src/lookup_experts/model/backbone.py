@@ -207,7 +207,7 @@ def load_on_backbone(folder: Path, config: Any, *args: Any, **kwargs: Any) -> tu
     if config is None:
         config = LookupExpertsConfig.from_pretrained(folder)
     settings = LookupSettings.from_dict(config.lookup_experts)
-    place = _backbone_folder(folder, settings)
+    place = backbone_folder(folder, settings)
     model, report = _load_backbone(place, _plain(config), *args, **kwargs)
     install(model, settings)
     become_attached(model, settings)
@@ -241,8 +241,12 @@ def load_experts(model: Any, folder: Path) -> None:
     refuse_partial_loading(folder, report, "missing", "mismatched", "unexpected")
 
 
-def _backbone_folder(folder: Path, settings: LookupSettings) -> Path:
-    """The backbone's folder, where it is the one that the experts were trained on."""
+def backbone_folder(folder: Path, settings: LookupSettings) -> Path:
+    """Where the backbone is that the experts in a folder were trained on.
+
+    Raises:
+        UserError: it isn't there, or is another one.
+    """
     assert settings.backbone is not None
     name = settings.backbone.name
     help_text = (
