@@ -133,8 +133,9 @@ def test_a_checkpoint_that_is_half_written_is_never_taken_up(
     newest, older = list_checkpoints(checkpoints)[::-1]
     (checkpoints / UNFINISHED).mkdir()
     newest.rename(checkpoints / UNFINISHED / newest.name)
-    for file in (checkpoints / UNFINISHED / newest.name).iterdir():
-        file.write_bytes(file.read_bytes()[:100])
+    for file in (checkpoints / UNFINISHED / newest.name).rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:100])
     assert last_checkpoint(checkpoints) == older
     run_to_the_end(LONG, data, out)
     assert_same_run(out, uninterrupted)

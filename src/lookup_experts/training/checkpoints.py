@@ -1,16 +1,44 @@
 """Checkpoints on disk: whole or not there.
 
-A checkpoint is a folder as transformers' Trainer writes it: weights, optimizer, schedule, random
-state. It is written under `unfinished/` and renamed when all of it has reached the disk, so a
-folder that is called `checkpoint-STEP` is complete.
+A checkpoint is a folder with
+
+    state/                   trained weights and optimizer, as torch.distributed.checkpoint writes
+                             them: each process its part, so nothing is gathered; any number of
+                             processes, with whole copies of the model or with shards, can go on
+    scheduler.pt, rng_state*.pth, trainer_state.json   as transformers' Trainer writes them
+    data.json                where streamed text was, see `streams.py`
+
+It is written under `unfinished/` and renamed when all of it has reached the disk, so a folder that
+is called `checkpoint-STEP` is complete.
 """
 
+import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as distributed_checkpoint
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 UNFINISHED = "unfinished"
+STATE = "state"
+DATA_POSITION = "data.json"
+# What isn't trained comes from where the model came from.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -72,3 +100,58 @@ def _flush_entry(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def save_state(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write a model's trained weights and its optimizer's state; all processes take part."""
+    state = {
+        "model": get_model_state_dict(model, options=_TRAINED),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=_TRAINED),
+    }
+    try:
+        with _quiet_alone() as alone:
+            distributed_checkpoint.save(state, checkpoint_id=checkpoint / STATE, no_dist=alone)
+    except CheckpointException as error:
+        # Which is no `Exception`. What happened in one of the processes, a full disk say, is.
+        happened, _ = next(iter(error.failures.values()))
+        raise happened from error
+
+
+def write_data_position(checkpoint: Path, position: dict[str, Any]) -> None:
+    """Note where streamed text was; nothing where there is none."""
+    (checkpoint / DATA_POSITION).write_text(json.dumps(position))
+
+
+def read_data_position(checkpoint: Path) -> dict[str, Any]:
+    position: dict[str, Any] = json.loads((checkpoint / DATA_POSITION).read_bytes())
+    return position
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Put the weights of a checkpoint into a model, whichever part of it this process has."""
+    state = {"model": get_model_state_dict(model, options=_TRAINED)}
+    _load(checkpoint, state)
+    set_model_state_dict(model, state["model"], options=_TRAINED)
+
+
+def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The same for the state of its optimizer."""
+    state: dict[str, Any] = {
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=_TRAINED)
+    }
+    _load(checkpoint, state)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_TRAINED)
+
+
+def _load(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Read into the tensors of a state, in place."""
+    with _quiet_alone() as alone:
+        distributed_checkpoint.load(state, checkpoint_id=checkpoint / STATE, no_dist=alone)
+
+
+@contextmanager
+def _quiet_alone() -> Iterator[bool]:
+    """Whether there are no other processes to write or read with; torch warns of it every time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield not (torch.distributed.is_available() and torch.distributed.is_initialized())

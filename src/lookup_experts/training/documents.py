@@ -84,10 +84,10 @@ def _text_of_line(line: bytes, text_field: str, place: str) -> str:
         raise UserError(
             f"{place}: a {type(row).__name__}; expected a JSON object with a field {text_field!r}."
         )
-    return _text_of_row(row, text_field, place)
+    return text_of_row(row, text_field, place)
 
 
-def _text_of_row(row: dict[str, Any], text_field: str, place: str) -> str:
+def text_of_row(row: dict[str, Any], text_field: str, place: str) -> str:
     """The text of a row; null counts as a document without text."""
     if text_field not in row:
         raise _missing_field(text_field, list(row), place)
@@ -128,7 +128,7 @@ def _read_parquet(source: TextFile, text_field: str) -> Iterator[Chunk]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise _missing_package("pyarrow", source.name) from None
+        raise missing_package("pyarrow", source.name) from None
     try:
         with pyarrow.parquet.ParquetFile(source.path) as file:
             if text_field not in file.schema_arrow.names:
@@ -137,18 +137,18 @@ def _read_parquet(source: TextFile, text_field: str) -> Iterator[Chunk]:
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[text_field]):
                 for fields in batch.to_pylist():
                     row += 1
-                    text = _text_of_row(fields, text_field, f"{source.name}, row {row}")
+                    text = text_of_row(fields, text_field, f"{source.name}, row {row}")
                     yield Chunk(text, True, source.num_bytes * row // file.metadata.num_rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
-            f"{source.name} can't be read as parquet: {_first_line(error)} Get the file again."
+            f"{source.name} can't be read as parquet: {first_line(error)} Get the file again."
         ) from error
 
 
 def _read_hub_dataset(source: HubDataset, text_field: str) -> Iterator[Chunk]:
     """One document per row of the train split, streamed."""
     for number, row in enumerate(_stream_rows(source), start=1):
-        text = _text_of_row(row, text_field, f"data set {source.name}, row {number}")
+        text = text_of_row(row, text_field, f"data set {source.name}, row {number}")
         yield Chunk(text, True, 0)
 
 
@@ -156,7 +156,7 @@ def _stream_rows(source: HubDataset) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError:
-        raise _missing_package("datasets", source.name) from None
+        raise missing_package("datasets", source.name) from None
     try:
         yield from datasets.load_dataset(
             source.path, source.config, split="train", streaming=True, revision=source.revision
@@ -164,20 +164,20 @@ def _stream_rows(source: HubDataset) -> Iterator[dict[str, Any]]:
     # A wrong config, a missing split, a lost connection: each kind of file has its own classes.
     except Exception as error:
         raise UserError(
-            f"The data set {source.name} can't be read: {_first_line(error)} Expected `name` or "
+            f"The data set {source.name} can't be read: {first_line(error)} Expected `name` or "
             "`name:config` of a data set with a train split. If the connection was lost, run the "
             "same command again."
         ) from error
 
 
-def _missing_package(package: str, name: str) -> UserError:
+def missing_package(package: str, name: str) -> UserError:
     return UserError(
         f"Reading {name} needs the package {package}. "
         "Install it with: pip install 'lookup-experts[train]'"
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     line = next(iter(str(error).splitlines()), type(error).__name__)
     return line if line.endswith(".") else line + "."
 

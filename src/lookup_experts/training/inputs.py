@@ -59,14 +59,14 @@ class HubDataset:
 Input = TextFile | HubDataset
 
 
-def find_inputs(names: Sequence[str], out: Path) -> list[Input]:
+def find_inputs(names: Sequence[str], out: Path | None = None) -> list[Input]:
     """Every input behind the names, in their order; folders are walked in sorted order.
 
     Of a folder the files with a known ending are taken, hidden ones are not.
 
     Args:
         names: files, folders, and data sets as `name` or `name:config`.
-        out: the folder to be written, which must not lie in a folder that is read.
+        out: the folder to be written, if any, which must not lie in a folder that is read.
     """
     inputs = [found for name in names for found in _find(name, out)]
     seen: set[Any] = set()
@@ -83,7 +83,7 @@ def suffix_of(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
-def _find(name: str, out: Path) -> list[Input]:
+def _find(name: str, out: Path | None) -> list[Input]:
     path = Path(name).expanduser()
     if path.is_dir():
         return list(_walk(path, out))
@@ -99,8 +99,8 @@ def _find(name: str, out: Path) -> list[Input]:
     return [_hub_dataset(match["name"], match["config"])]
 
 
-def _walk(folder: Path, out: Path) -> Iterator[TextFile]:
-    if out.resolve().is_relative_to(folder.resolve()):
+def _walk(folder: Path, out: Path | None) -> Iterator[TextFile]:
+    if out is not None and out.resolve().is_relative_to(folder.resolve()):
         raise UserError(
             f"--out {out} lies in {folder}, which is read. Choose a folder outside of it."
         )

@@ -1,4 +1,8 @@
-"""From a recipe to a model before training, and what its parameters amount to."""
+"""From a recipe to a model before training, and what its parameters amount to.
+
+A model is built without weights and given them afterwards (`initialization.py`), so that one that
+is larger than memory can be cut into shards in between (`sharding.py`).
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +15,9 @@ from lookup_experts.model.baselines import GatelessLlamaForCausalLM
 from lookup_experts.model.configuration import GatelessLlamaConfig, MoeGatelessLlamaConfig
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM, count_active
 from lookup_experts.model.router_losses import add_router_losses
+from lookup_experts.training.initialization import give_weights
 from lookup_experts.training.recipe import ExpertsRecipe, Recipe
+from lookup_experts.training.sharding import shard_model
 
 VOCAB_MULTIPLE = 64
 """Matrix kernels are fastest where the output head has a multiple of this many rows."""
@@ -42,20 +48,47 @@ def build_model(recipe: Recipe, vocab_size: int) -> Any:
         A `GatelessLlamaForCausalLM`, with lookup experts attached where the recipe has them, or a
         `MoeGatelessLlamaForCausalLM` where it has a mixture of experts.
     """
+    model = build_without_weights(recipe, vocab_size)
+    give_weights(model, torch.device("cpu"), recipe.training.seed, recipe.model.init_std)
+    return model
+
+
+def build_sharded_model(recipe: Recipe, vocab_size: int, device: torch.device) -> Any:
+    """The model of `build_model`, cut into one shard per process, with the same weights.
+
+    Args:
+        recipe: as for `build_model`.
+        vocab_size: as for `build_model`.
+        device: of this process. All processes call this together.
+    """
+    model = build_without_weights(recipe, vocab_size)
+    shard_model(model, device)
+    give_weights(model, device, recipe.training.seed, recipe.model.init_std)
+    return model
+
+
+def build_without_weights(recipe: Recipe, vocab_size: int) -> Any:
+    """The model of `build_model`, its parameters on the meta device: shapes without memory."""
+    from accelerate import init_empty_weights
+
+    # Buffers, which hold the rotary embedding's frequencies, are small and stay.
+    with init_empty_weights(include_buffers=False):
+        return _build(recipe, vocab_size)
+
+
+def _build(recipe: Recipe, vocab_size: int) -> Any:
     sizes = recipe.model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.training.seed)
-        model = _backbone(recipe, vocab_size)
-        if sizes.experts is not None:
-            attach(
-                model,
-                sizes.experts.num_experts,
-                expert_size=sizes.experts.size,
-                expert_kind=sizes.experts.kind,
-                layers=sizes.experts.layers,
-                init="normal",
-            )
-            _add_router_losses(model, sizes.experts)
+    model = _backbone(recipe, vocab_size)
+    if sizes.experts is not None:
+        attach(
+            model,
+            sizes.experts.num_experts,
+            expert_size=sizes.experts.size,
+            expert_kind=sizes.experts.kind,
+            layers=sizes.experts.layers,
+            init="normal",
+        )
+        _add_router_losses(model, sizes.experts)
     return model
 
 

@@ -173,6 +173,9 @@ class TrainingRecipe:
     """`bf16`: autocast to bfloat16 over float32 master weights, on CPU too. `fp32`: float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    share_expert_outputs: bool = False
+    """Evaluate the routed experts once per step, not once per micro batch: less time, the same
+    gradients, and their outputs over the whole step are held in memory. Not under FSDP."""
     seed: int = 0
     """Decides the weights before training and the order of the data."""
     log_every: int = 10
@@ -221,6 +224,11 @@ class TrainingRecipe:
     @property
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.context_length
+
+    @property
+    def num_sequences(self) -> int:
+        """Of the whole run."""
+        return self.num_steps * self.sequences_per_step
 
     @property
     def num_steps(self) -> int:

@@ -11,7 +11,7 @@ summary.json           what came out; written last, so a folder that has one is 
 """
 
 import json
-import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,16 @@ from lookup_experts.training.manifest import Manifest
 from lookup_experts.training.recipe import RecipeFile, load_recipe
 
 _MAX_DIFFERENCES = 3
+# What may change when a run goes on: when things are told and kept, and how much is computed at
+# once. None of it changes the result by more than rounding.
+_FREE_KEYS = frozenset(
+    f"training.{key}"
+    for key in (
+        *("log_every", "validate_every", "validate_sequences"),
+        *("checkpoint_every", "keep_checkpoints"),
+        *("sequences_per_micro_batch", "gradient_checkpointing"),
+    )
+)
 
 
 class RunFolder:
@@ -42,15 +52,22 @@ class RunFolder:
         """Create the folder and keep other processes from training in it."""
         return locked(self.path, "training")
 
-    def check(self, recipe: RecipeFile, data: dict[str, Any]) -> None:
-        """Refuse a folder with other things in it; say in what an earlier run differs."""
+    def check(self, recipe: RecipeFile, data: dict[str, Any]) -> list[str]:
+        """Refuse a folder with other things in it; say in what an earlier run differs.
+
+        Returns:
+            A line for each key that has changed and may.
+        """
         if not self.recipe.exists():
             self._refuse_foreign_files()
-            return
-        before = load_recipe(self.recipe, kind=type(recipe)).to_dict()
-        self._compare("recipe", _flatten(before), _flatten(recipe.to_dict()))
+            return []
+        before = _flatten(load_recipe(self.recipe, kind=type(recipe)).to_dict())
+        now = _flatten(recipe.to_dict())
+        changed = [key for key in sorted(_FREE_KEYS) if before.get(key) != now.get(key)]
+        self._compare("recipe", before | {key: now.get(key) for key in changed}, now)
         if self.data.exists():
             self._compare("data", _read_json(self.data), data)
+        return [f"{key} was {before.get(key)}, is {now.get(key)} from here on." for key in changed]
 
     def begin(self, recipe: RecipeFile, data: dict[str, Any]) -> None:
         """Say what the folder is for, and remove what a killed run left half written."""
@@ -79,13 +96,15 @@ class RunFolder:
             f"Choose another --out, or the same {what}."
         )
 
-    def install_model(self, tokenizer: Path) -> None:
+    def install_model(self, save_tokenizer: Callable[[Path], None]) -> None:
         """Move the model from `unfinished/` to its place, its tokenizer with it.
 
         The configuration goes last: a folder with one has its weights.
+
+        Args:
+            save_tokenizer: writes the tokenizer's files into a folder.
         """
-        for path in tokenizer.iterdir() if tokenizer.is_dir() else ():
-            shutil.copyfile(path, self.unfinished_model / path.name)
+        save_tokenizer(self.unfinished_model)
         for path in sorted(self.unfinished_model.iterdir(), key=lambda p: p.name == "config.json"):
             path.replace(self.path / path.name)
         self.unfinished_model.rmdir()

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from lookup_experts.errors import UserError
@@ -26,23 +26,27 @@ from lookup_experts.training.callbacks import (
     ShowProgress,
     StopOnSignal,
 )
-from lookup_experts.training.checkpoints import checkpoint_step, last_checkpoint
-from lookup_experts.training.data import TokenDataset, TokenShards
+from lookup_experts.training.checkpoints import (
+    checkpoint_step,
+    last_checkpoint,
+    read_data_position,
+)
 from lookup_experts.training.disk_space import check_disk_space, told_when_disk_is_full
 from lookup_experts.training.history import History, tokens_per_second
-from lookup_experts.training.manifest import Manifest
 from lookup_experts.training.models import (
     ParameterCounts,
     build_model,
+    build_sharded_model,
     count_parameters,
     enable_gradient_checkpointing,
     with_vocabulary,
 )
-from lookup_experts.training.order import ShuffledSequences
-from lookup_experts.training.prepare import TOKENIZER_NAME
+from lookup_experts.training.order import MixedSequences
 from lookup_experts.training.progress import Display, make_display, without_transformers_bars
 from lookup_experts.training.recipe import Recipe, RecipeFile
-from lookup_experts.training.run_folder import RunFolder, identify_data, write_text
+from lookup_experts.training.run_folder import RunFolder, write_text
+from lookup_experts.training.sharding import join_processes, take_over_from_launcher
+from lookup_experts.training.sources import TrainingData, Vocabulary
 from lookup_experts.training.trainer import RecipeTrainer, is_main_process
 from lookup_experts.training.upcycling import (
     UpcycleRecipe,
@@ -107,7 +111,12 @@ class TrainingSummary:
 
 
 def train(
-    recipe: RecipeFile, data: str | Path, out: str | Path, *, progress: bool = True
+    recipe: RecipeFile,
+    data: str | Path | TrainingData,
+    out: str | Path,
+    *,
+    shard: bool = False,
+    progress: bool = True,
 ) -> TrainingSummary:
     """Train a recipe into a Hugging Face folder; go on where an earlier call stopped.
 
@@ -117,8 +126,9 @@ def train(
     Args:
         recipe: the model and how it is trained: a `Recipe` (see `load_recipe`), or an
             `UpcycleRecipe` whose backbone is settled (see `for_backbone`).
-        data: a folder of `prepare`.
+        data: a folder of `prepare`, or several and streams as a `TrainingData`.
         out: the run's folder, see `run_folder.py`; new, empty, or of the same recipe and data.
+        shard: cut the model over the processes (FSDP2), where each would hold a copy (DDP).
         progress: show progress on stderr.
 
     Raises:
@@ -127,24 +137,27 @@ def train(
         TrainingInterrupted: SIGINT or SIGTERM; the last step is in a checkpoint.
     """
     _require_accelerate()
-    manifest = Manifest.load(Path(data))
-    recipe = _settled(recipe, manifest)
-    sequences = TokenDataset(TokenShards(data), recipe.training.context_length)
-    held_out = _held_out_sequences(data, manifest, recipe)
+    shard = take_over_from_launcher() or shard
+    if not isinstance(data, TrainingData):
+        data = TrainingData([data])
+    recipe = _settled(recipe, data.vocabulary)
+    sequences = data.sequences(recipe.training)
+    held_out = data.held_out(recipe.training)
     run = RunFolder(out)
     display = make_display(recipe.training.num_steps, shown=progress and is_main_process())
     with run.locked() if is_main_process() else nullcontext():
         if is_main_process():
-            run.check(recipe, identify_data(manifest))
+            for change in run.check(recipe, data.identity()):
+                display.message(change)
         if run.summary.exists():
             display.message(f"{run.path} is finished already; there is nothing to do.")
             return TrainingSummary.load(run.summary)
-        model = _model_for(recipe, manifest)
+        model = _model_for(recipe, data.vocabulary, shard)
         if is_main_process():
             check_disk_space(run, recipe, count_parameters(model))
-            run.begin(recipe, identify_data(manifest))
+            run.begin(recipe, data.identity())
         with told_when_disk_is_full(run), without_transformers_bars():
-            return _train_model(model, recipe, run, sequences, held_out, Path(data), display)
+            return _train_model(model, recipe, run, data, sequences, held_out, display)
 
 
 def _require_accelerate() -> None:
@@ -154,44 +167,38 @@ def _require_accelerate() -> None:
         )
 
 
-def _settled(recipe: RecipeFile, manifest: Manifest) -> RecipeFile:
+def _settled(recipe: RecipeFile, vocabulary: Vocabulary) -> RecipeFile:
     """The recipe with what the data decides, and refused where they don't go together."""
     if isinstance(recipe, UpcycleRecipe):
-        check_data(recipe, manifest)
+        check_data(recipe, vocabulary)
         return recipe
     assert isinstance(recipe, Recipe)
-    return with_vocabulary(recipe, manifest.vocab_size)
+    return with_vocabulary(recipe, vocabulary.vocab_size)
 
 
-def _held_out_sequences(
-    data: str | Path, manifest: Manifest, recipe: RecipeFile
-) -> Dataset[Any] | None:
-    """The sequences of every validation, spread evenly; None where no text was held out."""
-    if not manifest.splits["validation"]:
-        return None
-    sequences = TokenDataset(TokenShards(data, "validation"), recipe.training.context_length)
-    count = min(recipe.training.validate_sequences, len(sequences))
-    return Subset(sequences, [i * len(sequences) // count for i in range(count)])
-
-
-def _model_for(recipe: RecipeFile, manifest: Manifest) -> Any:
+def _model_for(recipe: RecipeFile, vocabulary: Vocabulary, shard: bool) -> Any:
     """The model before training."""
     if isinstance(recipe, UpcycleRecipe):
+        if shard:
+            raise UserError("`mole upcycle` doesn't shard the model; each process holds a copy.")
         model = upcycled_model(recipe)
     else:
         assert isinstance(recipe, Recipe)
-        model = _model_from_scratch(recipe, manifest)
+        model = _model_from_scratch(recipe, vocabulary, shard)
     if recipe.training.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
 
 
-def _model_from_scratch(recipe: Recipe, manifest: Manifest) -> Any:
+def _model_from_scratch(recipe: Recipe, vocabulary: Vocabulary, shard: bool) -> Any:
     """A model that begins and ends a text with the data's one special token."""
     assert recipe.model.vocab_size is not None
-    model = build_model(recipe, recipe.model.vocab_size)
+    if shard:
+        model = build_sharded_model(recipe, recipe.model.vocab_size, join_processes())
+    else:
+        model = build_model(recipe, recipe.model.vocab_size)
     for config in (model.config, model.generation_config):
-        config.bos_token_id = config.eos_token_id = manifest.eos_token_id
+        config.bos_token_id = config.eos_token_id = vocabulary.eos_token_id
     return model
 
 
@@ -199,23 +206,24 @@ def _train_model(
     model: Any,
     recipe: RecipeFile,
     run: RunFolder,
-    sequences: TokenDataset,
+    data: TrainingData,
+    sequences: Dataset[Any],
     held_out: Dataset[Any] | None,
-    data: Path,
     display: Display,
 ) -> TrainingSummary:
     """All steps that are left, then the model and the summary."""
     training = recipe.training
     checkpoint = last_checkpoint(run.checkpoints)
     step = checkpoint_step(checkpoint) if checkpoint else 0
-    num_sequences = training.num_steps * training.sequences_per_step
+    if checkpoint is not None and isinstance(sequences, MixedSequences):
+        sequences.restore(read_data_position(checkpoint))
     stop = StopOnSignal()
     history = History(run.history, step)
     trainer = RecipeTrainer(
         run,
         recipe,
         model,
-        ShuffledSequences(sequences, num_sequences, training.seed),
+        sequences,
         held_out,
         [stop, LogAtMilestones(), RefuseNonFinite(run)],
     )
@@ -229,7 +237,7 @@ def _train_model(
             f"Stopped after step {trainer.state.global_step:,} of {training.num_steps:,}, with a "
             "checkpoint. Run the same command again to go on."
         )
-    return _finish(trainer, model, recipe, run, history, data / TOKENIZER_NAME)
+    return _finish(trainer, model, recipe, run, history, data)
 
 
 def _finish(
@@ -238,7 +246,7 @@ def _finish(
     recipe: RecipeFile,
     run: RunFolder,
     history: History,
-    tokenizer: Path,
+    data: TrainingData,
 ) -> TrainingSummary:
     """Write the trained model and the summary, which says that the run is finished."""
     model.config.use_cache = True  # the Trainer turns it off for training
@@ -246,7 +254,7 @@ def _finish(
         prepare_to_save(model, recipe)
     trainer.save_trained_model(run.unfinished_model)
     if is_main_process():
-        run.install_model(tokenizer)
+        run.install_model(data.save_tokenizer)
         summary = _summarise(model, recipe, history, str(trainer.args.device))
         write_text(run.summary, json.dumps(summary.to_dict(), indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()

@@ -8,13 +8,24 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from lookup_experts.errors import UserError
 from lookup_experts.model.backbone import is_attached
-from lookup_experts.training.checkpoints import UNFINISHED, publish_checkpoint
+from lookup_experts.training.accumulation import SharesExpertOutputs
+from lookup_experts.training.checkpoints import (
+    UNFINISHED,
+    load_optimizer,
+    load_weights,
+    publish_checkpoint,
+    save_state,
+    write_data_position,
+)
 from lookup_experts.training.history import perplexity
+from lookup_experts.training.order import MixedSequences
 from lookup_experts.training.recipe import RecipeFile
 from lookup_experts.training.run_folder import RunFolder
+from lookup_experts.training.sharding import is_sharded, write_sharded_model
 
 
 def num_processes() -> int:
@@ -84,7 +95,7 @@ def _micro_batches_per_step(recipe: RecipeFile) -> int:
     return training.sequences_per_step // at_once
 
 
-class RecipeTrainer(Trainer):
+class RecipeTrainer(SharesExpertOutputs, Trainer):
     """Keeps the order of its data set, decays matrices alone, writes whole checkpoints.
 
     Args:
@@ -113,8 +124,12 @@ class RecipeTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)  # which prints every log on stdout
+        if is_sharded(model):
+            self._leave_placement_to_the_model()
+        self.share_expert_outputs = recipe.training.share_expert_outputs
         self._run = run
         self._keep_checkpoints = recipe.training.keep_checkpoints
+        self._sequences_per_step = recipe.training.sequences_per_step
         self._backbone_learning_rate = recipe.backbone_learning_rate
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -182,7 +197,43 @@ class RecipeTrainer(Trainer):
             publish_checkpoint(self._run.checkpoints, step, self._keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
+    def _leave_placement_to_the_model(self) -> None:
+        """Keep accelerate from wrapping a sharded model in DDP; it still adds the autocast."""
+        prepare_model = self.accelerator.prepare_model
+
+        def prepare(model: Any, *args: Any, **kwargs: Any) -> Any:
+            return prepare_model(model, device_placement=False, evaluation_mode=True)
+
+        self.accelerator.prepare_model = prepare
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer does, but not into checkpoints: `save_state` writes their weights."""
+        if not _internal_call:
+            super().save_model(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_state(Path(output_dir), self.model, self.optimizer.optimizer)
+        if not is_main_process():
+            return
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        if isinstance(self.train_dataset, MixedSequences):
+            num_sequences = self.state.global_step * self._sequences_per_step
+            position = self.train_dataset.position(num_sequences)
+            write_data_position(Path(output_dir), position)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(Path(checkpoint), self.model, self.optimizer.optimizer)
+            schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
+
     def save_trained_model(self, folder: Path) -> None:
         """Write what `from_pretrained` takes; all processes take part, the main one writes."""
+        if is_sharded(self.model):
+            write_sharded_model(self.model, folder, writes=is_main_process())
+            return
         self.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)

@@ -18,8 +18,8 @@ from lookup_experts.model.attach import SAVES, attach, parse_layers
 from lookup_experts.model.backbone import is_attached, refer_to, set_backbone_reference
 from lookup_experts.model.blocks import find_ffns
 from lookup_experts.model.checkpoint import read_config
-from lookup_experts.training.manifest import Manifest
 from lookup_experts.training.recipe import ExpertsRecipe, RecipeFile, TrainingRecipe
+from lookup_experts.training.sources import Vocabulary
 from lookup_experts.training.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_hash
 
 TRAINED = ("nothing", "ffn", "all")
@@ -129,7 +129,7 @@ def _replace_given(recipe: BackboneRecipe, **values: Any) -> BackboneRecipe:
     return replace(recipe, **{key: value for key, value in values.items() if value is not None})
 
 
-def check_data(recipe: UpcycleRecipe, manifest: Manifest) -> None:
+def check_data(recipe: UpcycleRecipe, manifest: Vocabulary) -> None:
     """Refuse text that was prepared for another model, before any weights are loaded.
 
     Raises:
@@ -154,7 +154,7 @@ def check_data(recipe: UpcycleRecipe, manifest: Manifest) -> None:
         )
 
 
-def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
+def _check_tokenizer(folder: Path, manifest: Vocabulary) -> None:
     expected = manifest.tokenizer["hash"]
     path = folder / TOKENIZER_FILE
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == expected:

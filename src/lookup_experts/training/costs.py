@@ -1,0 +1,305 @@
+"""What a recipe costs, from its sizes alone: `mole train --dry-run`.
+
+No model is built and no data is read. The formulas are those of the paper (arXiv 2503.15798, Table
+1) with what it leaves out: attention, the head, routers and norms, and the unique ids, of which
+the experts are evaluated once each (`model/experts.py`).
+
+A FLOP is a multiplication or an addition; a matrix product of a token with a weight is two for
+each weight. A backward pass takes two forward passes' worth.
+"""
+
+from bisect import bisect_left
+from dataclasses import asdict, dataclass
+from math import exp, log
+from typing import Any
+
+from lookup_experts.training.recipe import ModelRecipe, Recipe
+
+BACKWARD = 2
+"""FLOPs of a backward pass, in forward passes."""
+# Tokens in a window of English prose (24 novels, GPT-NeoX's tokenizer) -> tokens per unique id.
+_PROSE = ((128, 1.4), (512, 1.9), (2048, 2.7), (8192, 4.0), (32768, 6.9), (131072, 13.5))
+_PROSE_END = (524288, 33.0)
+_FLOAT32 = 4
+# AdamW's two moments.
+_OPTIMIZER_FLOATS = 2
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many numbers a model has."""
+
+    total: int
+    """In training form, all of them trained."""
+    backbone: int
+    """Without what lookup experts add; of a mixture of experts, everything."""
+    routed_experts: int
+    """Of the experts that a router chooses from or weighs, with their norms; of lookup experts,
+    these become the table."""
+    routers: int
+    """Of all routers."""
+    active: int
+    """That a token uses while generating: without lookup experts, of a mixture the selected."""
+    offloaded_experts: int
+    """Numbers that are kept outside of the GPU: a table's, or a mixture's routed experts."""
+    loaded_per_token: int
+    """Numbers of these that one token needs; of a mixture in the worst case."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per token."""
+
+    training: float
+    """Forward and backward, the experts on the unique ids of a micro batch."""
+    training_backbone: float
+    """Of these the backbone's, with routers and the weighted sum."""
+    training_experts: float
+    """Of these the lookup experts', on unique ids."""
+    training_experts_per_position: float
+    """What they would be, were the experts evaluated at every position."""
+    inference: float
+    """A token at the end of a full context, the experts in a table."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU; float32 weights, gradients and optimizer."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    """Beside a shard: two whole blocks while they compute, with their gradients, and what lies
+    outside of the blocks. Beside a whole copy: DDP's buckets of gradients."""
+    activations: int
+    """An estimate: what one micro batch keeps for its backward pass."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Everything that `mole train --dry-run` tells."""
+
+    parameters: Parameters
+    flops_per_token: Flops
+    tokens_per_unique_id: float
+    """In a micro batch."""
+    training_flops: float
+    """Of the whole run."""
+    table_bytes: dict[str, int]
+    """By encoding; empty without lookup experts."""
+    bytes_per_token: dict[str, int]
+    """Of the record that is read for a token, by encoding."""
+    num_gpus: int
+    memory_per_gpu: dict[str, Memory]
+    """`ddp`: each has a copy; `fsdp2`: each has a shard."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        values = asdict(self)
+        for kind, memory in self.memory_per_gpu.items():
+            values["memory_per_gpu"][kind]["total"] = memory.total
+        return values
+
+
+def costs(
+    recipe: Recipe, vocab_size: int, num_gpus: int = 1, tokens_per_unique_id: float | None = None
+) -> Costs:
+    """What a recipe costs.
+
+    Args:
+        recipe: sizes and batches.
+        vocab_size: rows of the embedding, where the recipe leaves that to the data.
+        num_gpus: for the memory of each.
+        tokens_per_unique_id: in a micro batch; default: that of English prose.
+    """
+    training = recipe.training
+    micro_batch = training.sequences_per_micro_batch * training.context_length
+    ratio = tokens_per_unique_id or prose_tokens_per_unique_id(micro_batch)
+    parameters = count(recipe.model, vocab_size)
+    flops = _flops(recipe, vocab_size, ratio)
+    tables = table_sizes(recipe.model, vocab_size)
+    return Costs(
+        parameters=parameters,
+        flops_per_token=flops,
+        tokens_per_unique_id=round(ratio, 3),
+        training_flops=flops.training * training.num_steps * training.tokens_per_step,
+        table_bytes={name: total for name, (total, _) in tables.items()},
+        bytes_per_token={name: record for name, (_, record) in tables.items()},
+        num_gpus=num_gpus,
+        memory_per_gpu={
+            kind: _memory(recipe, vocab_size, parameters.total, ratio, num_gpus, kind)
+            for kind in ("ddp", "fsdp2")
+        },
+    )
+
+
+# ------------------------------------------------------------------------------- parameters
+
+
+def count(model: ModelRecipe, vocab_size: int) -> Parameters:
+    """The parameters of a recipe's model, as `count_parameters` finds them in the built one."""
+    d, layers = model.hidden_size, model.num_layers
+    outside = 2 * vocab_size * d + d  # embedding, head, last norm
+    attention_and_norms = layers * (4 * d * d + 2 * d)
+    ffns = layers * 2 * d * model.ffn_size
+    if model.moe is not None:
+        moe = model.moe
+        expert = 2 * d * (moe.size or model.ffn_size // 2)
+        shared = layers * 2 * d * (moe.shared_size or 0)
+        routed = layers * moe.num_experts * expert
+        routers = layers * moe.num_experts * d
+        total = outside + attention_and_norms + shared + routed + routers
+        loaded = layers * moe.experts_per_token * expert
+        return Parameters(total, total, routed, routers, total - routed + loaded, routed, loaded)
+    backbone = outside + attention_and_norms + ffns
+    if model.experts is None:
+        return Parameters(backbone, backbone, 0, 0, backbone, 0, 0)
+    with_experts, experts = _expert_layers(model), model.experts
+    routed = with_experts * (experts.num_experts * _expert_size(model) + d)
+    routers = with_experts * experts.num_experts * d
+    loaded = with_experts * experts.num_experts * d
+    active = backbone + routers
+    total = active + routed
+    return Parameters(total, backbone, routed, routers, active, vocab_size * loaded, loaded)
+
+
+def _expert_layers(model: ModelRecipe) -> int:
+    assert model.experts is not None
+    return model.num_layers if model.experts.layers is None else len(set(model.experts.layers))
+
+
+def _expert_size(model: ModelRecipe) -> int:
+    """Weights of one lookup expert."""
+    assert model.experts is not None
+    matrices = 3 if model.experts.kind == "swiglu" else 2
+    return matrices * model.hidden_size * (model.experts.size or model.ffn_size)
+
+
+def table_sizes(model: ModelRecipe, vocab_size: int) -> dict[str, tuple[int, int]]:
+    """Bytes of all records, and of one, for every encoding; padding included."""
+    if model.experts is None:
+        return {}
+    from lookup_experts.table.encoding import ENCODINGS
+    from lookup_experts.table.format import RecordLayout, TableShape
+
+    shape = TableShape(
+        vocab_size, _expert_layers(model), model.experts.num_experts, model.hidden_size
+    )
+    layouts = {name: RecordLayout(shape, encoding) for name, encoding in ENCODINGS.items()}
+    return {name: (layout.table_bytes, layout.stride) for name, layout in layouts.items()}
+
+
+# ------------------------------------------------------------------------------------ FLOPs
+
+
+def _flops(recipe: Recipe, vocab_size: int, ratio: float) -> Flops:
+    model, context = recipe.model, recipe.training.context_length
+    at_end = _forward_flops(model, vocab_size, context)
+    on_average = _forward_flops(model, vocab_size, context / 2)  # attention looks back only
+    experts = 0.0
+    if model.experts is not None:
+        experts = 2.0 * _expert_layers(model) * model.experts.num_experts * _expert_size(model)
+    passes = 1 + BACKWARD
+    return Flops(
+        training=passes * (on_average + experts / ratio),
+        training_backbone=passes * on_average,
+        training_experts=passes * experts / ratio,
+        training_experts_per_position=passes * experts,
+        inference=at_end,
+    )
+
+
+def _forward_flops(model: ModelRecipe, vocab_size: int, positions: float) -> float:
+    """Of one token that attends to so many positions, lookup experts aside."""
+    d = model.hidden_size
+    ffn = 2 * d * model.ffn_size
+    if model.moe is not None:
+        selected = model.moe.experts_per_token * (model.moe.size or model.ffn_size // 2)
+        ffn = 2 * d * (selected + (model.moe.shared_size or 0)) + d * model.moe.num_experts
+    block = 2 * (4 * d * d + ffn) + 4 * positions * d
+    mixing = 0
+    if model.experts is not None:  # the router, and the weighted sum of rows
+        mixing = _expert_layers(model) * 4 * d * model.experts.num_experts
+    return model.num_layers * block + mixing + 2 * d * vocab_size
+
+
+def prose_tokens_per_unique_id(tokens: int) -> float:
+    """How often a token id occurs in a window of so many tokens of English prose, on average."""
+    points = [(1, 1.0), *_PROSE, _PROSE_END]
+    if tokens >= points[-1][0]:
+        return points[-1][1]
+    right = max(1, bisect_left([size for size, _ in points], tokens))
+    (low, at_low), (high, at_high) = points[right - 1], points[right]
+    part = log(tokens / low) / log(high / low)
+    return exp(log(at_low) + part * log(at_high / at_low))
+
+
+# ----------------------------------------------------------------------------------- memory
+
+
+def _memory(
+    recipe: Recipe, vocab_size: int, total: int, ratio: float, num_gpus: int, kind: str
+) -> Memory:
+    shards = num_gpus if kind == "fsdp2" else 1
+    held = _FLOAT32 * -(-total // shards)
+    if kind == "ddp":
+        gathered = _FLOAT32 * total if num_gpus > 1 else 0
+    else:
+        outside = (2 * vocab_size + 1) * recipe.model.hidden_size
+        block = (total - outside) // recipe.model.num_layers
+        # A block's weights are gathered while those of the one before still compute.
+        gathered = 2 * _FLOAT32 * (2 * block + outside) if num_gpus > 1 else 0
+    return Memory(
+        weights=held,
+        gradients=held,
+        optimizer=_OPTIMIZER_FLOATS * held,
+        gathered=gathered,
+        activations=activation_bytes(recipe, vocab_size, ratio),
+    )
+
+
+def activation_bytes(recipe: Recipe, vocab_size: int, ratio: float) -> int:
+    """An estimate of what a micro batch keeps between its forward and its backward pass.
+
+    Attention is taken to keep no scores (SDPA's kernels don't). What is counted are the tensors
+    that autograd saves, so buffers within a kernel come on top.
+    """
+    model, training = recipe.model, recipe.training
+    tokens = training.sequences_per_micro_batch * training.context_length
+    width = 2 if training.precision == "bf16" else 4  # of what matrix products give
+    block = tokens * _block_bytes(model, width) + _expert_bytes(model, tokens, ratio, width)
+    # The logits, float32 for the loss, and their softmax.
+    head = tokens * vocab_size * (width + 2 * _FLOAT32)
+    if training.gradient_checkpointing:
+        kept = tokens * model.hidden_size * _FLOAT32
+        return int(model.num_layers * kept + block + head)
+    return int(model.num_layers * block + head)
+
+
+def _block_bytes(model: ModelRecipe, width: int) -> float:
+    """Per token: what a block's attention, norms and FFN keep."""
+    d, hidden = model.hidden_size, model.ffn_size
+    if model.moe is not None:
+        hidden = model.moe.experts_per_token * (model.moe.size or model.ffn_size // 2)
+        hidden += model.moe.shared_size or 0
+    norms = 2 * 2 * _FLOAT32 * d  # input and normed input, of both
+    attention = width * 6 * d + 2 * _FLOAT32 * d  # inputs, q, k, v, output; what rotation keeps
+    ffn = width * (d + 2 * hidden)
+    return norms + attention + ffn
+
+
+def _expert_bytes(model: ModelRecipe, tokens: int, ratio: float, width: int) -> float:
+    """Of one block: what its lookup experts keep, per unique id, and the index of the sum."""
+    if model.experts is None:
+        return 0.0
+    experts = model.experts
+    matrices = 3 if experts.kind == "swiglu" else 2
+    hidden = experts.size or model.ffn_size
+    per_id = width * experts.num_experts * (matrices * hidden + model.hidden_size)
+    share = _expert_layers(model) / model.num_layers
+    return share * (tokens / ratio * per_id + tokens * experts.num_experts * (8 + 4 + width))

@@ -1,0 +1,242 @@
+"""What a run is trained on: prepared folders and streams, one or a mixture of several.
+
+`--data` names a source: a folder of `mole prepare`, or `stream:` and what `mole prepare` takes (a
+Hugging Face data set, .jsonl or .parquet files); `=0.7` at its end is its share of a mixture.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from lookup_experts.errors import UserError
+from lookup_experts.training.data import TokenDataset, TokenShards
+from lookup_experts.training.inputs import find_inputs
+from lookup_experts.training.manifest import Manifest
+from lookup_experts.training.order import (
+    MixedSequences,
+    SequenceSource,
+    ShuffledSequences,
+    share_out,
+)
+from lookup_experts.training.prepare import TOKENIZER_NAME
+from lookup_experts.training.recipe import TrainingRecipe
+from lookup_experts.training.run_folder import identify_data
+from lookup_experts.training.streams import RowStream, StreamedSequences
+from lookup_experts.training.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
+
+STREAM = "stream:"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a model must know of the tokenizer of its text."""
+
+    tokenizer: dict[str, str]
+    """`name` as it was given, and `hash`."""
+    vocab_size: int
+    """1 + the largest token id."""
+    eos_token_id: int
+    """The token after every document."""
+
+
+@dataclass(frozen=True)
+class SourceName:
+    """What one `--data` says."""
+
+    name: str
+    weight: float | None
+
+    @classmethod
+    def parse(cls, given: str | Path) -> "SourceName":
+        name, equals, weight = str(given).rpartition("=")
+        if not equals or Path(given).exists():
+            return cls(str(given), None)
+        try:
+            share = float(weight)
+        except ValueError:
+            return cls(str(given), None)
+        if not 0 < share < float("inf"):
+            raise UserError(f"--data {given}: the weight is {weight}; expected a number above 0.")
+        return cls(name, share)
+
+    @property
+    def is_stream(self) -> bool:
+        return self.name.startswith(STREAM)
+
+
+class PreparedSource:
+    """A folder of token shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = Manifest.load(folder)
+        self.vocabulary = Vocabulary(
+            self.manifest.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_id
+        )
+        self.identity: dict[str, Any] = identify_data(self.manifest)
+
+    def sequences(self, training: TrainingRecipe, seed: int) -> SequenceSource:
+        tokens = TokenDataset(TokenShards(self.folder), training.context_length)
+        return ShuffledSequences(tokens, training.num_sequences, seed)
+
+    def held_out(self, training: TrainingRecipe) -> TokenDataset | None:
+        if not self.manifest.splits["validation"]:
+            return None
+        return TokenDataset(TokenShards(self.folder, "validation"), training.context_length)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        for path in (self.folder / TOKENIZER_NAME).glob("*"):
+            shutil.copyfile(path, folder / path.name)
+
+
+class StreamedSource:
+    """Text that is tokenised while training."""
+
+    def __init__(self, name: str, tokenizer: Any, tokenizer_name: str, text_field: str) -> None:
+        self._name = name
+        self._inputs = find_inputs([name.removeprefix(STREAM)])
+        self._tokenizer = tokenizer
+        self._text_field = text_field
+        self.vocabulary = Vocabulary(
+            {"name": tokenizer_name, "hash": tokenizer_hash(tokenizer)},
+            vocabulary_size(tokenizer),
+            tokenizer.eos_token_id,
+        )
+        self.identity: dict[str, Any] = {
+            "tokenizer": self.vocabulary.tokenizer["hash"],
+            "stream": [source.for_manifest() for source in self._inputs],
+            "text_field": text_field,
+        }
+
+    def sequences(self, training: TrainingRecipe, seed: int) -> StreamedSequences:
+        rows = RowStream(self._inputs, self._text_field)
+        # Batches are fetched at most a step before they are trained on, and one more.
+        lag = 2 * training.sequences_per_step
+        return StreamedSequences(rows, self._tokenizer, training.context_length, lag)
+
+    def held_out(self, training: TrainingRecipe) -> None:
+        return None
+
+    def save_tokenizer(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(folder)
+
+
+Source = PreparedSource | StreamedSource
+
+
+class TrainingData:
+    """The sources of a run.
+
+    Args:
+        names: what each `--data` says.
+        tokenizer: for streams: a tokenizer's folder, its tokenizer.json, or its name on the hub;
+            None: that of the first prepared folder.
+        text_field: of a stream's rows, the field with the text.
+
+    Raises:
+        UserError: a source can't be read, weights are missing, or tokenizers differ.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str | Path],
+        tokenizer: str | Path | None = None,
+        text_field: str = "text",
+    ) -> None:
+        parsed = [SourceName.parse(name) for name in names]
+        self._weights = _weights_of(parsed)
+        self._sources = _open_sources(parsed, tokenizer, text_field)
+        self.vocabulary = _common_vocabulary(parsed, self._sources)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this data from other, wherever it is."""
+        if len(self._sources) == 1:
+            return self._sources[0].identity
+        pairs = zip(self._weights, self._sources, strict=True)
+        return {
+            f"source {number}": {"weight": weight, **source.identity}
+            for number, (weight, source) in enumerate(pairs)
+        }
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files into a folder that exists."""
+        self._sources[0].save_tokenizer(folder)
+
+    def sequences(self, training: TrainingRecipe) -> Dataset[Any]:
+        """All sequences of a run, in their order."""
+        opened = [
+            source.sequences(training, training.seed + number)
+            for number, source in enumerate(self._sources)
+        ]
+        if len(opened) == 1 and isinstance(opened[0], ShuffledSequences):
+            return opened[0]
+        return MixedSequences(opened, self._weights, training.num_sequences, training.seed)
+
+    def held_out(self, training: TrainingRecipe) -> Dataset[Any] | None:
+        """The sequences of every validation, spread evenly; None where no text was held out.
+
+        Of a mixture each source that has held-out text gives its share.
+        """
+        opened = [source.held_out(training) for source in self._sources]
+        found = [(w, d) for w, d in zip(self._weights, opened, strict=True) if d is not None]
+        if not found:
+            return None
+        wanted = max(training.validate_sequences, len(found))
+        counts = share_out(wanted, [weight for weight, _ in found])
+        parts = [_spread(d, int(count)) for count, (_, d) in zip(counts, found, strict=True)]
+        return parts[0] if len(parts) == 1 else ConcatDataset(parts)
+
+
+def _weights_of(names: list[SourceName]) -> list[float]:
+    if len(names) == 1:
+        return [1.0]
+    for source in names:
+        if source.weight is None:
+            raise UserError(
+                f"--data {source.name} has no weight; with several sources give each its share, "
+                f"like --data {source.name}=0.5."
+            )
+    return [source.weight or 0.0 for source in names]
+
+
+def _open_sources(
+    names: list[SourceName], tokenizer: str | Path | None, text_field: str
+) -> list[Source]:
+    prepared = {s: PreparedSource(Path(s.name)) for s in names if not s.is_stream}
+    if len(prepared) == len(names):
+        if tokenizer is not None:
+            raise UserError("--tokenizer is for streams; prepared folders bring their own.")
+        return [prepared[source] for source in names]
+    if tokenizer is None:
+        if not prepared:
+            raise UserError(
+                f"--data {names[0].name} is tokenised while training: name its --tokenizer."
+            )
+        tokenizer = next(iter(prepared.values())).folder / TOKENIZER_NAME
+    loaded = load_tokenizer(str(tokenizer))
+    return [
+        prepared.get(source) or StreamedSource(source.name, loaded, str(tokenizer), text_field)
+        for source in names
+    ]
+
+
+def _common_vocabulary(names: list[SourceName], sources: list[Source]) -> Vocabulary:
+    first = sources[0].vocabulary
+    for name, source in zip(names, sources, strict=True):
+        if source.vocabulary.tokenizer["hash"] != first.tokenizer["hash"]:
+            raise UserError(
+                f"{names[0].name} and {name.name} were tokenised by different tokenizers "
+                f"({first.tokenizer['name']} and {source.vocabulary.tokenizer['name']}). Prepare "
+                "them with the same one."
+            )
+    return first
+
+
+def _spread(sequences: TokenDataset, count: int) -> Subset[Any]:
+    """So many sequences, or all, evenly over the text."""
+    count = min(count, len(sequences))
+    return Subset(sequences, [i * len(sequences) // count for i in range(count)])
