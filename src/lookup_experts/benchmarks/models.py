@@ -62,22 +62,27 @@ class Case:
         return f"{self.shape}-{self.num_experts}e-{self.encoding}"
 
 
-def dense_model(case: Case, seed: int = 0) -> Any:
+def dense_model(case: Case, seed: int = 0, device: str = "cpu") -> Any:
     """The backbone alone, with random weights."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(case.dtype)
     try:
-        return GatelessLlamaForCausalLM(paper_config(case.shape)).eval()
+        return GatelessLlamaForCausalLM(paper_config(case.shape)).eval().to(device)
     finally:
         torch.set_default_dtype(before)
 
 
 def table_model(
-    case: Case, table: Table, store: str, cache_bytes: int = 0, notify: Any = lambda message: None
+    case: Case,
+    table: Table,
+    store: str,
+    cache_bytes: int = 0,
+    notify: Any = lambda message: None,
+    device: str = "cpu",
 ) -> Any:
     """The backbone of `dense_model` with routers and the given table."""
-    model = dense_model(case)
+    model = dense_model(case, device=device)
     settings = LookupSettings(
         num_experts=case.num_experts,
         expert_size=model.config.intermediate_size,
@@ -90,7 +95,7 @@ def table_model(
     for module in model.lookup_attachment.modules:
         torch.nn.init.normal_(module.router.weight, 0.0, SPREAD)
     opened = open_store(table, store, notify=notify)
-    model.set_expert_source(TableExperts(table, opened, case.dtype, cache_bytes=cache_bytes))
+    model.set_expert_source(TableExperts(table, opened, case.dtype, device, cache_bytes))
     return model
 
 

@@ -48,6 +48,8 @@ class SpeedResult:
     bytes_per_step: float | None = None
     hit_rate: float | None = None
     wait_ms: float | None = None
+    device: str | None = None
+    """The GPU's name; None on a CPU."""
     page_cache_bypassed: bool | None = None
     """Whether the kernel brought from the disk at least what the store says it read."""
 
@@ -57,10 +59,11 @@ class SpeedResult:
 
 
 class TextWindows:
-    """Windows of a stream of token ids, at random places."""
+    """Windows of a stream of token ids, at random places, on the device of the models."""
 
-    def __init__(self, ids: np.ndarray, seed: int = 0) -> None:
+    def __init__(self, ids: np.ndarray, seed: int = 0, device: str = "cpu") -> None:
         self._ids = torch.from_numpy(ids)
+        self._device = torch.device(device)
         self._random = np.random.default_rng(seed)
 
     def take(self, rows: int, length: int) -> Tensor:
@@ -68,7 +71,8 @@ class TextWindows:
         if len(self._ids) <= length:
             raise UserError(f"{len(self._ids)} token ids are too few; more than {length} needed.")
         starts = self._random.integers(0, len(self._ids) - length, rows)
-        return torch.stack([self._ids[start : start + length] for start in starts])
+        windows = torch.stack([self._ids[start : start + length] for start in starts])
+        return windows.to(self._device)
 
 
 @torch.inference_mode()
@@ -102,9 +106,9 @@ def _decode_sequences(
     for step in range(SEQUENCE_STEPS):
         column = tokens[:, CONTEXT + step, None]
         for name in ("dense", "mole") if step % 2 else ("mole", "dense"):
-            started_at = time.perf_counter()
+            started_at = time_now(column.device)
             models[name](column, past_key_values=caches[name], use_cache=True)
-            seconds = time.perf_counter() - started_at
+            seconds = time_now(column.device) - started_at
             if step >= WARM_UP_STEPS:
                 times[name].append(seconds)
     return mole.expert_source.stats()
@@ -134,11 +138,23 @@ def measure_prefill(
     for pair in range(pairs):
         prompt = windows.take(1, tokens)
         for name in ("dense", "mole") if pair % 2 else ("mole", "dense"):
-            started_at = time.perf_counter()
+            started_at = time_now(prompt.device)
             models[name](prompt, logits_to_keep=1)
-            times[name].append(time.perf_counter() - started_at)
+            times[name].append(time_now(prompt.device) - started_at)
         advance(pair + 1, pairs)
     return _results("prefill", times, reader.stats(), disk, reader, tokens=tokens)
+
+
+def time_now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """The name of a GPU; None for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def warm_cache(reader: TableExperts, windows: TextWindows) -> None:
@@ -169,6 +185,7 @@ def _results(
         ratio_to_dense=1.0,
         spread=(1.0, 1.0),
         pairs=len(ratios),
+        device=gpu_name(reader.device),
         batch=batch,
         tokens=tokens,
     )
@@ -179,6 +196,7 @@ def _results(
         ratio_to_dense=median(ratios),
         spread=spread(ratios),
         pairs=len(ratios),
+        device=gpu_name(reader.device),
         store=statistics.store,
         backend=statistics.backend,
         encoding=reader.table.layout.encoding.name,

@@ -14,7 +14,10 @@ Store = Annotated[
 ]
 Cache = Annotated[
     str,
-    typer.Option(help="Budget for records of recent tokens in RAM, e.g. 256MB; 0 is off."),
+    typer.Option(
+        help="Budget for records of recent tokens, e.g. 256MB; 0 is off. RAM, or the GPU's memory "
+        "where the model runs on one."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="Weights: float32, bfloat16, float16, or auto.")]

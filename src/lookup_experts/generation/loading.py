@@ -23,6 +23,7 @@ from lookup_experts.model.configuration import (
     check_experts_per_token,
 )
 from lookup_experts.model.huggingface import LookupExpertsMixin
+from lookup_experts.table.lanes import check_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -62,7 +63,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
-    _check_device(device)
+    check_device(device)
     path = local_folder(folder)
     config = read_config(path)
     kind = official_kind(path, config)
@@ -163,16 +164,6 @@ def _load_huggingface(
         source: Any = model.expert_source
         source.move_to(device)
     return model
-
-
-def _check_device(device: str | torch.device) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # unknown, or not built into this torch
-        raise UserError(
-            f"No device {str(device)!r} here: {_first_line(error)}. Use cpu, or cuda where there "
-            "is a GPU."
-        ) from error
 
 
 def _torch_dtype(dtype: str) -> Any:

@@ -214,3 +214,14 @@ def open_lane(device: torch.device) -> Lane | None:
     if device.type == "cuda":
         return CudaLane(device)
     raise UserError(f"Tables are read for cpu and cuda, not for {device.type!r}.")
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise a `UserError` if there is no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown, or not built into this torch
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"No device {str(device)!r} here: {reason}. Use cpu, or cuda where there is a GPU."
+        ) from error

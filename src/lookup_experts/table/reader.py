@@ -115,6 +115,11 @@ class TableExperts:
         return 0 if self._whole is not None and self._on_device is None else self._budget
 
     @property
+    def device(self) -> torch.device:
+        """Where it gives rows."""
+        return self._decoding.device
+
+    @property
     def folder(self) -> Path:
         """The folder of the table."""
         return self.table.folder

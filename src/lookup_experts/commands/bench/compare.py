@@ -21,19 +21,22 @@ def compare(
     work: Path,
     json: Path | None,
     plot: Path | None,
+    device: str,
 ) -> None:
     """Dense and MoLE side by side for each size."""
     from lookup_experts.benchmarks.models import Case, dense_model, random_table, table_model
     from lookup_experts.benchmarks.speed import TextWindows
+    from lookup_experts.table.lanes import check_device
     from lookup_experts.units import parse_bytes
 
+    check_device(device)
     case = Case(shape, experts, encoding)
     numbers, cache_bytes = counts(sizes), parse_bytes(cache)
     with console.progress_bar("Writing a table") as progress:
         table = random_table(case, work, progress)
-    windows = TextWindows(id_stream(ids, case, work))
-    dense = dense_model(case)
-    mole = table_model(case, table, store, cache_bytes, console.say)
+    windows = TextWindows(id_stream(ids, case, work), device=device)
+    dense = dense_model(case, device=device)
+    mole = table_model(case, table, store, cache_bytes, console.say, device)
     results = []
     for size in numbers:
         with console.progress_bar(f"{measure.__name__.removeprefix('measure_')} {size}") as bar:

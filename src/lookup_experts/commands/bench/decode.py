@@ -18,6 +18,7 @@ def decode(
     cache: options.Cache = "256MB",
     batch: bench_options.Counts = "1,8,32",
     pairs: Annotated[int, typer.Option(help="Pairs of steps, dense and MoLE.")] = 200,
+    device: options.Device = "cpu",
     ids: bench_options.Ids = None,
     work: bench_options.Work = Path("runs/bench"),
     json: bench_options.JsonFile = None,
@@ -30,5 +31,17 @@ def decode(
     from lookup_experts.benchmarks.speed import measure_decode
 
     compare(
-        measure_decode, shape, experts, encoding, store, cache, batch, pairs, ids, work, json, plot
+        measure_decode,
+        shape,
+        experts,
+        encoding,
+        store,
+        cache,
+        batch,
+        pairs,
+        ids,
+        work,
+        json,
+        plot,
+        device,
     )

@@ -18,6 +18,7 @@ def prefill(
     cache: options.Cache = "0",
     tokens: bench_options.Counts = "512,2048",
     pairs: Annotated[int, typer.Option(help="Pairs of prompts, dense and MoLE.")] = 15,
+    device: options.Device = "cpu",
     ids: bench_options.Ids = None,
     work: bench_options.Work = Path("runs/bench"),
     json: bench_options.JsonFile = None,
@@ -42,4 +43,5 @@ def prefill(
         work,
         json,
         plot,
+        device,
     )
