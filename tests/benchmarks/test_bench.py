@@ -51,6 +51,18 @@ def test_decode(tmp_path, ids, encoding):
     assert mole["pairs"] >= 6 and larger["batch"] == 3
     assert mole["ratio_to_dense"] > 0 and mole["spread"][0] <= mole["spread"][1]
     assert 0 < mole["hit_rate"] <= 1
+    assert dense["share_of_memory_bandwidth"] > 0 and mole["share_of_disk_bandwidth"] > 0
+
+
+def test_a_step_reads_every_weight_but_the_embedding_of_absent_tokens():
+    from lookup_experts.benchmarks.models import Case, dense_model
+
+    model = dense_model(Case("tiny"))
+    embedding = model.get_input_embeddings().weight
+    whole = sum(weight.numel() for weight in model.parameters()) * 2
+    assert speed.weight_bytes(model, 3) == whole - embedding.numel() * 2 + 3 * 64 * 2
+    model.lm_head.weight = embedding
+    assert speed.weight_bytes(model, 3) == whole - embedding.numel() * 2
 
 
 def test_without_a_cache_nothing_is_hit(tmp_path, ids):
@@ -71,7 +83,9 @@ def test_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bandwidth, "LARGE_READ", 2**20)
     monkeypatch.setattr(reading, "DISK_SAMPLE_BYTES", 4 * 2**20)
-    results = bench(tmp_path, "read", "--batch", "4")["results"]
+    plot = tmp_path / "read.png"
+    results = bench(tmp_path, "read", "--batch", "4", "--plot", plot)["results"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert [result["busy_thread"] for result in results] == [False, True]
     for result in results:
         share = result["gb_per_second"] / result["disk_gb_per_second"]
@@ -81,11 +95,28 @@ def test_read(tmp_path, monkeypatch):
 def test_build_leaves_a_table_that_opens(tmp_path):
     from lookup_experts.table.format import open_table
 
-    (result,) = bench(tmp_path, "build")["results"]
+    plot = tmp_path / "build.png"
+    (result,) = bench(tmp_path, "build", "--plot", plot)["results"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert result["seconds"] > 0 and result["ratio_to_matmul"] > 0
     assert open_table(tmp_path / "work" / "tiny-4e-bfloat16-built").layout.shape.num_layers == 3
     again = run(cli.app, ["bench", "build", "--shape", "tiny", "--work", str(tmp_path / "work")])
     assert isinstance(again.exception, UserError)
+
+
+def test_cache_policies(tmp_path, ids):
+    out = tmp_path / "cache.json"
+    sizes = ["--capacity", "16,64", "--streams", "1,4", "--tokens", "4000", "--ids", str(ids)]
+    plot = tmp_path / "cache.png"
+    done = run(cli.app, ["bench", "cache", *sizes, "--json", str(out), "--plot", str(plot)])
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())["results"]
+    assert len(results) == 2 * 2 * 4
+    expected = {"policy", "capacity", "streams", "hit_rate", "reads_per_token"}
+    assert all(set(result) == expected for result in results)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    few = run(cli.app, ["bench", "cache", *sizes[:-3], "2", "--ids", str(ids)])
+    assert "too few for 4 streams" in str(few.exception)
 
 
 @pytest.mark.timeout(90)

@@ -1,12 +1,17 @@
-"""The physical ceiling of reading: what the disk reaches at best, and whether it was read."""
+"""The physical ceilings: what disk and memory reach at best, and whether the disk was read."""
 
 import os
 import time
 from pathlib import Path
 
+import torch
+
 from lookup_experts.table.store import aligned_buffer
 
 LARGE_READ = 8 * 2**20
+MEMORY_SAMPLE_BYTES = 2**28
+"""Well beyond the caches of a processor."""
+MEMORY_PASSES = 5
 
 
 def disk_bytes_per_second(path: Path, num_bytes: int = 2**29, start: int = 0) -> float:
@@ -27,6 +32,17 @@ def disk_bytes_per_second(path: Path, num_bytes: int = 2**29, start: int = 0) ->
         return (offset - start) / (time.perf_counter() - started_at)
     finally:
         os.close(fd)
+
+
+def memory_bytes_per_second(device: torch.device | str = "cpu") -> float:
+    """Reading a device's memory from end to end, on all cores: the best of a few passes."""
+    numbers = torch.ones(MEMORY_SAMPLE_BYTES // 4, device=device)
+    fastest = float("inf")
+    for _ in range(MEMORY_PASSES):
+        started_at = time.perf_counter()
+        numbers.sum().item()  # which a GPU must have finished
+        fastest = min(fastest, time.perf_counter() - started_at)
+    return MEMORY_SAMPLE_BYTES / fastest
 
 
 class DiskCounter:

@@ -17,11 +17,12 @@ vocabulary is small.
 """
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+POLICIES = ("lru", "lfu", "tinylfu", "static")
 USES_PER_AGEING = 10
 """Counts are halved after this many uses for each record of the capacity."""
 
@@ -192,6 +193,7 @@ def compare_policies(
     token_ids: np.ndarray,
     capacities: Sequence[int],
     num_streams: Sequence[int] = (1, 8, 32),
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """What each policy saves on the second half of a text; `static` counts on the first.
 
@@ -199,13 +201,15 @@ def compare_policies(
         token_ids: int [n].
         capacities: records that the cache holds.
         num_streams: sequences that are decoded at once.
+        progress: told how many simulations of how many are done.
 
     Returns:
         For each policy, capacity and number of streams: `policy`, `capacity`, `streams`,
         `hit_rate` (of the unique ids of a step), `reads_per_token`.
     """
     seen, measured = np.array_split(token_ids, 2)
-    results = []
+    results: list[dict[str, Any]] = []
+    num_runs = len(num_streams) * len(capacities) * len(POLICIES)
     for streams in num_streams:
         steps = decoding_steps(measured, streams)
         unique_per_token = sum(map(len, steps)) / (len(steps) * streams)
@@ -221,14 +225,16 @@ def compare_policies(
                         "reads_per_token": (1 - rate) * unique_per_token,
                     }
                 )
+                progress(len(results), num_runs)
     return results
 
 
 def _policies(capacity: int, seen_ids: np.ndarray) -> dict[str, Policy]:
     """A new cache of each kind."""
-    return {
-        "lru": LeastRecentlyUsed(capacity),
-        "lfu": LeastFrequentlyUsed(capacity),
-        "tinylfu": TinyLeastFrequentlyUsed(capacity),
-        "static": MostFrequent(capacity, seen_ids),
-    }
+    caches = (
+        LeastRecentlyUsed(capacity),
+        LeastFrequentlyUsed(capacity),
+        TinyLeastFrequentlyUsed(capacity),
+        MostFrequent(capacity, seen_ids),
+    )
+    return dict(zip(POLICIES, caches, strict=True))

@@ -3,6 +3,7 @@
 import typer
 
 from lookup_experts.commands.bench.build import build
+from lookup_experts.commands.bench.cache import cache
 from lookup_experts.commands.bench.decode import decode
 from lookup_experts.commands.bench.memory import memory
 from lookup_experts.commands.bench.prefill import prefill
@@ -15,5 +16,5 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-for measurement in (decode, prefill, read, build, memory, quality):
+for measurement in (decode, prefill, read, build, memory, cache, quality):
     app.command()(measurement)

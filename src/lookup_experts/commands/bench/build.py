@@ -13,6 +13,7 @@ def build(
     encoding: bench_options.Encoding = "bfloat16",
     work: bench_options.Work = Path("runs/bench"),
     json: bench_options.JsonFile = None,
+    plot: bench_options.Plot = None,
 ) -> None:
     """A table from experts with random weights, against the bare matrix products.
 
@@ -31,4 +32,4 @@ def build(
     with console.progress_bar("Building") as progress:
         results = [measure_build(case, folder, progress).to_dict()]
     console.say(line(results[0]))
-    report("build", results, json, None)
+    report("build", results, json, plot)

@@ -16,6 +16,7 @@ def read(
     batch: bench_options.Counts = "1,8,32,256",
     work: bench_options.Work = Path("runs/bench"),
     json: bench_options.JsonFile = None,
+    plot: bench_options.Plot = None,
 ) -> None:
     """Random records, beside large sequential reads of the same disk.
 
@@ -33,4 +34,4 @@ def read(
             for busy in (False, True):
                 results.append(measure_read(table, opened, size, busy_thread=busy).to_dict())
                 console.say(line(results[-1]))
-    report("read", results, json, None)
+    report("read", results, json, plot)

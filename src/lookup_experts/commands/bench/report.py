@@ -35,7 +35,8 @@ def line(result: dict[str, Any]) -> str:
 
 
 def report(what: str, results: list[dict[str, Any]], json: Path | None, plot: Path | None) -> None:
-    from lookup_experts.benchmarks.results import draw_ratios, make_report, write_report
+    from lookup_experts.benchmarks.plots import draw
+    from lookup_experts.benchmarks.results import make_report, write_report
 
     found = make_report(f"bench {what}", results)
     if json:
@@ -43,4 +44,4 @@ def report(what: str, results: list[dict[str, Any]], json: Path | None, plot: Pa
     else:
         console.json_result(found)
     if plot:
-        draw_ratios(found, plot)
+        draw(found, plot)
