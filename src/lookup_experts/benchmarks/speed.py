@@ -13,7 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lookup_experts.benchmarks.bandwidth import DiskCounter
+from lookup_experts.benchmarks.bandwidth import (
+    DiskCounter,
+    disk_bytes_per_second,
+    memory_bytes_per_second,
+)
 from lookup_experts.benchmarks.timing import median, pair_ratios, spread
 from lookup_experts.errors import UserError
 from lookup_experts.table.reader import ReaderStatistics, TableExperts
@@ -24,6 +28,7 @@ CONTEXT = 64
 """Tokens of each sequence before its first decoding step."""
 WARM_UP_STEPS = 8
 CACHE_WARM_UP_TOKENS = 60_000
+DISK_SAMPLE_BYTES = 2**28
 
 Advance = Callable[[int, int], None]
 
@@ -52,10 +57,40 @@ class SpeedResult:
     """The GPU's name; None on a CPU."""
     page_cache_bypassed: bool | None = None
     """Whether the kernel brought from the disk at least what the store says it read."""
+    share_of_memory_bandwidth: float | None = None
+    """Of a decoding step: its weights and rows, over its time and what memory reaches at best."""
+    share_of_disk_bandwidth: float | None = None
+    """What the store read, over the time of the steps and what the disk reaches at best."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, without what doesn't apply."""
         return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches at best, measured beside a benchmark."""
+
+    memory_bytes_per_second: float
+    disk_bytes_per_second: float
+
+    @classmethod
+    def measure(cls, mole: Any) -> "Ceilings":
+        """For a model and the table that it reads."""
+        table = mole.expert_source.table
+        return cls(
+            memory_bytes_per_second(mole.device),
+            disk_bytes_per_second(table.path(table.shards[0]), DISK_SAMPLE_BYTES),
+        )
+
+
+def weight_bytes(model: Any, batch: int) -> int:
+    """What a decoding step of `batch` sequences reads of a model's weights."""
+    total = sum(weight.nbytes for weight in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    if embedding is model.get_output_embeddings().weight:
+        return total
+    return total - embedding.nbytes + batch * embedding[0].nbytes
 
 
 class TextWindows:
@@ -81,6 +116,7 @@ def measure_decode(
 ) -> list[SpeedResult]:
     """Decoding steps of `batch` sequences over real text, dense and MoLE in turn."""
     reader: TableExperts = mole.expert_source
+    ceilings = Ceilings.measure(mole)
     warm_cache(reader, windows)
     times: dict[str, list[float]] = {"dense": [], "mole": []}
     reader.reset_stats()
@@ -90,7 +126,17 @@ def measure_decode(
         tokens = windows.take(batch, CONTEXT + SEQUENCE_STEPS)
         total = _sum(total, _decode_sequences(dense, mole, tokens, times))
         advance(min(len(times["dense"]), pairs), pairs)
-    return _results("decode", times, total, disk, reader, batch=batch)
+    dense_result, result = _results("decode", times, total, disk, reader, ceilings, batch=batch)
+    rows = total.ids_unique / total.batches * reader.table.layout.record_bytes
+    return [
+        _with_memory_share(dense_result, weight_bytes(dense, batch), ceilings),
+        _with_memory_share(result, weight_bytes(mole, batch) + rows, ceilings),
+    ]
+
+
+def _with_memory_share(result: SpeedResult, num_bytes: float, ceilings: Ceilings) -> SpeedResult:
+    rate = num_bytes / (result.ms_per_step / 1e3)
+    return replace(result, share_of_memory_bandwidth=rate / ceilings.memory_bytes_per_second)
 
 
 def _decode_sequences(
@@ -131,6 +177,7 @@ def measure_prefill(
     reader: TableExperts = mole.expert_source
     models = {"dense": dense, "mole": mole}
     times: dict[str, list[float]] = {"dense": [], "mole": []}
+    ceilings = Ceilings.measure(mole)
     for model in models.values():
         model(windows.take(1, tokens), logits_to_keep=1)
     disk = DiskCounter()
@@ -142,7 +189,7 @@ def measure_prefill(
             models[name](prompt, logits_to_keep=1)
             times[name].append(time_now(prompt.device) - started_at)
         advance(pair + 1, pairs)
-    return _results("prefill", times, reader.stats(), disk, reader, tokens=tokens)
+    return _results("prefill", times, reader.stats(), disk, reader, ceilings, tokens=tokens)
 
 
 def time_now(device: torch.device) -> float:
@@ -171,12 +218,14 @@ def _results(
     statistics: ReaderStatistics,
     disk: DiskCounter,
     reader: TableExperts,
+    ceilings: Ceilings,
     *,
     batch: int | None = None,
     tokens: int | None = None,
 ) -> list[SpeedResult]:
     ratios = pair_ratios(times["mole"], times["dense"])
     batches = max(1, statistics.batches)
+    bytes_per_step = statistics.bytes_read / batches
     from_disk = disk.bytes_read()
     dense = SpeedResult(
         what=what,
@@ -201,11 +250,16 @@ def _results(
         backend=statistics.backend,
         encoding=reader.table.layout.encoding.name,
         cache_bytes=statistics.cache_bytes,
-        bytes_per_step=statistics.bytes_read / batches,
+        bytes_per_step=bytes_per_step,
         hit_rate=statistics.cache_hits / max(1, statistics.ids_unique),
         wait_ms=statistics.wait_seconds / batches * 1e3,
         page_cache_bypassed=(
             from_disk >= statistics.bytes_read if statistics.store == "direct" else None
+        ),
+        share_of_disk_bandwidth=(
+            bytes_per_step / median(times["mole"]) / ceilings.disk_bytes_per_second
+            if statistics.store == "direct"
+            else None
         ),
         batch=batch,
         tokens=tokens,
