@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import logits_of, tiny_model, token_ids
+from tiny_models import logits_of, randomize_experts, tiny_model, token_ids
 from tiny_runs import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -152,3 +152,28 @@ def test_a_quantised_backbone_under_trained_experts(tmp_path, kind):
         assert difference.norm() < 0.05 * expected.float().norm()
     # ... and without being told, the backbone as it is in its folder.
     assert not hasattr(le.load(tmp_path / "experts").config, "quantization_config")
+
+
+def test_a_backbone_that_comes_quantised_is_folded_and_stays_where_it_is(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+
+    folder = saved_backbone(tmp_path / "plain", hidden_size=64, intermediate_size=128)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=how).save_pretrained(
+        tmp_path / "backbone"
+    )
+    model = le.load(tmp_path / "backbone")
+    le.attach(model, 2, train_backbone=False, save="experts")
+    randomize_experts(model)
+    model.save_pretrained(tmp_path / "experts")
+    le.reparameterize(tmp_path / "experts", tmp_path / "folded", encoding="float32")
+    folded = le.load(tmp_path / "folded")
+    assert type(folded.model.layers[0].mlp.up_proj) is Linear4bit
+    torch.testing.assert_close(logits_of(folded, IDS), logits_of(model.eval(), IDS))
+    folded.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits_of(le.load(tmp_path / "again"), IDS), logits_of(folded, IDS))
+    (tmp_path / "backbone").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="no folder here"):
+        le.load(tmp_path / "folded")

@@ -18,6 +18,7 @@ from torch import nn
 from lookup_experts.errors import UserError
 from lookup_experts.generation.loading import TOKENIZER_FILES, load, local_folder
 from lookup_experts.model.attach import expert_layers
+from lookup_experts.model.backbone import save_experts
 from lookup_experts.model.huggingface import LookupExpertsMixin
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 from lookup_experts.table.build import build_table, evaluate_experts, plan_table
@@ -98,15 +99,27 @@ def tokenizer_hash(folder: Path) -> str | None:
 
 
 def save_without_experts(model: Any, folder: Path, fingerprint: str) -> None:
-    """Save the backbone with its routers, marked as being in table form."""
-    settings = replace(model.lookup_settings, form="table", fingerprint=fingerprint, backbone=None)
+    """Save the backbone with its routers, marked as being in table form.
+
+    A quantised backbone, which transformers can't always save again, stays where it is.
+    """
+    quantised = getattr(model, "hf_quantizer", None) is not None
+    settings = replace(
+        model.lookup_settings,
+        form="table",
+        fingerprint=fingerprint,
+        backbone=model.lookup_settings.backbone if quantised else None,
+    )
     state = {name: value for name, value in model.state_dict().items() if not _is_expert(name)}
     training_config = model.config
     model.config = copy.deepcopy(training_config)
     model.config.lookup_experts = settings.to_dict()
     try:
         # The class's own method would take the table of a table-form model along; there is none.
-        super(LookupExpertsMixin, model).save_pretrained(folder, state_dict=state)
+        if quantised:
+            save_experts(model, folder, state_dict=state)
+        else:
+            super(LookupExpertsMixin, model).save_pretrained(folder, state_dict=state)
     finally:
         model.config = training_config
 

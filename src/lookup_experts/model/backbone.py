@@ -191,12 +191,19 @@ def _config_to_save(model: Any) -> Any:
     return config
 
 
-def load_on_backbone(folder: Path, config: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """The model of a folder that refers to its backbone, and transformers' report on the backbone.
+def load_on_backbone(
+    folder: Path,
+    *args: Any,
+    config: Any = None,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """The model of a folder that refers to its backbone.
 
     Args:
         folder: what `save_experts` wrote.
         config: its configuration, as `AutoConfig` gives it; read from the folder if None.
+        output_loading_info: give transformers' report on the backbone too.
         args, kwargs: of `from_pretrained`, for the backbone: dtype, quantisation, devices ...
 
     Raises:
@@ -214,7 +221,8 @@ def load_on_backbone(folder: Path, config: Any, *args: Any, **kwargs: Any) -> tu
     load_experts(model, folder)
     freeze_backbone(model)
     allow_training(model)
-    return model.eval(), report
+    model.eval()
+    return (model, report) if output_loading_info else model
 
 
 def load_experts(model: Any, folder: Path) -> None:

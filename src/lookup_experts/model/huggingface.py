@@ -160,11 +160,9 @@ class LookupExpertsMixin:
             from lookup_experts.model.backbone import load_on_backbone
 
             folder = _local_folder(pretrained_model_name_or_path, kwargs)
-            config = kwargs.pop("config", None)
-            wants_report = kwargs.pop("output_loading_info", False)
-            loaded = load_on_backbone(folder, config, *args, **kwargs)
-            return loaded if wants_report else loaded[0]
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+            loaded = load_on_backbone(folder, *args, **kwargs)
+        else:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.lookup_settings.form == "table":
             # transformers enters here, so this is the one place where an import goes upwards.
@@ -185,8 +183,8 @@ class LookupExpertsMixin:
             names = ("is_main_process", "state_dict", "max_shard_size")
             options = {name: kwargs[name] for name in names if name in kwargs}
             save_experts(self, save_directory, *args, **options)
-            return
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        else:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if self.lookup_settings.form == "table" and kwargs.get("is_main_process", True):
             from lookup_experts.table.build import copy_table
 
