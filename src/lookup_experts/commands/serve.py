@@ -55,11 +55,11 @@ def serve(
     from lookup_experts.generation.loading import load, load_tokenizer
 
     try:
-        from lookup_experts.serving.engine import Limits
         from lookup_experts.serving.prompts import check_chat_template, read_chat_template
         from lookup_experts.serving.run import open_socket, read_keys
         from lookup_experts.serving.run import serve as run_server
         from lookup_experts.serving.service import Service, ServiceOptions
+        from lookup_experts.serving.waiting import Limits
     except ModuleNotFoundError as error:
         raise UserError(
             f"mole serve needs {error.name}, which is not installed: "

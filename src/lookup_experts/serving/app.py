@@ -7,11 +7,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 
 from lookup_experts import __version__
 from lookup_experts.serving.calls import (
@@ -83,7 +82,7 @@ def create_app(service: Service) -> FastAPI:
     _add_error_handlers(app)
     _add_generation(app, service)
     _add_information(app, service)
-    app.mount("/", StaticFiles(directory=STATIC, html=True), name="page")
+    _add_page(app)
     _drop_unused_validation_errors(app)
     return app
 
@@ -167,6 +166,20 @@ def _add_information(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Counters for Prometheus."""
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_page(app: FastAPI) -> None:
+    """A route for each file of the page; `/` is its index."""
+    for path in sorted(STATIC.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(STATIC).as_posix()
+            _add_file(app, "/" if name == "index.html" else f"/{name}", path)
+
+
+def _add_file(app: FastAPI, route: str, path: Path) -> None:
+    @app.get(route, include_in_schema=False)
+    async def file() -> Response:
+        return FileResponse(path)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

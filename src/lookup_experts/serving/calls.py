@@ -10,9 +10,10 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from lookup_experts.serving.engine import Engine, Outbox, QueueFullError, ShuttingDownError
+from lookup_experts.serving.engine import Engine
 from lookup_experts.serving.errors import ApiError
 from lookup_experts.serving.replies import Choice, Json, Replies
+from lookup_experts.serving.reports import Outbox
 from lookup_experts.serving.sequence import (
     Event,
     Failed,
@@ -21,6 +22,7 @@ from lookup_experts.serving.sequence import (
     GenerationSequence,
     PromptScored,
 )
+from lookup_experts.serving.waiting import QueueFullError, ShuttingDownError
 
 RETRY_SECONDS = 1
 

@@ -22,6 +22,7 @@ class LookupWatch:
     def __init__(self, model: Any) -> None:
         attachment = getattr(model, "lookup_attachment", None)
         self._context = attachment.context if attachment is not None else None
+        self._device = model.device
         source = getattr(model, "expert_source", None)
         self.table: TableExperts | None = source if isinstance(source, TableExperts) else None
         self._reads = self.table is not None and self.table.stats().store != "memory"
@@ -38,10 +39,11 @@ class LookupWatch:
 
     def read_error(self, token_id: int) -> TableError | None:
         """Why the record of a token can't be read, or None if it can."""
-        if self.table is None:
+        source = self._context.source if self._context is not None else None
+        if source is None:
             return None
         try:
-            self.table.rows(torch.tensor([[token_id]])).layer(0)
+            source.rows(torch.tensor([[token_id]], device=self._device)).layer(0)
         except TableError as error:
             return error
         return None

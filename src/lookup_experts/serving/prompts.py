@@ -36,6 +36,7 @@ class Prompter:
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids of a prompt given as text, or as ids, which are checked."""
         if isinstance(prompt, str):
+            refuse_half_characters(prompt, "prompt")
             with self._lock:
                 ids = self._tokenizer(prompt)["input_ids"]
         else:
@@ -57,10 +58,13 @@ class Prompter:
             )
         from jinja2.exceptions import TemplateError
 
+        conversation = [message.to_template() for message in messages]
+        for message in conversation:
+            refuse_half_characters(message["content"], "messages")
         try:
             with self._lock:
                 ids = self._tokenizer.apply_chat_template(
-                    [message.to_template() for message in messages],
+                    conversation,
                     chat_template=self._template,
                     add_generation_prompt=True,
                     tokenize=True,
@@ -106,6 +110,16 @@ class Prompter:
         """Token ids as text."""
         with self._lock:
             return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+
+def refuse_half_characters(text: str, param: str) -> None:
+    """Raise an `ApiError` for what JSON can write and no text can hold: half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(
+            400, f"Character {error.start} is half a surrogate pair; send whole ones.", param
+        ) from error
 
 
 def vocab_size_of(model: Any) -> int:

@@ -66,11 +66,9 @@ def serve(
         grace_seconds: for what runs when the end is asked for.
     """
     host, port = listening.getsockname()[:2]
-    if keys is None and not ipaddress.ip_address(host).is_loopback:
-        say(
-            f"Warning: {host} can be reached from other machines, and everybody may use the model; "
-            "give --api-key-file."
-        )
+    warning = warning_for(host, keys)
+    if warning is not None:
+        say(warning)
     config = uvicorn.Config(
         Guard(create_app(service), keys, service.metrics.requests),
         log_level="warning",
@@ -87,6 +85,16 @@ def serve(
         for name, handler in before.items():
             signal.signal(name, handler)
     say("Stopped.")
+
+
+def warning_for(host: str, keys: ApiKeys | None) -> str | None:
+    """What to say of an address that other machines can reach, when there is no key."""
+    if keys is not None or ipaddress.ip_address(host).is_loopback:
+        return None
+    return (
+        f"Warning: {host} can be reached from other machines, and everybody there may use the "
+        "model; give --api-key-file."
+    )
 
 
 def url_of(host: str, port: int) -> str:

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lookup_experts.serving.calls import Call, deliver_on
-from lookup_experts.serving.engine import Engine, Limits, Outbox, end_ids_of
+from lookup_experts.serving.engine import Engine, end_ids_of
 from lookup_experts.serving.errors import ApiError
 from lookup_experts.serving.metrics import ServingMetrics, resident_bytes
 from lookup_experts.serving.prompts import Prompter
 from lookup_experts.serving.protocol import ChatBody, CompletionBody, GenerationBody
 from lookup_experts.serving.replies import Choice
+from lookup_experts.serving.reports import Outbox
 from lookup_experts.serving.sampling import Chooser
 from lookup_experts.serving.sequence import GenerationRequest
 from lookup_experts.serving.text import decoder_of
+from lookup_experts.serving.waiting import Limits
 from lookup_experts.table.reader import TableExperts
 
 DEFAULT_COMPLETION_TOKENS = 16

@@ -1,0 +1,81 @@
+"""Tokens chosen as each request asks: by the book, and whatever the batch."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from lookup_experts.serving import sampling
+from lookup_experts.serving.sampling import (
+    Chooser,
+    choose,
+    choose_reference,
+    log_probabilities,
+)
+
+WAYS = (
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.6},
+    {"temperature": 1.0, "top_p": 0.0},
+    {"temperature": 1.3, "top_p": 0.9},
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 0.9, "top_k": 7},
+    {"temperature": 2.0, "top_k": 30, "top_p": 0.5},
+    {"temperature": 1.0, "top_k": 10**6, "top_p": 0.99},
+)
+
+
+@pytest.mark.parametrize("nucleus", [4, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_choosing_is_as_by_the_book(monkeypatch, nucleus, dtype):
+    monkeypatch.setattr(sampling, "NUCLEUS", nucleus)
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(30):
+        # All different, since among equals sorting may choose either.
+        logits = (torch.randperm(200, generator=generator)[: 9 * 20].view(9, 20) / 16).to(dtype)
+        fast = [Chooser(**way, seed=seed) for way in WAYS]
+        slow = [Chooser(**way, seed=seed) for way in WAYS]
+        assert choose(logits, fast) == choose_reference(logits, slow)
+        assert [one.random.random() for one in fast] == [one.random.random() for one in slow]
+
+
+def test_the_batch_changes_nothing():
+    logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(1))
+    together = choose(logits, [Chooser(**way, seed=3) for way in WAYS])
+    alone = [
+        choose(row[None], [Chooser(**way, seed=3)])[0]
+        for row, way in zip(logits, WAYS, strict=True)
+    ]
+    assert together == alone
+
+
+@pytest.mark.parametrize("way", [{}, {"top_p": 0.8}, {"top_k": 3}])
+def test_tokens_are_as_frequent_as_they_are_probable(way):
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -2.0]])
+    chooser = Chooser(temperature=1.0, seed=0, **way)
+    counts = Counter(choose(logits, [chooser])[0] for _ in range(3000))
+    expected = logits[0].softmax(-1)
+    keep = {"top_p": 2, "top_k": 3}.get(next(iter(way), ""), 5)
+    expected = expected[:keep] / expected[:keep].sum()
+    for token_id, probability in enumerate(expected.tolist()):
+        assert counts[token_id] / 3000 == pytest.approx(probability, abs=0.03)
+    assert set(counts) <= set(range(keep))
+
+
+def test_impossible_tokens_are_never_drawn():
+    logits = torch.full((1, 6), float("-inf"))
+    logits[0, 3] = 0.0
+    for way in WAYS:
+        assert choose(logits, [Chooser(**way, seed=0)]) == [3]
+
+
+def test_log_probabilities_of_any_dtype():
+    logits = torch.randn(3, 40).bfloat16()
+    told = log_probabilities(logits, torch.tensor([4, 5, 6]), top=50)
+    expected = logits.float().log_softmax(-1)
+    for row, one in enumerate(told):
+        assert one.value == pytest.approx(float(expected[row, row + 4]), abs=1e-5)
+        assert len(one.top_ids) == 40
+        assert one.top_values == sorted(one.top_values, reverse=True)
+    assert log_probabilities(logits, torch.tensor([1, 2, 3]), top=0)[0].top_ids == []
