@@ -55,7 +55,7 @@ def eval(  # noqa: A001
     Example: `mole eval dense/ folded/ --tasks arc_easy,piqa --data-dir data/eval --recall`
     """
     from lookup_experts.benchmarks.results import make_report
-    from lookup_experts.evaluation.run import Request, evaluate_folder
+    from lookup_experts.evaluation.run import Request, evaluate_folders
     from lookup_experts.evaluation.summary import format_summaries
     from lookup_experts.evaluation.tasks import parse_tasks
 
@@ -72,11 +72,8 @@ def eval(  # noqa: A001
         out=out,
     )
     loading = {"store": store, "cache": cache, "device": device, "dtype": dtype}
-    request.check(folders)
-    results = []
-    for folder in folders:
-        summary = evaluate_folder(folder, request, tokenizer, loading)
-        results.append(summary.to_dict())
+    summaries = evaluate_folders(folders, request, tokenizer, loading)
+    results = [summary.to_dict() for summary in summaries]
     if json:
         console.json_result(make_report("eval", results))
     else:

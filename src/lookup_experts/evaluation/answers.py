@@ -75,11 +75,6 @@ class AnswerJournal:
         self._file.write(json.dumps(value) + "\n")
         self._file.flush()
 
-    def delete(self) -> None:
-        """The evaluation is over; nothing is left to go on with."""
-        self._file.close()
-        self._path.unlink()
-
     def __enter__(self) -> Self:
         return self
 

@@ -20,6 +20,8 @@ from lookup_experts.evaluation.perplexity import Progress
 from lookup_experts.evaluation.tasks import EvaluationTask, load_tasks
 
 METRICS = ("acc", "acc_norm", "perplexity")
+BOOTSTRAP_ROUNDS = 1000
+"""For the standard error of LAMBADA's perplexity; those of accuracies have a formula."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class TaskScore:
     task: str
     metrics: dict[str, float]
     """`acc` for every task; `acc_norm` (by the choices' lengths) or `perplexity` for some."""
-    standard_errors: dict[str, float]
+    standard_errors: dict[str, float | None]
+    """None where there is a single row."""
     num_rows: int
     """Those that were evaluated."""
     official_rows: int
@@ -48,11 +51,16 @@ class Evaluation:
     """The harness's own results, with every sample."""
 
     @property
-    def average(self) -> tuple[float, float]:
+    def average(self) -> tuple[float, float | None]:
         """Mean accuracy over the tasks and its standard error; over all eight the paper's."""
-        errors = [score.standard_errors["acc"] for score in self.scores]
         mean = sum(score.metrics["acc"] for score in self.scores) / len(self.scores)
-        return mean, sum(error**2 for error in errors) ** 0.5 / len(errors)
+        squares = 0.0
+        for score in self.scores:
+            error = score.standard_errors["acc"]
+            if error is None:
+                return mean, None
+            squares += error**2
+        return mean, squares**0.5 / len(self.scores)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, without what the harness wrote."""
@@ -122,7 +130,12 @@ def evaluate_tasks(
         loaded = load_tasks(manager, tasks, data_dir, Path(work))
         language_model = LoadedLanguageModel(model, tokenizer, batch_size, journal, progress)
         results = simple_evaluate(
-            language_model, tasks=loaded, task_manager=manager, num_fewshot=0, limit=limit
+            language_model,
+            tasks=loaded,
+            task_manager=manager,
+            num_fewshot=0,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP_ROUNDS,
         )
     return Evaluation(
         scores=[_score(task, results) for task in tasks],
@@ -135,10 +148,13 @@ def evaluate_tasks(
 def _score(task: EvaluationTask, results: dict[str, Any]) -> TaskScore:
     found = results["results"][task.name]
     names = [name for name in METRICS if f"{name},none" in found]
+    errors = {name: found[f"{name}_stderr,none"] for name in names}
     return TaskScore(
         task=task.name,
         metrics={name: float(found[f"{name},none"]) for name in names},
-        standard_errors={name: float(found[f"{name}_stderr,none"]) for name in names},
+        standard_errors={
+            name: None if error == "N/A" else float(error) for name, error in errors.items()
+        },
         num_rows=results["n-samples"][task.name]["effective"],
         official_rows=task.num_rows,
     )

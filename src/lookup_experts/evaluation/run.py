@@ -58,20 +58,35 @@ class Request:
                 raise UserError(f"The model {folders[position]} is given twice.")
 
 
-def evaluate_folder(
-    folder: str, request: Request, tokenizer_folder: Path | None, loading: dict[str, Any]
-) -> ModelSummary:
-    """Load a model and measure what is asked of it, with progress on stderr.
+def evaluate_folders(
+    folders: Sequence[str],
+    request: Request,
+    tokenizer_folder: Path | None,
+    loading: dict[str, Any],
+) -> list[ModelSummary]:
+    """Load one model after the other and measure what is asked, with progress on stderr.
 
     Args:
-        folder: of the model, or its name on the hub.
+        folders: of the models, or their names on the hub.
         request: what is asked.
-        tokenizer_folder: where the model's own folder has no tokenizer.
+        tokenizer_folder: where the models' own folders have no tokenizer.
         loading: keyword arguments of `load`.
 
     Raises:
         UserError: no such model; no tokenizer; rows or a text that can't be read.
     """
+    request.check(folders)
+    found = [_evaluate(folder, request, tokenizer_folder, loading) for folder in folders]
+    # Kept up to here: interrupted at the last model, the others needn't be asked again.
+    for folder in folders:
+        if request.out is not None:
+            _journal_path(request.out, folder).unlink(missing_ok=True)
+    return found
+
+
+def _evaluate(
+    folder: str, request: Request, tokenizer_folder: Path | None, loading: dict[str, Any]
+) -> ModelSummary:
     tokenizer = load_tokenizer(tokenizer_folder or folder)
     model = load(folder, notify=console.say, **loading)
     summary = ModelSummary(
@@ -105,8 +120,6 @@ def _tasks(
             )
         if request.out is not None:
             write_harness_results(found.harness, request.out / f"{_file_name(folder)}.json")
-        if journal is not None:
-            journal.delete()
     return found
 
 
@@ -118,9 +131,12 @@ def _journal(
         yield None
         return
     identity = folder_identity(local_folder(folder), **loading)
-    path = request.out / f"{_file_name(folder)}.answers.jsonl"
-    with AnswerJournal(path, identity) as journal:
+    with AnswerJournal(_journal_path(request.out, folder), identity) as journal:
         yield journal
+
+
+def _journal_path(out: Path, folder: str) -> Path:
+    return out / f"{_file_name(folder)}.answers.jsonl"
 
 
 def write_harness_results(results: dict[str, Any], path: Path) -> None:

@@ -86,10 +86,10 @@ def _rows(score: dict[str, Any]) -> str:
     return f"{num_rows:,}" if num_rows == official else f"{num_rows:,} of {official:,}"
 
 
-def _with_error(metric: str, value: float, error: float) -> str:
+def _with_error(metric: str, value: float, error: float | None) -> str:
     if metric == "perplexity":
-        return f"{value:.4g} ± {error:.2g}"
-    return f"{100 * value:.2f} ± {100 * error:.2f}"
+        return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+    return f"{100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
 
 def perplexity_table(results: Sequence[dict[str, Any]]) -> str:

@@ -1,0 +1,127 @@
+"""`mole eval`: Markdown, JSON, the harness's own files, and what is refused."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from tiny_tasks import write_tasks
+
+from lookup_experts import cli
+from lookup_experts.evaluation.summary import format_summaries
+
+pytestmark = pytest.mark.usefixtures("brief_harness")
+
+
+@pytest.fixture
+def mole(monkeypatch, capsys):
+    """Run `mole eval` in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mole", "eval", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks") / "data")
+
+
+def test_two_models_beside_each_other(mole, training_folder, table_folder, data, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    out = tmp_path / "out"
+    arguments = (training_folder, table_folder, "--tasks", "piqa,lambada", "--data-dir", data)
+    code, stdout, stderr = mole(*arguments, "--perplexity", text, "--out", out, "--json")
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    experts, table = report["results"]
+    assert (experts["form"], table["form"]) == ("experts", "table")
+    assert experts["dtype"] == "float32"
+    assert report["what"] == "eval" and report["machine"]["versions"]["torch"]
+    assert experts["recall"] is None
+    assert experts["perplexity"]["perplexity"] == pytest.approx(table["perplexity"]["perplexity"])
+    for one, other in zip(experts["tasks"]["scores"], table["tasks"]["scores"], strict=True):
+        assert one["metrics"]["acc"] == other["metrics"]["acc"]
+        assert one["num_rows"] == 3
+    files = sorted(path.name for path in out.iterdir())
+    assert len(files) == 2 and all(name.endswith(".json") for name in files)
+    assert json.loads((out / files[0]).read_text())["results"]["piqa"]["acc,none"] >= 0
+
+    lines = format_summaries(report["results"]).splitlines()
+    assert lines[0].startswith(f"| task | metric | rows | {training_folder} (experts) | ")
+    assert any(line.startswith("| piqa | acc_norm | 3 of 1,838 | ") for line in lines)
+    assert any(line.startswith("| average of 2 | acc | ") and "±" in line for line in lines)
+    assert any("perplexity on" in line for line in lines)
+    assert "recall" not in stdout.replace('"recall": null', "")
+
+
+def test_without_names_all_tasks(mole, table_folder, data):
+    code, stdout, stderr = mole(table_folder, "--data-dir", data, "--limit", 1)
+    assert code == 0, stderr
+    assert "| average of 8 | acc |" in stdout
+
+
+def test_recall_alone(mole, own_words):
+    code, stdout, stderr = mole(own_words, "--recall")
+    assert code == 0, stderr
+    lines = stdout.splitlines()
+    assert lines[0].startswith("| recall over | ")
+    assert lines[2].startswith("| 16 tokens | ") and lines[-1] == "| chance | 12.5; -2.08 |"
+    assert "average" not in stdout
+
+
+@pytest.fixture
+def own_words(table_folder, tmp_path):
+    """The model in table form with a tokenizer of 96 whole words."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = "abcdefgh"
+    words = [f"Ġ{a}{b}{c}" for a in letters for b in letters[:4] for c in letters[:3]]
+    vocabulary = {word: number for number, word in enumerate(["<s>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    folder = shutil.copytree(table_folder, tmp_path / "words")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tasks", "hellaswg"), "Unknown task 'hellaswg'. Did you mean 'hellaswag'?"),
+        (("--data-dir", "nowhere"), "--data-dir nowhere is no folder"),
+        (("--limit", "0"), "--limit is 0; it must be at least 1."),
+        (("--batch-size", "-1"), "--batch-size is -1; it must be at least 1."),
+        (("--recall",), "words that are one token each"),
+        (("--perplexity", "nowhere.txt"), "nowhere.txt is no file"),
+    ],
+)
+def test_refused(mole, table_folder, arguments, message):
+    code, stdout, stderr = mole(table_folder, *arguments)
+    assert (code, stdout) == (2, "")
+    assert message in stderr.splitlines()[-1]
+
+
+def test_refused_folders(mole, table_folder, data, tmp_path):
+    bare = shutil.copytree(table_folder, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    for arguments, message in (
+        ((bare, "--data-dir", data), "has no tokenizer"),
+        ((table_folder, table_folder, "--data-dir", data), "is given twice"),
+        ((tmp_path / "none", "--data-dir", data), "No such folder"),
+        ((table_folder, "--data-dir", data, "--out", bare / "config.json"), "is a file"),
+    ):
+        code, stdout, stderr = mole(*arguments)
+        assert (code, stdout) == (2, ""), stderr
+        assert message in stderr.splitlines()[-1]
