@@ -114,7 +114,8 @@ def test_slots_are_not_overwritten_while_the_gpu_still_reads_them(wide, open_on_
     mixed = []
     with torch.no_grad():
         for ids, each in zip(several, on_gpu, strict=True):
-            rows = reader.rows(ids)  # ids on the host, so nothing waits for the GPU
+            # Ids that are on the host already, so that nothing waits for the GPU.
+            rows = reader._on_device.rows(ids, ready=False)
             torch.cuda._sleep(100_000_000)
             mixed.append(rows.mix(1, each))
             del rows
@@ -135,7 +136,7 @@ def test_a_prompts_buffers_are_not_overwritten_while_the_gpu_still_reads_them(
     on_gpu = [each.cuda() for each in weights]
     mixed = []
     with torch.no_grad():
-        rows = reader.rows(ids)
+        rows = reader._on_device.rows(ids, ready=False)
         for layer in range(12):
             torch.cuda._sleep(30_000_000)
             mixed.append(rows.mix(layer, on_gpu[layer]))
@@ -229,6 +230,15 @@ def test_logits_are_those_of_the_cpu(folded, store, encoding):
             found = logits_of(model, ids.cuda()).cpu()
             torch.testing.assert_close(found, logits_of(plain, ids), rtol=2e-3, atol=2e-3)
         model.expert_source.close()
+
+
+def test_a_model_that_is_moved_takes_its_table_along(folded):
+    model, ids = le.load(folded("float32"), store="mmap", dtype="float32"), token_ids(2, 9)
+    expected = logits_of(model, ids)
+    for device in ("cuda", "cpu", "cuda:0"):
+        found = logits_of(model.to(device), ids.to(device)).cpu()
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    assert model.expert_source.device == torch.device("cuda:0")
 
 
 def test_gradients_flow_through_a_table_on_the_gpu(folded):

@@ -168,7 +168,8 @@ class CudaLane:
 
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Mark:
         with torch.cuda.stream(self._stream):
-            torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
             return _CudaMark(self._stream)
 
     def lead(self, mark: Mark) -> None:
@@ -204,16 +205,8 @@ class _CudaMark:
 
 
 def open_lane(device: torch.device) -> Lane | None:
-    """The lane to a device; None for the CPU, where records are read to where they are needed.
-
-    Raises:
-        UserError: a kind of device that has none.
-    """
-    if device.type == "cpu":
-        return None
-    if device.type == "cuda":
-        return CudaLane(device)
-    raise UserError(f"Tables are read for cpu and cuda, not for {device.type!r}.")
+    """The lane to a CUDA device; None for others, which take records from RAM."""
+    return CudaLane(device) if device.type == "cuda" else None
 
 
 def check_device(device: str | torch.device) -> None:

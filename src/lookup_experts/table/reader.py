@@ -23,7 +23,7 @@ from lookup_experts.table.batch import FillingFromStore, SlotBatch, check_bounds
 from lookup_experts.table.cache import RowCache
 from lookup_experts.table.device import DeviceReader
 from lookup_experts.table.format import Table, TableShape, open_table
-from lookup_experts.table.lanes import open_lane
+from lookup_experts.table.lanes import Lane, open_lane
 from lookup_experts.table.rows import Decoding, MemoryRows, StreamedRows, WaitClock
 from lookup_experts.table.store import (
     Store,
@@ -137,6 +137,8 @@ class TableExperts:
         """
         if self._closed:
             raise ValueError(f"The reader of the table in {self.folder} is closed.")
+        if token_ids.device != self._decoding.device:
+            self.move_to(token_ids.device)  # where the model was moved to
         if self._on_device is not None and not torch.is_grad_enabled():
             return self._on_device.rows(token_ids, ready)
         if torch.is_grad_enabled() or ready or self._whole is not None:
@@ -244,13 +246,14 @@ class TableExperts:
 
         On CUDA the row cache is there as well: its budget is then of the GPU's memory.
         """
-        self._decoding = Decoding(self.table.layout, self._dtype, torch.device(device))
-        self._on_device = self._reader_on_device()
+        device = torch.device(device)
+        lane = open_lane(device)
+        self._decoding = Decoding(
+            self.table.layout, self._dtype, device if lane is None else lane.device
+        )
+        self._on_device = None if lane is None else self._reader_on_device(lane)
 
-    def _reader_on_device(self) -> DeviceReader | None:
-        lane = open_lane(self._decoding.device)
-        if lane is None:
-            return None
+    def _reader_on_device(self, lane: Lane) -> DeviceReader:
         return DeviceReader(
             self._decoding,
             self._store,
