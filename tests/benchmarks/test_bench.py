@@ -136,6 +136,7 @@ def test_memory_of_real_processes():
         (["--batch", "1,x"], "numbers like 1,8,32"),
         (["--batch", "0"], "at least 1"),
         (["--encoding", "nf5"], "Unknown encoding 'nf5'"),
+        (["--device", "quantum"], "No device 'quantum' here"),
         (["--shape", "161m"], "Did you mean '160m'"),
         (["--ids", "nowhere.npy"], "expected a .npy file"),
     ],
