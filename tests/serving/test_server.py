@@ -180,6 +180,7 @@ def test_64_streams_of_mixed_lengths_each_get_what_they_would_get_alone(server, 
 
 
 def test_lm_eval_s_local_completions(server, table_folder, tokenizer, model):
+    pytest.importorskip("tenacity", reason="lm-eval's API models need tenacity")
     api = pytest.importorskip("lm_eval.models.openai_completions", reason="lm-eval is not here")
     from lm_eval.api.instance import Instance
 
