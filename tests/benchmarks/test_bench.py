@@ -119,6 +119,22 @@ def test_cache_policies(tmp_path, ids):
     assert "too few for 4 streams" in str(few.exception)
 
 
+def test_rows_of_a_prompt_take_less_than_all_layers_at_once(tmp_path, ids):
+    from lookup_experts.benchmarks import residency
+    from lookup_experts.benchmarks.models import Case, random_table
+
+    shape = {"hidden_size": 512, "num_hidden_layers": 24, "num_attention_heads": 2}
+    case = Case("wide", 4, "nf4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(baselines.SHAPES, "wide", shape)
+        patch.setattr(baselines, "PAPER_VOCAB_SIZE", 1500)
+        table = random_table(case, tmp_path)
+        prompt = np.arange(3000) % 1500
+        peak = residency._peak_of_prompt(case, table.folder, "direct", prompt)
+    all_at_once = 1500 * 24 * 4 * 512 * 2
+    assert 1500 * 4 * 512 * 2 < peak < all_at_once
+
+
 @pytest.mark.timeout(90)
 def test_memory_of_real_processes():
     """In this process: a fresh one doesn't know the test's shape."""
@@ -136,6 +152,7 @@ def test_memory_of_real_processes():
         (["--batch", "1,x"], "numbers like 1,8,32"),
         (["--batch", "0"], "at least 1"),
         (["--encoding", "nf5"], "Unknown encoding 'nf5'"),
+        (["--graphs"], "CUDA graphs need a GPU"),
         (["--device", "quantum"], "No device 'quantum' here"),
         (["--shape", "161m"], "Did you mean '160m'"),
         (["--ids", "nowhere.npy"], "expected a .npy file"),

@@ -22,14 +22,18 @@ def compare(
     json: Path | None,
     plot: Path | None,
     device: str,
+    graphs: bool = False,
 ) -> None:
-    """Dense and MoLE side by side for each size."""
+    """Dense and MoLE side by side for each size; `graphs` decodes by CUDA graphs."""
     from lookup_experts.benchmarks.models import Case, dense_model, random_table, table_model
-    from lookup_experts.benchmarks.speed import TextWindows
+    from lookup_experts.benchmarks.speed import CONTEXT, SEQUENCE_STEPS, TextWindows
+    from lookup_experts.errors import UserError
     from lookup_experts.table.lanes import check_device
     from lookup_experts.units import parse_bytes
 
     check_device(device)
+    if graphs and not device.startswith("cuda"):
+        raise UserError(f"CUDA graphs need a GPU; give --device cuda instead of {device}.")
     case = Case(shape, experts, encoding)
     numbers, cache_bytes = counts(sizes), parse_bytes(cache)
     with console.progress_bar("Writing a table") as progress:
@@ -37,10 +41,15 @@ def compare(
     windows = TextWindows(id_stream(ids, case, work), device=device)
     dense = dense_model(case, device=device)
     mole = table_model(case, table, store, cache_bytes, console.say, device)
+    if graphs:
+        from lookup_experts.benchmarks.graphs import DecodingByGraphs
+
+        dense, mole = (DecodingByGraphs(each, CONTEXT + SEQUENCE_STEPS) for each in (dense, mole))
     results = []
     for size in numbers:
         with console.progress_bar(f"{measure.__name__.removeprefix('measure_')} {size}") as bar:
             found = measure(dense, mole, windows, size, pairs, bar)
-        results += [result.to_dict() for result in found]
+        by_graphs = {"cuda_graphs": True} if graphs else {}
+        results += [result.to_dict() | by_graphs for result in found]
         console.say(line(results[-1]))
     report(measure.__name__.removeprefix("measure_"), results, json, plot)

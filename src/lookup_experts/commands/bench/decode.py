@@ -19,6 +19,9 @@ def decode(
     batch: bench_options.Counts = "1,8,32",
     pairs: Annotated[int, typer.Option(help="Pairs of steps, dense and MoLE.")] = 200,
     device: options.Device = "cpu",
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="On a GPU: static caches and CUDA graphs.")
+    ] = False,
     ids: bench_options.Ids = None,
     work: bench_options.Work = Path("runs/bench"),
     json: bench_options.JsonFile = None,
@@ -44,4 +47,5 @@ def decode(
         json,
         plot,
         device,
+        graphs,
     )
