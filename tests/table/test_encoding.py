@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lookup_experts.errors import TableError, UserError
+from lookup_experts.errors import UserError
 from lookup_experts.table.encoding import (
     ENCODINGS,
     Encoding,
@@ -143,12 +143,14 @@ def test_quantising_agrees_with_the_reference_at_every_midpoint(name):
 
 
 @pytest.mark.parametrize("name", CODED)
-def test_encoding_in_parts_changes_nothing(monkeypatch, name):
+def test_working_in_parts_changes_nothing(monkeypatch, name):
     rows = torch.randn(7, 3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     encoding = get_encoding(name)
     whole = encoding.encode(rows)
-    monkeypatch.setattr("lookup_experts.table.encoding.ENCODED_AT_ONCE", 2 * 3 * 50 + 1)
+    decoded = encoding.decode(whole, 3, 50, torch.bfloat16)
+    monkeypatch.setattr("lookup_experts.table.encoding.AT_ONCE", 2 * 3 * 50 + 1)
     assert torch.equal(encoding.encode(rows), whole)
+    assert torch.equal(encoding.decode(whole, 3, 50, torch.bfloat16), decoded)
     assert encoding.encode(rows[:0]).shape == (0, whole.shape[1])
 
 
@@ -255,8 +257,6 @@ def test_impossible_scales_are_found(name, scale):
     stored = torch.tensor([scale], dtype=encoding.scale_dtype).view(torch.uint8)
     records[2, -len(stored) :] = stored
     assert encoding.invalid(records, 2, 6).tolist() == [False, False, True, False]
-    with pytest.raises(TableError, match="id 70 is damaged"):
-        encoding.check_scales(records, 2, 6, [10, 40, 70, 80])
 
 
 @pytest.mark.parametrize("name", FLOATS)

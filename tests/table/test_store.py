@@ -292,7 +292,9 @@ def test_a_flipped_bit_is_found_with_checksums(tmp_path, kind):
             check(store, records, np.arange(40))
 
 
-def test_a_scale_that_is_not_finite_is_found_with_checksums(tmp_path):
+@pytest.mark.parametrize("verify_checksums", [False, True])
+@pytest.mark.parametrize("kind", STORES)
+def test_a_scale_that_is_not_finite_is_found(tmp_path, kind, verify_checksums):
     table, records = make_table(tmp_path, encoding="nf4")
     end = table.layout.record_bytes
     records[4, end - 2 : end] = np.array([np.nan], np.float16).view(np.uint8)
@@ -301,9 +303,10 @@ def test_a_scale_that_is_not_finite_is_found_with_checksums(tmp_path):
     ) as w:
         w.write(4, records[4:5])
     with (
-        open_store(table, "direct", verify_checksums=True, notify=silent) as store,
         pytest.raises(TableError, match="id 4 is damaged: a number or scale"),
+        open_store(table, kind, verify_checksums=verify_checksums, notify=silent) as store,
     ):
+        check(store, records, np.delete(np.arange(40), 4))
         check(store, records, np.arange(40))
 
 

@@ -248,7 +248,7 @@ class DirectStore(RecordStore):
             if result != stride:
                 offset = self._place(int(ids[row]))[1]
                 self._finish(int(ids[row]), offset, records[row], result, stride)
-        if self._checksums is not None:
+        if self._checksums is not None or self._scales is not None:
             self._check_records(ids, np.stack(records))
 
     def count(self, num_ids: int, started_at: float) -> None:

@@ -19,7 +19,6 @@ Letters: U records, N experts, d hidden size.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -28,12 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lookup_experts.errors import TableError, UserError, unknown_name
+from lookup_experts.errors import UserError, unknown_name
 
 INT8_MAX = 127
 MAX_BLOCK_SIZE = 2**20
-ENCODED_AT_ONCE = 2**17
-"""Numbers that the CPU encodes at a time."""
+AT_ONCE = 2**17
+"""Numbers that the CPU encodes or decodes at a time: what lies between stays in its caches, and
+memory beyond the result is bounded."""
 _CELLS = 256
 """Of equal width from -2 to 2, for quantising to nf4 and nf3. Numbers are within 1.5: an absmax
 below the normal range of float16 may be rounded down to two thirds."""
@@ -93,17 +93,6 @@ class Encoding(ABC):
         That is a scale (for float encodings: a number) that is NaN or infinite, or a scale below
         zero. Records are uint8 [U, layer_bytes].
         """
-
-    def check_scales(
-        self, records: Tensor, num_experts: int, hidden_size: int, ids: Sequence[int]
-    ) -> None:
-        """Raise a `TableError` that names the first of `ids` whose record is `invalid`."""
-        found = self.invalid(records, num_experts, hidden_size).nonzero()
-        if len(found):
-            raise TableError(
-                f"The record of id {int(ids[int(found[0])])} is damaged: {self.name} scales or "
-                "numbers that are negative or not finite. Build the table again."
-            )
 
 
 @dataclass(frozen=True)
@@ -168,8 +157,7 @@ class ScaledEncoding(Encoding):
         _require_floats(rows)
         if rows.device.type != "cpu":
             return self._encode_part(rows)
-        # Part by part, so that the passes over the numbers run in the processor's caches.
-        step = max(1, ENCODED_AT_ONCE // math.prod(rows.shape[1:]))
+        step = max(1, AT_ONCE // math.prod(rows.shape[1:]))
         return torch.cat([self._encode_part(part) for part in rows.split(step)])
 
     def _encode_part(self, rows: Tensor) -> Tensor:
@@ -191,6 +179,17 @@ class ScaledEncoding(Encoding):
         return torch.cat([packed, stored], dim=1)
 
     def decode(
+        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        step = max(1, AT_ONCE // (num_experts * hidden_size))
+        if len(records) <= step or records.device.type != "cpu":
+            return self._decode_part(records, num_experts, hidden_size, dtype)
+        rows = torch.empty(len(records), num_experts, hidden_size, dtype=dtype)
+        for target, part in zip(rows.split(step), records.split(step), strict=True):
+            target.copy_(self._decode_part(part, num_experts, hidden_size, dtype))
+        return rows
+
+    def _decode_part(
         self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
     ) -> Tensor:
         num_codes = num_experts * hidden_size

@@ -39,6 +39,7 @@ from lookup_experts.table.format import (
     read_checksums,
     read_exactly,
 )
+from lookup_experts.table.scales import PROBLEM, scale_check
 from lookup_experts.units import format_bytes
 
 STORES = ("memory", "mmap", "direct")
@@ -76,7 +77,8 @@ class Store(Protocol):
 
         Raises:
             TableError: an id is outside the table; a record can't be read in full, or is
-                damaged (with `verify_checksums`). Names file and id. `out` is then undefined.
+                damaged: by its scales, or (with `verify_checksums`) anywhere. Names file and
+                id. `out` is then undefined.
         """
 
     def begin(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> "PendingRead":
@@ -212,6 +214,7 @@ class RecordStore(ABC):
         self.bytes_read, self.reads, self.seconds_reading = 0, 0, 0.0
         self._first_ids = np.array([shard.first_id for shard in table.shards])
         self._checksums = _all_checksums(table) if verify_checksums else None
+        self._scales = scale_check(table.layout)
         self.reads_parts = not verify_checksums and self.layout.stride >= BLOCK
         self._count_lock = threading.Lock()
         self._closed = False
@@ -224,7 +227,7 @@ class RecordStore(ABC):
             return
         started_at = time.perf_counter()
         num_bytes = self._fetch(ids, out, start)
-        self._check_records(ids, out)
+        self._check_records(ids, out, start)
         self._count(num_bytes, time.perf_counter() - started_at)
 
     def begin(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> PendingRead:
@@ -233,6 +236,9 @@ class RecordStore(ABC):
         return ThreadedRead(self._background().submit(self._read_into, ids, memory, slots))
 
     def _read_into(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> None:
+        if len(ids) == 1:  # no copy in between; a record may be megabytes
+            self.read(ids, memory[int(slots[0]), np.newaxis])
+            return
         stride = self.layout.stride
         records = aligned_buffer(len(ids) * stride).reshape(len(ids), stride)
         self.read(ids, records)
@@ -292,7 +298,10 @@ class RecordStore(ABC):
                 f"Token id {wrong} is not in the table, whose ids are 0 to {vocab_size - 1}."
             )
 
-    def _check_records(self, ids: np.ndarray, out: np.ndarray) -> None:
+    def _check_records(self, ids: np.ndarray, out: np.ndarray, start: int = 0) -> None:
+        if self._scales is not None:
+            for row in self._scales.rows(out, start):
+                raise self._damaged(int(ids[row]), PROBLEM)
         if self._checksums is None:
             return
         for row, problem in find_damage(self.layout, out, self._checksums[ids]):
