@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lookup_experts.errors import UserError, unknown_name
@@ -20,6 +21,7 @@ from lookup_experts.model.experts import (
     LayerExperts,
     LookupExperts,
     TokenContext,
+    is_called_plainly,
 )
 
 INITS = ("zero", "normal")
@@ -321,11 +323,18 @@ class AddLookupOutput:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        added = self.lookup(hidden_states)
-        if isinstance(output, tuple):
-            return (_add(output[0], added), *output[1:])
-        return _add(output, added)
+        first = output[0] if isinstance(output, tuple) else output
+        total = self._add(first, hidden_states)
+        return (total, *output[1:]) if isinstance(output, tuple) else total
 
-
-def _add(output: Tensor, added: Tensor) -> Tensor:
-    return output + added.view(output.shape)
+    def _add(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        lookup = self.lookup
+        if torch.is_grad_enabled() or not is_called_plainly(lookup, LookupExperts):
+            return output + lookup(hidden_states).view(output.shape)
+        # In a step of decoding, calls and new tensors take longer than the numbers in them.
+        added = lookup.forward(hidden_states)
+        if added.shape != output.shape:
+            added = added.view(output.shape)
+        if added.dtype != output.dtype:
+            return output + added
+        return added.add_(output)  # nobody else has seen it; the FFN's own output may be kept

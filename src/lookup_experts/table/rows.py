@@ -178,7 +178,8 @@ class MemoryRows:
             return mix(self.layer(layer), self.index.view(-1), weights)
         if self._pending is not None or self._flat is None:
             self.prepare()
-        if self._flat is None:
+        flat = self._flat
+        if flat is None:
             return mix(self.layer(layer), self.index.view(-1), weights)
         if self._bags is not None:
             bags = self._bags[layer]
@@ -186,13 +187,13 @@ class MemoryRows:
             bags = (self._first_rows + self._offsets[layer]).view(-1)
         # Not by way of `torch.nn.functional`, whose checks take longer than a small sum.
         mixed, *_ = torch.embedding_bag(
-            self._flat,
+            flat,
             bags,
             self._starts,
             False,
             MODE_SUM,
             False,
-            weights.to(self._flat.dtype).view(-1),
+            weights.view(-1) if weights.dtype == flat.dtype else weights.to(flat.dtype).view(-1),
         )
         return mixed
 
