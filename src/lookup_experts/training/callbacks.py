@@ -74,6 +74,15 @@ class StopOnSignal(TrainerCallback):
         return self.requested
 
 
+class TakeOwnIntervals(TrainerCallback):
+    """Logs, validates and saves as often as the recipe says now, not as its checkpoint said."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class LogAtMilestones(TrainerCallback):
     """Logs before every validation and checkpoint.
 

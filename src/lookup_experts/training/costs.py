@@ -73,7 +73,7 @@ class Memory:
     """Beside a shard: two whole blocks while they compute, with their gradients, and what lies
     outside of the blocks. Beside a whole copy: DDP's buckets of gradients."""
     activations: int
-    """An estimate: what one micro batch keeps for its backward pass."""
+    """An estimate: what one micro batch keeps for its backward pass, and the logits."""
 
     @property
     def total(self) -> int:
@@ -259,29 +259,56 @@ def _memory(
         gradients=held,
         optimizer=_OPTIMIZER_FLOATS * held,
         gathered=gathered,
-        activations=activation_bytes(recipe, vocab_size, ratio),
+        activations=kept_bytes(recipe, vocab_size, ratio)
+        + _passing_bytes(recipe, vocab_size, ratio),
     )
 
 
-def activation_bytes(recipe: Recipe, vocab_size: int, ratio: float) -> int:
-    """An estimate of what a micro batch keeps between its forward and its backward pass.
+def kept_bytes(recipe: Recipe, vocab_size: int, ratio: float) -> int:
+    """An estimate of what autograd keeps of a micro batch for its backward pass.
 
-    Attention is taken to keep no scores (SDPA's kernels don't). What is counted are the tensors
-    that autograd saves, so buffers within a kernel come on top.
+    Attention is taken to keep no scores (SDPA's kernels don't).
     """
     model, training = recipe.model, recipe.training
     tokens = training.sequences_per_micro_batch * training.context_length
-    width = 2 if training.precision == "bf16" else 4  # of what matrix products give
-    block = tokens * _block_bytes(model, width) + _expert_bytes(model, tokens, ratio, width)
-    # The logits, float32 for the loss, and their softmax.
-    head = tokens * vocab_size * (width + 2 * _FLOAT32)
+    kept = tokens * vocab_size * _FLOAT32  # the logits' softmax
+    if training.precision == "bf16":  # autocast's copies of what is outside of the blocks
+        kept += 2 * model.hidden_size * vocab_size
     if training.gradient_checkpointing:
-        kept = tokens * model.hidden_size * _FLOAT32
-        return int(model.num_layers * kept + block + head)
-    return int(model.num_layers * block + head)
+        return kept + model.num_layers * tokens * model.hidden_size * _FLOAT32
+    return kept + int(model.num_layers * _block_bytes(recipe, vocab_size, ratio))
 
 
-def _block_bytes(model: ModelRecipe, width: int) -> float:
+def _passing_bytes(recipe: Recipe, vocab_size: int, ratio: float) -> int:
+    """What is there for a moment beside it: the logits with their gradient, or a block that is
+    computed again."""
+    training = recipe.training
+    tokens = training.sequences_per_micro_batch * training.context_length
+    logits = tokens * vocab_size * (_product_bytes(recipe) + _FLOAT32)
+    if not training.gradient_checkpointing:
+        return logits
+    return max(logits, int(_block_bytes(recipe, vocab_size, ratio)))
+
+
+def _product_bytes(recipe: Recipe) -> int:
+    """Of a number that a matrix product gives."""
+    return 2 if recipe.training.precision == "bf16" else _FLOAT32
+
+
+def _block_bytes(recipe: Recipe, vocab_size: int, ratio: float) -> float:
+    """What one block keeps: per token, per unique id, and autocast's copies of its weights."""
+    model, training = recipe.model, recipe.training
+    tokens = training.sequences_per_micro_batch * training.context_length
+    width = _product_bytes(recipe)
+    copies = 0.0
+    if training.precision == "bf16":
+        outside = 2 * vocab_size * model.hidden_size
+        copies = 2 * (count(model, vocab_size).total - outside) / model.num_layers
+    per_token = tokens * _token_bytes(model, width)
+    return copies + per_token + _expert_bytes(model, tokens, ratio, width)
+
+
+def _token_bytes(model: ModelRecipe, width: int) -> float:
     """Per token: what a block's attention, norms and FFN keep."""
     d, hidden = model.hidden_size, model.ffn_size
     if model.moe is not None:

@@ -87,7 +87,7 @@ class RowStream:
             self._dataset.load_state_dict(state["dataset"])
         self._rows = iter(self._dataset)
         self._pass, self._row_number = state["pass"], state["row"]
-        self._has_text = self._pass > 0
+        self._has_text = self._pass > 0 or self._row_number > 0
 
     def _begin_next_pass(self) -> None:
         if not self._has_text:

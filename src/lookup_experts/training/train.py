@@ -25,6 +25,7 @@ from lookup_experts.training.callbacks import (
     RefuseNonFinite,
     ShowProgress,
     StopOnSignal,
+    TakeOwnIntervals,
 )
 from lookup_experts.training.checkpoints import (
     checkpoint_step,
@@ -225,7 +226,7 @@ def _train_model(
         model,
         sequences,
         held_out,
-        [stop, LogAtMilestones(), RefuseNonFinite(run)],
+        [TakeOwnIntervals(), stop, LogAtMilestones(), RefuseNonFinite(run)],
     )
     if is_main_process():
         for callback in _speaking_callbacks(run, recipe, history, display, step):
