@@ -98,7 +98,7 @@ def mix_selected_sliced(
     said = torch.cat(
         [F.linear(F.gelu(F.linear(part, up)), down) for part, up, down in slices if len(part)]
     )
-    return _weighted_sum(said, weights, order, positions)
+    return weighted_sum(said, weights, order, positions)
 
 
 def mix_selected_single(
@@ -130,7 +130,7 @@ def mix_selected_grouped(
     inputs = hidden.index_select(0, positions)
     activated = F.gelu(F.grouped_mm(inputs, up_proj.transpose(1, 2), offs=ends))
     said = F.grouped_mm(activated, down_proj.transpose(1, 2), offs=ends)
-    return _weighted_sum(said, weights, order, positions)
+    return weighted_sum(said, weights, order, positions)
 
 
 def _has_grouped_product(weight: Tensor) -> bool:
@@ -139,7 +139,7 @@ def _has_grouped_product(weight: Tensor) -> bool:
     return all(width * size % _ALIGNMENT == 0 for width in weight.shape[1:])
 
 
-def _weighted_sum(said: Tensor, weights: Tensor, order: Tensor, positions: Tensor) -> Tensor:
+def weighted_sum(said: Tensor, weights: Tensor, order: Tensor, positions: Tensor) -> Tensor:
     """Sorted outputs [S·k, d] back to their positions: [S, d]."""
     shares = weights.flatten().index_select(0, order).unsqueeze(1)
     mixed = said.new_zeros(weights.shape[0], said.shape[1])

@@ -85,7 +85,8 @@ def train_one(
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; on the CPU torch has no class for it."""
     words = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in words
+    said = "not enough memory" in words or "can't allocate memory" in words
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def read_curve(folder: Path) -> list[tuple[int, float]]:
