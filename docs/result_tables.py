@@ -16,11 +16,13 @@ Column = str | Callable[[Result], str]
 def table(results: Iterable[Result], columns: Mapping[str, Column]) -> str:
     """Markdown with a row for each result.
 
-    A column whose header ends in `?` is left out where all its cells are the same.
+    A column whose header ends in `?` is empty for a result without its key, and left out where
+    all its cells are the same.
     """
     results = list(results)
     cells = {
-        header: [cell(result, column) for result in results] for header, column in columns.items()
+        header: [cell(result, column, header.endswith("?")) for result in results]
+        for header, column in columns.items()
     }
     kept = {
         header.removesuffix("?"): column
@@ -30,9 +32,14 @@ def table(results: Iterable[Result], columns: Mapping[str, Column]) -> str:
     return markdown(list(kept), zip(*kept.values(), strict=True))
 
 
-def cell(result: Result, column: Column) -> str:
+def cell(result: Result, column: Column, optional: bool) -> str:
     """What a column says of a result."""
-    return column.format_map(result) if isinstance(column, str) else column(result)
+    try:
+        return column.format_map(result) if isinstance(column, str) else column(result)
+    except KeyError:
+        if optional:
+            return ""
+        raise
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -68,6 +75,8 @@ SPEED: dict[str, Column] = {
     "read": megabytes("bytes_per_step"),
     "cache hits?": "{hit_rate:.0%}",
     "waited, ms": "{wait_ms:.2f}",
+    "of memory's bandwidth?": "{share_of_memory_bandwidth:.0%}",
+    "of the disk's bandwidth?": "{share_of_disk_bandwidth:.0%}",
 }
 
 
@@ -129,6 +138,27 @@ def training(reports: Sequence[Result]) -> str:
         for found in steps
     )
     return markdown(["after", *(run["system"] for run in runs)], rows)
+
+
+def quality(reports: Sequence[Result]) -> str:
+    """A row for each system of `mole bench quality`; losses are means over the seeds."""
+
+    def loss(result: Result) -> str:
+        if "failed" in result:
+            return result["failed"]
+        spread = result.get("validation_loss_std")
+        return f"{result['validation_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+
+    columns: dict[str, Column] = {
+        "system": "{system}",
+        "seeds": lambda result: str(len(result["seeds"])),
+        "tokens?": "{tokens:,}",
+        "parameters, trained?": "{parameters[trained]:,}",
+        "parameters, resident?": "{parameters[resident]:,}",
+        "validation loss": loss,
+        "training, tokens/s?": "{tokens_per_second:,.0f}",
+    }
+    return table(results_of(reports), columns)
 
 
 def encodings(reports: Sequence[Result]) -> str:
@@ -218,6 +248,7 @@ RENDERERS: dict[str, Callable[[Sequence[Result]], str]] = {
     "evaluation": evaluation,
     "memory": memory,
     "prefill": prefill,
+    "quality": quality,
     "read": read,
     "readme-beside": readme_beside,
     "readme-speed": readme_speed,

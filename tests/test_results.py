@@ -92,3 +92,25 @@ def test_columns(render_results):
         "| 2 | 25% | 9 |",
     ]
     assert "| a | c | d | sum |" in table([rows[0], {**rows[1], "d": 8}], columns)
+    without = {key: value for key, value in rows[1].items() if key != "d"}
+    assert "| 2 | 25% |  | 9 |" in table([rows[0], without], columns)
+    with pytest.raises(KeyError):
+        table(rows, {"nothing": "{nothing}"})
+
+
+def test_what_failed_has_a_row_as_well(render_results):
+    from result_tables import quality
+
+    trained = {
+        "system": "dense",
+        "seeds": [0, 1],
+        "tokens": 1000,
+        "validation_loss": 5.25,
+        "validation_loss_std": 0.125,
+        "tokens_per_second": 10.0,
+        "parameters": {"trained": 7, "resident": 7},
+    }
+    failed = {"system": "moe", "seeds": [0, 1], "failed": "out of memory"}
+    lines = quality([{"results": [trained, failed]}]).splitlines()
+    assert "| dense | 2 | 1,000 | 7 | 7 | 5.2500 ± 0.1250 | 10 |" in lines
+    assert "| moe | 2 |  |  |  | out of memory |  |" in lines
