@@ -1,9 +1,12 @@
 """Text that is tokenised while training: the same tokens, and positions that are found again."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import fake_hub
 import numpy as np
 import pytest
 from tiny_texts import prose, write_rows
@@ -123,3 +126,37 @@ def test_rows_without_text_are_told(tokenizer_folder: Path, tmp_path: Path) -> N
     broken.write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(UserError, match=r"broken.jsonl can't be read further"):
         open_stream(broken, tokenizer_folder)[0]
+
+
+_STREAM_FROM_HUB = """
+import json, sys
+from lookup_experts.training.inputs import find_inputs
+from lookup_experts.training.streams import RowStream
+report = []
+for name in sys.argv[1:]:
+    rows = RowStream(find_inputs([name]), "text")
+    first, state, rest = rows.texts(1), rows.state(), rows.texts(5)
+    again = RowStream(find_inputs([name]), "text")
+    again.restore(json.loads(json.dumps(state)))
+    report.append([first, rest, again.texts(5)])
+print(json.dumps(report))
+"""
+
+
+def test_a_data_set_on_the_hub_is_streamed_and_found_again(tmp_path: Path) -> None:
+    """In a process of its own, since the hub's address is read when its library is imported."""
+    with fake_hub.serve_hub() as environment:
+        done = subprocess.run(
+            [sys.executable, "-c", _STREAM_FROM_HUB, fake_hub.NAME, f"{fake_hub.NAME}:other"],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            env={**environment, "HF_HOME": str(tmp_path)},
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for (first, rest, again), rows in zip(
+        json.loads(done.stdout), (fake_hub.ROWS, fake_hub.OTHER_ROWS), strict=True
+    ):
+        assert first + rest == rows
+        assert again == rest

@@ -30,7 +30,7 @@ _FREE_KEYS = frozenset(
     for key in (
         *("log_every", "validate_every", "validate_sequences"),
         *("checkpoint_every", "keep_checkpoints"),
-        *("sequences_per_micro_batch", "gradient_checkpointing"),
+        *("sequences_per_micro_batch", "gradient_checkpointing", "share_expert_outputs"),
     )
 )
 
