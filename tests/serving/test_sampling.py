@@ -40,6 +40,17 @@ def test_choosing_is_as_by_the_book(monkeypatch, nucleus, dtype):
         assert [one.random.random() for one in fast] == [one.random.random() for one in slow]
 
 
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 3000])
+def test_a_draw_in_blocks_is_as_entry_by_entry(size):
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(12, size, generator=generator)
+    probabilities[:, size // 2 + 1 :] = 0
+    numbers = [*torch.rand(10, generator=generator).tolist(), 0.0, 1 - 2**-53]
+    drawn = sampling._draw(probabilities, numbers)
+    assert drawn.tolist() == sampling.draw_reference(probabilities, numbers).tolist()
+    assert (probabilities.gather(1, drawn.unsqueeze(1)) > 0).all()
+
+
 def test_the_batch_changes_nothing():
     logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(1))
     together = choose(logits, [Chooser(**way, seed=3) for way in WAYS])

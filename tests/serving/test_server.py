@@ -198,7 +198,7 @@ def test_lm_eval_s_local_completions(server, table_folder, tokenizer, model):
     ):
         ids = tokenizer(context + continuation)["input_ids"]
         start = len(tokenizer(context)["input_ids"])
-        scores = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        scores = model(torch.tensor([ids])).logits[0].detach().float().log_softmax(-1)
         rows = range(start - 1, len(ids) - 1)
         expected = sum(float(scores[row, ids[row + 1]]) for row in rows)
         assert value == pytest.approx(expected, abs=1e-3)

@@ -6,11 +6,15 @@ the cumulated probabilities. So neither the batch nor the device changes it.
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from random import Random
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+BLOCK = 256
+"""Of probabilities that are added up first, when a token is drawn."""
 NUCLEUS = 1024
 """For top-p, the likeliest tokens that are looked at before all are sorted."""
 
@@ -69,7 +73,7 @@ def choose_reference(logits: Tensor, choosers: list[Chooser]) -> list[int]:
         ids, probabilities = ids[keep], probabilities[keep]
         order = ids.argsort() if not _is_cut(how) else torch.arange(len(ids))
         ids, probabilities = ids[order], probabilities[order]
-        chosen.append(int(ids[int(_draw(probabilities[None], [how.random.random()]))]))
+        chosen.append(int(ids[int(draw_reference(probabilities[None], [how.random.random()]))]))
     return chosen
 
 
@@ -97,12 +101,37 @@ def _choose_cut(logits: Tensor, how: Chooser) -> int:
 
 def _draw(probabilities: Tensor, numbers: list[float]) -> Tensor:
     """For each row [B, M] of probabilities, scaled or not, the place where a number of [0, 1)
-    falls."""
-    cumulated = probabilities.double().cumsum(-1)
-    total = cumulated[:, -1:]
-    points = torch.tensor(numbers, dtype=torch.float64, device=total.device).unsqueeze(1) * total
-    places = torch.searchsorted(cumulated, points, right=True)
-    return places.squeeze(1).clamp(max=probabilities.shape[1] - 1)
+    falls when they are cumulated: int64 [B].
+
+    In two levels, blocks and then one block's entries, since cumulating a whole vocabulary takes
+    longer than the softmax before it. In float64, so that no order of additions matters.
+    """
+    size = probabilities.shape[1]
+    blocks = F.pad(probabilities, (0, -size % BLOCK)).view(len(probabilities), -1, BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    points = torch.tensor(numbers, dtype=torch.float64, device=sums.device) * sums.sum(-1)
+    block = _find(sums, points)
+    rows = torch.arange(len(blocks), device=block.device)
+    points = points - (sums.cumsum(-1) - sums)[rows, block]
+    return block * BLOCK + _find(blocks[rows, block].double(), points)
+
+
+def _find(weights: Tensor, points: Tensor) -> Tensor:
+    """The first place of each row [B, M] at which the cumulated weights exceed its point; at most
+    the last place that has any weight, whatever rounding says."""
+    cumulated = weights.cumsum(-1)
+    places = torch.searchsorted(cumulated, points.unsqueeze(1), right=True).squeeze(1)
+    return places.minimum((cumulated < cumulated[:, -1:]).sum(-1))
+
+
+def draw_reference(probabilities: Tensor, numbers: list[float]) -> Tensor:
+    """`_draw` entry by entry."""
+    places = []
+    for row, number in zip(probabilities.double().tolist(), numbers, strict=True):
+        cumulated = list(accumulate(row))
+        beyond = (place for place, sum_ in enumerate(cumulated) if sum_ > number * cumulated[-1])
+        places.append(next(beyond, cumulated.index(cumulated[-1])))
+    return torch.tensor(places)
 
 
 def log_probabilities(logits: Tensor, chosen: Tensor, top: int) -> list["TokenLogProbability"]:
