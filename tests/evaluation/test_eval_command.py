@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+from tiny_models import gateless_model, moe_model
 from tiny_tasks import write_tasks
 
 from lookup_experts import cli
@@ -68,6 +69,18 @@ def test_without_names_all_tasks(mole, table_folder, data):
     code, stdout, stderr = mole(table_folder, "--data-dir", data, "--limit", 1)
     assert code == 0, stderr
     assert "| average of 8 | acc |" in stdout
+
+
+def test_a_dense_model_and_a_mixture_of_experts(mole, tokenizer, data, tmp_path):
+    for name, model in (("dense", gateless_model()), ("moe", moe_model())):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    tasks = ("--tasks", "boolq", "--data-dir", data)
+    code, stdout, stderr = mole(tmp_path / "dense", tmp_path / "moe", *tasks)
+    assert code == 0, stderr
+    assert stdout.startswith(
+        f"| task | metric | rows | {tmp_path / 'dense'} (dense) | {tmp_path / 'moe'} (moe) |"
+    )
 
 
 def test_recall_alone(mole, own_words):

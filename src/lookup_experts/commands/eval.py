@@ -12,7 +12,10 @@ from lookup_experts.commands import options
 def eval(  # noqa: A001
     folders: Annotated[
         list[str],
-        typer.Argument(help="Model folders, or names on the Hugging Face hub; a column for each."),
+        typer.Argument(
+            metavar="FOLDER...",
+            help="Model folders, or names on the Hugging Face hub; a column for each.",
+        ),
     ],
     tasks: Annotated[
         str | None,
