@@ -1,5 +1,6 @@
 """The builder: the right bytes, whenever it is stopped and whatever the disk did meanwhile."""
 
+import copy
 import functools
 import json
 import multiprocessing
@@ -435,3 +436,31 @@ def test_the_journal_says_what_is_being_built(begun):
     journal = json.loads((begun.folder / JOURNAL).read_text())
     assert journal["plan"] == begun.plan.to_json()
     assert 20 < journal["finished_ids"] < 40 + begun.plan.chunk_ids
+
+
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+def test_where_bfloat16_is_emulated_experts_are_evaluated_in_float32(monkeypatch, kind):
+    embedding, layers = drawn_experts(kind=kind)
+    exact = [layer.double()(embedding.double()(torch.arange(VOCAB))) for layer in layers]
+    embedding.bfloat16()
+    for layer in layers:
+        layer.bfloat16()
+    expected = [
+        layer.float()(embedding.float()(torch.arange(VOCAB))) for layer in copy.deepcopy(layers)
+    ]
+    embedding.bfloat16()
+    monkeypatch.setattr(build, "evaluation_dtype", lambda dtype, device: torch.float32)
+    with torch.inference_mode():
+        rows = list(evaluate_experts(embedding, layers)(torch.arange(VOCAB)))
+    for found, wanted, precise in zip(rows, expected, exact, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, wanted.detach(), rtol=1e-5, atol=1e-5)
+        error = (found - precise.detach()).norm() / precise.detach().norm()
+        assert error < 0.02  # that of the weights, rounded to bfloat16
+
+
+def test_what_experts_are_evaluated_in():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert build.evaluation_dtype(torch.float32, cpu) == torch.float32
+    assert build.evaluation_dtype(torch.bfloat16, gpu) == torch.bfloat16
+    assert build.evaluation_dtype(torch.bfloat16, cpu) in (torch.bfloat16, torch.float32)

@@ -1,6 +1,7 @@
 """Resident memory: what a process of its own holds after a prompt and some decoding."""
 
 import multiprocessing
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ import numpy as np
 import torch
 
 from lookup_experts.benchmarks.models import Case, dense_model, table_model
+from lookup_experts.errors import UserError
 from lookup_experts.table.format import open_table
+from lookup_experts.table.reader import TableExperts
+from lookup_experts.table.store import open_store
 
 PROMPT_TOKENS = 512
 DECODING_STEPS = 128
@@ -37,18 +41,88 @@ def measure_memory(
 ) -> list[MemoryResult]:
     """Run the dense model and the table model in fresh processes, one after the other."""
     sample = ids[: PROMPT_TOKENS + DECODING_STEPS * 64]
-    dense = _in_fresh_process(case, None, store, cache_bytes, sample)
-    mole = _in_fresh_process(case, table_folder, store, cache_bytes, sample)
+    dense = _in_fresh_process(_resident_bytes, case, None, store, cache_bytes, sample)
+    mole = _in_fresh_process(_resident_bytes, case, table_folder, store, cache_bytes, sample)
     return [
         MemoryResult("memory", "dense", dense, 0),
         MemoryResult("memory", "mole", mole, mole - dense, store, cache_bytes),
     ]
 
 
-def _in_fresh_process(*arguments: Any) -> int:
+@dataclass(frozen=True)
+class PromptMemoryResult:
+    """What the rows of one prompt take at most while its layers are mixed; without a model."""
+
+    what: str
+    tokens: int
+    unique_ids: int
+    peak_bytes: int
+    """Beyond what the process held before: buffers, decoded rows and the mixed layer."""
+    rows_bytes: int
+    """What the rows of all its layers would take at once."""
+    store: str
+    encoding: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def measure_prompt_memory(
+    case: Case, table_folder: Path, store: str, tokens: int, ids: np.ndarray
+) -> PromptMemoryResult:
+    """Read and mix every layer of a prompt of so many tokens in a fresh process."""
+    if len(ids) < tokens:
+        raise UserError(f"{len(ids)} token ids are too few for a prompt of {tokens}.")
+    prompt = ids[:tokens]
+    shape = case.layout.shape
+    unique_ids = len(np.unique(prompt))
+    row_bytes = shape.num_experts * shape.hidden_size * case.dtype.itemsize
+    return PromptMemoryResult(
+        what="memory",
+        tokens=tokens,
+        unique_ids=unique_ids,
+        peak_bytes=_in_fresh_process(_peak_of_prompt, case, table_folder, store, prompt),
+        rows_bytes=unique_ids * shape.num_layers * row_bytes,
+        store=store,
+        encoding=case.encoding,
+    )
+
+
+def _in_fresh_process(measure: Callable[..., int], *arguments: Any) -> int:
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_resident_bytes, arguments)
+        return pool.apply(measure, arguments)
+
+
+def _peak_of_prompt(case: Case, table_folder: Path, store: str, prompt: np.ndarray) -> int:
+    table = open_table(table_folder)
+    opened = open_store(table, store, notify=lambda message: None)
+    reader = TableExperts(table, opened, case.dtype)
+    with torch.inference_mode():
+        _mix_all_layers(reader, prompt[:8])  # what is set up once is no part of a prompt
+        before = _status_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        _mix_all_layers(reader, prompt)
+        peak = _status_bytes("VmHWM")
+    reader.close()
+    return peak - before
+
+
+def _mix_all_layers(reader: TableExperts, prompt: np.ndarray) -> None:
+    rows = reader.rows(torch.from_numpy(prompt)[None])
+    shape = reader.table.layout.shape
+    weights = torch.full((len(prompt), shape.num_experts), 1 / shape.num_experts)
+    for layer in range(shape.num_layers):
+        rows.mix(layer, weights)
+
+
+def _status_bytes(name: str) -> int:
+    """A figure of memory in the process's status: VmRSS, or VmHWM, its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no line {name}")
 
 
 def _resident_bytes(
