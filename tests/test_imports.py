@@ -82,6 +82,7 @@ UPWARDS = {
     "table": ("training", "generation", "evaluation", "benchmarks", "commands", "cli"),
     "training": ("commands", "cli"),
     "generation": ("training", "evaluation", "benchmarks", "commands", "cli"),
+    "serving": ("training", "evaluation", "benchmarks", "commands", "cli"),
     "offloading": ("training", "generation", "evaluation", "benchmarks", "commands", "cli"),
 }
 # transformers enters `from_pretrained` there, so opening the table goes upwards once.

@@ -1,5 +1,6 @@
 """What the routes answer, and what they say to requests that can't be answered."""
 
+import asyncio
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.serving import guard
 from lookup_experts.serving.guard import ApiKeys
+from lookup_experts.serving.metrics import ServingMetrics
 from lookup_experts.serving.prompts import (
     PLAIN_TEMPLATE,
     check_chat_template,
@@ -281,6 +283,22 @@ def test_bodies_that_are_too_large_or_too_slow(client, monkeypatch):
     assert "1 MiB" in error["message"]
     parts = (b"a" * 2**18 for _ in range(8))  # chunked: no length is stated
     assert error_of(client.post(COMPLETIONS, content=parts), 413)["code"] == "body_too_large"
+
+
+def test_a_body_that_does_not_come(monkeypatch):
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.01)
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(10)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": []}
+    asyncio.run(guard.Guard(None, None, ServingMetrics(None).requests)(scope, receive, send))
+    assert sent[0]["status"] == 408
+    assert b"did not arrive" in sent[1]["body"]
 
 
 def test_models_and_pages_that_are_not_there(client):

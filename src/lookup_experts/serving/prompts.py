@@ -22,12 +22,14 @@ class Prompter:
 
     Args:
         model: whose vocabulary and context count.
-        tokenizer: its tokenizer; a copy is kept, since one may not be used by two threads.
+        tokenizer: its tokenizer; text is encoded by a copy, one at a time, since encoding may
+            change its settings. Decoding doesn't, and waits for nobody.
         chat_template: a template's text to use instead of the tokenizer's own, or None.
     """
 
     def __init__(self, model: Any, tokenizer: Any, chat_template: str | None) -> None:
         self._tokenizer = deepcopy(tokenizer)
+        self._decoder = tokenizer
         self._lock = threading.Lock()
         self._template = chat_template or tokenizer.chat_template
         self.vocab_size = vocab_size_of(model)
@@ -103,13 +105,11 @@ class Prompter:
 
     def token_text(self, token_id: int) -> str:
         """One token alone as text."""
-        with self._lock:
-            return self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        return self.text([token_id])
 
     def text(self, ids: Sequence[int]) -> str:
         """Token ids as text."""
-        with self._lock:
-            return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return self._decoder.decode(list(ids), clean_up_tokenization_spaces=False)
 
 
 def refuse_half_characters(text: str, param: str) -> None:
