@@ -180,11 +180,6 @@ class DeviceReader:
         """What the slots take on the device."""
         return self._memory.numel()
 
-    @property
-    def host_bytes(self) -> int:
-        """What page-locked memory is taken for records on their way, prompts left out."""
-        return self._ring.memory.numel()
-
     def rows(self, token_ids: Tensor, ready: bool) -> TokenRows:
         """See `TableExperts.rows`."""
         ids = self._lane.to_host(token_ids.reshape(-1))
