@@ -332,9 +332,7 @@ class AddLookupOutput:
         if torch.is_grad_enabled() or not is_called_plainly(lookup, LookupExperts):
             return output + lookup(hidden_states).view(output.shape)
         # In a step of decoding, calls and new tensors take longer than the numbers in them.
-        added = lookup.forward(hidden_states)
-        if added.shape != output.shape:
-            added = added.view(output.shape)
-        if added.dtype != output.dtype:
-            return output + added
-        return added.add_(output)  # nobody else has seen it; the FFN's own output may be kept
+        mixed = lookup.mixed(hidden_states)
+        if mixed.dtype != output.dtype:
+            return output + mixed.to(hidden_states.dtype).view(output.shape)
+        return mixed.view(output.shape).add_(output)  # the FFN's own output may be kept by others

@@ -269,24 +269,26 @@ class LookupExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., d], the input of the block's FFN -> [..., d], what its experts add."""
+        return self.mixed(hidden_states).view(hidden_states.shape).to(hidden_states.dtype)
+
+    def mixed(self, hidden_states: Tensor) -> Tensor:
+        """What `forward` gives as it comes from the rows: [B·T, d] in their dtype."""
         rows = self.context.rows
         if rows is None:
             raise RuntimeError(
                 "A block with lookup experts ran outside a forward pass of its base model, "
                 "so the token ids are unknown. Call the model, or its base model, with input_ids."
             )
-        index = rows.index
-        if index.numel() * hidden_states.shape[-1] != hidden_states.numel():
+        num_positions, hidden_size = rows.index.numel(), hidden_states.shape[-1]
+        if num_positions * hidden_size != hidden_states.numel():
             raise RuntimeError(
                 f"Hidden states of shape {tuple(hidden_states.shape)} don't belong to the "
-                f"token ids of shape {tuple(index.shape)} that entered the model."
+                f"token ids of shape {tuple(rows.index.shape)} that entered the model."
             )
-        weights = self.router_weights(hidden_states)
-        weights = weights.view(index.numel(), -1)
+        weights = self.router_weights(hidden_states.reshape(num_positions, hidden_size))
         if self.context.observe is not None:
             self.context.observe(self.layer, weights)
-        mixed = rows.mix(self.layer, weights).view(hidden_states.shape)
-        return mixed if mixed.dtype == hidden_states.dtype else mixed.to(hidden_states.dtype)
+        return rows.mix(self.layer, weights)
 
 
 def is_called_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -185,8 +185,10 @@ class MemoryRows:
             bags = self._bags[layer]
         else:
             bags = (self._first_rows + self._offsets[layer]).view(-1)
-        # Not by way of `torch.nn.functional`, whose checks take longer than a small sum.
-        mixed, *_ = torch.embedding_bag(
+        # Not by way of `torch.nn.functional`, whose checks take longer than a small sum, and
+        # without what a backward pass would need.
+        add_up = torch.embedding_bag if weights.requires_grad else torch._embedding_bag_forward_only
+        total, *_ = add_up(
             flat,
             bags,
             self._starts,
@@ -195,7 +197,7 @@ class MemoryRows:
             False,
             weights.view(-1) if weights.dtype == flat.dtype else weights.to(flat.dtype).view(-1),
         )
-        return mixed
+        return total
 
 
 @lru_cache
