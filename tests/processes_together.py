@@ -40,7 +40,7 @@ def run(recipe: Recipe, data: Any, out: Path, number: int, **options: Any) -> No
     """Train to the end."""
     started = start(recipe, data, out, number, **options)
     for process in started:
-        process.join(90)
+        process.join(200)
     assert [process.exitcode for process in started] == [0] * number
 
 

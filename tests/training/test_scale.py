@@ -25,6 +25,8 @@ from lookup_experts.training.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXPERTS = {"num_experts": 3}
+# On a busy machine, where several processes share a core, they take their time.
+pytestmark = pytest.mark.timeout(400)
 # 12 sequences are cut evenly among 1, 2 and 3 processes with 2 at once.
 RECIPE = tiny_recipe(EXPERTS, sequences_per_step=12, log_every=1)
 
@@ -146,7 +148,7 @@ def test_accelerate_launches_the_command_with_a_configuration_of_ours(
         ],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )

@@ -24,15 +24,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 
 UNFINISHED = "unfinished"
 STATE = "state"
@@ -104,8 +103,12 @@ def _flush_entry(path: Path) -> None:
 
 def save_state(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write a model's trained weights and its optimizer's state; all processes take part."""
+    # A forward pass without a backward, a validation, leaves what is outside of the blocks whole.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     state = {
-        "model": get_model_state_dict(model, options=_TRAINED),
+        "model": _trained_weights(model),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=_TRAINED),
     }
     try:
@@ -129,9 +132,15 @@ def read_data_position(checkpoint: Path) -> dict[str, Any]:
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Put the weights of a checkpoint into a model, whichever part of it this process has."""
-    state = {"model": get_model_state_dict(model, options=_TRAINED)}
-    _load(checkpoint, state)
-    set_model_state_dict(model, state["model"], options=_TRAINED)
+    _load(checkpoint, {"model": _trained_weights(model)})
+
+
+def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training changes, themselves: what is read into them is in the model.
+
+    Not torch's `get_model_state_dict`, which stumbles over what quantised layers keep beside them.
+    """
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
