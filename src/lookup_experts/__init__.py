@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from lookup_experts.generation.folding import reparameterize
     from lookup_experts.generation.loading import load
     from lookup_experts.model.attach import attach
+    from lookup_experts.model.shared_outputs import shared_expert_outputs
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "attach", "load", "reparameterize"]
+__all__ = ["UserError", "attach", "load", "reparameterize", "shared_expert_outputs"]
 
 _WHERE = {
     "attach": "lookup_experts.model.attach",
     "load": "lookup_experts.generation.loading",
     "reparameterize": "lookup_experts.generation.folding",
+    "shared_expert_outputs": "lookup_experts.model.shared_outputs",
 }
 
 

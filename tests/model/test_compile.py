@@ -74,3 +74,33 @@ def test_encodings_decode_inside_the_graph(shallow, tmp_path, encoding):
     le.reparameterize(shallow, tmp_path / "out", encoding=encoding)
     torch._dynamo.reset()
     assert graphs_of_lengths(load(tmp_path / "out", store="mmap"), [9]) == [2]
+
+
+def test_the_number_of_unique_ids_makes_no_new_graph(shallow):
+    """Training steps on batches of one shape, each with another number of unique ids; forward and
+    backward graphs as `torch.compile` makes them, run as they are."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(shallow, backend=aot_autograd(fw_compiler=count))
+    after_each = []
+    for vocab_size in (40, 3, 90):
+        ids = token_ids(2, 24, vocab_size=vocab_size)
+        gradients = []
+        for model in (compiled, shallow):
+            shallow.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            gradients.append([weight.grad.clone() for weight in shallow.parameters()])
+        for fast, slow in zip(*gradients, strict=True):
+            torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+        after_each.append(len(graphs))
+    shallow.zero_grad()
+    torch._dynamo.reset()
+    assert after_each[0] == after_each[-1], after_each

@@ -15,7 +15,6 @@ from lookup_experts.errors import UserError
 from lookup_experts.model.attach import expert_layers
 from lookup_experts.model.experts import (
     EXPERT_KINDS,
-    EvaluatedRows,
     FFNExperts,
     LayerExperts,
     LookupExperts,
@@ -23,6 +22,7 @@ from lookup_experts.model.experts import (
     mix,
     mix_reference,
 )
+from lookup_experts.model.per_position import PerPositionExperts
 
 U, N, D = 7, 3, 8
 
@@ -190,16 +190,8 @@ def test_an_unknown_kind_is_refused_with_the_nearest():
         LayerExperts(1, 2, 2, 2, kind="gelo")
 
 
-class PerPositionExperts:
-    """The paper's layer without the idea of unique ids: every position is evaluated."""
-
-    def __init__(self, model) -> None:
-        self._embedding = model.get_input_embeddings()
-        self._layers = expert_layers(model.lookup_attachment)
-
-    def rows(self, token_ids: Tensor, ready: bool = False) -> EvaluatedRows:
-        index = torch.arange(token_ids.numel()).view(token_ids.shape)
-        return EvaluatedRows(index, self._embedding(token_ids.reshape(-1)), self._layers)
+def per_position(model) -> PerPositionExperts:
+    return PerPositionExperts(model.get_input_embeddings(), expert_layers(model.lookup_attachment))
 
 
 BATCHES = {
@@ -218,7 +210,7 @@ def test_unique_ids_give_the_loss_and_gradients_of_every_position(family, batch)
     model = attached_model(family, expert_kind="swiglu" if family == "gemma" else "gelu")
     mask = (ids != 0).long()
     gradients, losses = [], []
-    for source in (model.expert_source, PerPositionExperts(model)):
+    for source in (model.expert_source, per_position(model)):
         model.set_expert_source(source)
         model.zero_grad()
         logits = model(input_ids=ids, attention_mask=mask).logits

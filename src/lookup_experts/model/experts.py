@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lookup_experts.errors import UserError, unknown_name
+from lookup_experts.model.expert_products import expert_outputs
+from lookup_experts.model.positions import Positions, mix_positions
 
 EXPERT_KINDS = ("gelu", "swiglu")
 
@@ -93,16 +95,22 @@ class LayerExperts(nn.Module):
             self.gate_proj = nn.Parameter(torch.empty(num_experts, expert_size, embedding_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
 
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return self.down_proj.shape[0]
+
     def forward(self, embeddings: Tensor) -> Tensor:
         """[U, e] -> [U, N, d]. The result is a view of [N, U, d], which `mix` takes as it is."""
-        inputs = self.norm(embeddings)
-        hidden = torch.matmul(inputs, self.up_proj.transpose(1, 2))  # [N, U, D]
+        return self.outputs(normalize(embeddings, self.norm.eps)).transpose(0, 1)
+
+    def outputs(self, normalized: Tensor) -> Tensor:
+        """[N, U, d] from what `normalize` gives, [U, e]."""
+        inputs = (normalized * self.norm.weight).to(self.norm.weight.dtype)
+        into = [self.up_proj]
         if self.kind == "swiglu":
-            gate = torch.matmul(inputs, self.gate_proj.transpose(1, 2))
-            hidden = F.silu(gate) * hidden
-        else:
-            hidden = F.gelu(hidden)
-        return torch.bmm(hidden, self.down_proj.transpose(1, 2)).transpose(0, 1)
+            into.insert(0, self.gate_proj)
+        return expert_outputs(self.kind, inputs, into, self.down_proj)
 
     def forward_reference(self, embeddings: Tensor) -> Tensor:
         """The same, one expert after the other."""
@@ -118,23 +126,37 @@ class LayerExperts(nn.Module):
         return torch.stack(outputs, dim=1)
 
 
+def normalize(embeddings: Tensor, eps: float | None) -> Tensor:
+    """RMS normalisation without its weight, which is all that layers differ in.
+
+    [U, e] -> [U, e], float32 where embeddings are shorter: rounded once, after the weight.
+    """
+    precise = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    return F.rms_norm(precise, precise.shape[-1:], eps=eps)
+
+
 class EvaluatedRows:
     """The rows of `FFNExperts`: a layer is evaluated when it is asked for.
 
     Evaluating late keeps a layer's experts inside its block, where gradient checkpointing
-    recomputes them and FSDP gathers their weights.
+    recomputes them and FSDP gathers their weights. What layers share has been done: `normalized`
+    [U, e] is what `normalize` gives, and `positions` knows where the ids stand.
     """
 
-    def __init__(self, index: Tensor, embeddings: Tensor, layers: Sequence[LayerExperts]) -> None:
-        self.index = index
-        self._embeddings = embeddings
+    def __init__(
+        self, positions: Positions, normalized: Tensor, layers: Sequence[LayerExperts]
+    ) -> None:
+        self.index = positions.index
+        self._positions = positions
+        self._normalized = normalized
         self._layers = layers
 
     def layer(self, layer: int) -> Tensor:
-        return self._layers[layer](self._embeddings)
+        return self._layers[layer].outputs(self._normalized).transpose(0, 1)
 
     def mix(self, layer: int, weights: Tensor) -> Tensor:
-        return mix(self.layer(layer), self.index.view(-1), weights)
+        outputs = self._layers[layer].outputs(self._normalized)
+        return mix_positions(outputs, self._positions, weights)
 
 
 class FFNExperts:
@@ -150,15 +172,24 @@ class FFNExperts:
 
     def __init__(self, embedding: nn.Module, layers: Sequence[LayerExperts]) -> None:
         self._embedding = embedding
-        self._layers = layers
+        self.layers = layers
 
     # Finding the unique ids has a result whose size depends on the data, so torch.compile would
     # break its graph here anyway; said once, it is one break at the entrance and none later.
     @torch.compiler.disable
     def rows(self, token_ids: Tensor, ready: bool = False) -> EvaluatedRows:
         unique_ids, index = torch.unique(token_ids, return_inverse=True)
+        normalized = self.normalized(unique_ids)
+        positions = Positions(index, len(unique_ids), self.layers[0].num_experts)
+        # The number of unique ids changes from batch to batch: no graph is to depend on it.
+        torch._dynamo.maybe_mark_dynamic(normalized, 0)
+        torch._dynamo.maybe_mark_dynamic(positions.starts, 0)
+        return EvaluatedRows(positions, normalized, self.layers)
+
+    def normalized(self, unique_ids: Tensor) -> Tensor:
+        """[U, e]: what every layer's experts see of unique ids [U], but for the layer's weight."""
         self._check_range(unique_ids)
-        return EvaluatedRows(index, self._embedding(unique_ids), self._layers)
+        return normalize(self._embedding(unique_ids), self.layers[0].norm.eps)
 
     def _check_range(self, unique_ids: Tensor) -> None:
         # Only where looking costs no synchronisation; on a GPU the embedding itself asserts.
