@@ -374,6 +374,16 @@ def test_numbers_that_are_none_fail_their_own_sequence_only():
         assert bench.run(GenerationRequest(prompt, 30))[0].ids == expected
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_logit_that_is_no_number_is_enough(temperature):
+    model = tiny_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[60] = float("nan")
+    with Bench(model) as bench:
+        request = GenerationRequest([4, 5], 5, Chooser(temperature=temperature, seed=0))
+        assert bench.run(request)[0].end.code == "internal_error"
+
+
 def test_models_that_remember_otherwise_are_refused():
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -81,6 +81,13 @@ def test_impossible_tokens_are_never_drawn():
         assert choose(logits, [Chooser(**way, seed=0)]) == [3]
 
 
+def test_no_temperature_is_too_low_or_too_high():
+    logits = torch.tensor([[1.0, 3.0, 2.0]]) * 50
+    for temperature in (5e-324, 1e-45, 1e-30, 1e-6, 1e-4):
+        assert choose(logits, [Chooser(temperature=temperature)]) == [1]
+    assert choose(logits, [Chooser(temperature=100.0, top_p=1e-300)]) == [1]
+
+
 def test_log_probabilities_of_any_dtype():
     logits = torch.randn(3, 40).bfloat16()
     told = log_probabilities(logits, torch.tensor([4, 5, 6]), top=50)

@@ -40,6 +40,8 @@ PART_BESIDE_RUNNING = 128
 PART_ALONE = 512
 """The same while none run."""
 PART_ON_GPU = 1024
+PART_SCORED = 128
+"""Of a prompt that is scored: each column has a whole vocabulary of logits."""
 
 _SHUTTING_DOWN = Failed("shutting_down", "The server is shutting down.")
 _TOO_LATE = Failed("timeout", "The request took longer than this server allows.")
@@ -235,8 +237,9 @@ class Engine:
 
     def _advance_group(self, group: PrefillGroup) -> None:
         prompts, rows = group.prompts, len(group.sequences)
-        part = prompts.next_part(max(1, self._part_columns() // rows))
         scores = group.sequences[0].request.score_prompt
+        columns = PART_SCORED if scores else self._part_columns() // rows
+        part = prompts.next_part(max(1, columns))
         started_at = time.perf_counter()
         with self._watch.weights(group.wants_details) as weights:
             logits = self._forward.prefill(part, prompts.cache, all_logits=scores)
@@ -334,7 +337,7 @@ class Engine:
         sequences = [self._running[row] for row in rows]
         chosen = choose(logits, [sequence.request.chooser for sequence in sequences])
         picked = torch.tensor(chosen, device=logits.device)
-        finite = logits.gather(1, picked.unsqueeze(1)).squeeze(1).isfinite().tolist()
+        finite = _finite_rows(logits, picked).tolist()
         scored = _scores(sequences, logits, picked)
         for place, row in reversed(list(enumerate(rows))):  # a row's end moves only later ones
             sequence = sequences[place]
@@ -357,6 +360,12 @@ class Engine:
         if sequence.request.max_tokens == 0:  # it was about the prompt
             return [Finished("length", "")]
         return sequence.add(token_id, self._end_ids, scored, lookup)
+
+
+def _finite_rows(logits: Tensor, picked: Tensor) -> Tensor:
+    """bool [B]: no logit of the row is nan, and the picked one is not infinite either."""
+    own = logits.gather(1, picked.unsqueeze(1)).squeeze(1)
+    return own.isfinite() & ~logits.sum(-1, dtype=torch.float32).isnan()
 
 
 def _scores(

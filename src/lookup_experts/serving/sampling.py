@@ -15,6 +15,8 @@ from torch import Tensor
 
 BLOCK = 256
 """Of probabilities that are added up first, when a token is drawn."""
+COLDEST = 1e-5
+"""Below this temperature the likeliest token is taken: dividing by less gives no numbers."""
 NUCLEUS = 1024
 """For top-p, the likeliest tokens that are looked at before all are sorted."""
 
@@ -37,7 +39,7 @@ class Chooser:
     @property
     def is_greedy(self) -> bool:
         """Whether nothing is drawn."""
-        return self.temperature == 0 or self.top_p == 0 or self.top_k == 1
+        return self.temperature < COLDEST or self.top_p == 0 or self.top_k == 1
 
 
 def choose(logits: Tensor, choosers: list[Chooser]) -> list[int]:
