@@ -357,3 +357,29 @@ def test_the_recipe_survives_its_file(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(chosen.to_yaml())
     assert load_recipe(tmp_path / "recipe.yaml", kind=UpcycleRecipe) == chosen
     assert chosen.experts == replace(chosen.experts, layers=(0,))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_backbone(data: Path, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plain = tmp_path / "plain"
+    tiny_model("llama", vocab_size=320, hidden_size=64, intermediate_size=128).save_pretrained(
+        plain
+    )
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    how = BitsAndBytesConfig(**(how if kind == "nf4" else {"load_in_8bit": True}))
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=how)
+    model.save_pretrained(tmp_path / "model")
+    for path in (data / "tokenizer").iterdir():
+        shutil.copy(path, tmp_path / "model")
+    chosen = for_backbone(
+        recipe("training.precision=bf16"), str(tmp_path / "model"), save="experts"
+    )
+    summary = train(chosen, data, tmp_path / "out", progress=False)
+    assert summary.validation_loss is not None
+    untrained = json.loads((tmp_path / "out/history.jsonl").read_text().splitlines()[0])["loss"]
+    assert summary.training_loss < untrained
+    assert summary.validation_loss < untrained
+    assert le.load(tmp_path / "out").is_quantized
