@@ -260,3 +260,38 @@ def test_threads_may_share_a_model():
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(is_right, range(200)))
+
+
+def test_what_others_hang_on_the_router_is_called_and_the_ffn_output_is_theirs():
+    """Without gradients a block goes straight to the operations, unless somebody is in between."""
+    model = attached_model("llama")
+    ids = token_ids(2, 5)
+    block = model.model.layers[0].mlp
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        kept = []
+        block.down_proj.register_forward_hook(
+            lambda *call: kept.append((call[-1], call[-1].clone()))
+        )
+        seen = []
+        handles = [
+            module.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+            for module in (block.lookup_experts, block.lookup_experts.router)
+        ]
+        assert torch.equal(model(input_ids=ids).logits, plain)
+        assert seen == ["Linear", "LookupExperts"]
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(model(input_ids=ids).logits, plain)
+        assert all(torch.equal(output, copy) for output, copy in kept)
+
+        class Doubled(torch.nn.Linear):
+            def forward(self, inputs):
+                return 2 * super().forward(inputs)
+
+        block.lookup_experts.router.__class__ = Doubled
+        adapted = model(input_ids=ids).logits
+        block.lookup_experts.router.__class__ = torch.nn.Linear
+        block.lookup_experts.router.weight.mul_(2)
+        torch.testing.assert_close(adapted, model(input_ids=ids).logits)
+        assert not torch.equal(adapted, plain)
