@@ -148,7 +148,8 @@ def test_working_in_parts_changes_nothing(monkeypatch, name):
     encoding = get_encoding(name)
     whole = encoding.encode(rows)
     decoded = encoding.decode(whole, 3, 50, torch.bfloat16)
-    monkeypatch.setattr("lookup_experts.table.encoding.AT_ONCE", 2 * 3 * 50 + 1)
+    for limit in ("ENCODED_AT_ONCE", "DECODED_AT_ONCE"):
+        monkeypatch.setattr(f"lookup_experts.table.encoding.{limit}", 2 * 3 * 50 + 1)
     assert torch.equal(encoding.encode(rows), whole)
     assert torch.equal(encoding.decode(whole, 3, 50, torch.bfloat16), decoded)
     assert encoding.encode(rows[:0]).shape == (0, whole.shape[1])

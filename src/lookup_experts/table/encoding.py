@@ -31,9 +31,10 @@ from lookup_experts.errors import UserError, unknown_name
 
 INT8_MAX = 127
 MAX_BLOCK_SIZE = 2**20
-AT_ONCE = 2**17
-"""Numbers that the CPU encodes or decodes at a time: what lies between stays in its caches, and
-memory beyond the result is bounded."""
+ENCODED_AT_ONCE = 2**18
+"""Numbers that the CPU encodes at a time: what lies between stays in its caches."""
+DECODED_AT_ONCE = 2**22
+"""Numbers that the CPU decodes at a time: memory beyond the result is bounded."""
 _CELLS = 256
 """Of equal width from -2 to 2, for quantising to nf4 and nf3. Numbers are within 1.5: an absmax
 below the normal range of float16 may be rounded down to two thirds."""
@@ -157,7 +158,7 @@ class ScaledEncoding(Encoding):
         _require_floats(rows)
         if rows.device.type != "cpu":
             return self._encode_part(rows)
-        step = max(1, AT_ONCE // math.prod(rows.shape[1:]))
+        step = max(1, ENCODED_AT_ONCE // math.prod(rows.shape[1:]))
         return torch.cat([self._encode_part(part) for part in rows.split(step)])
 
     def _encode_part(self, rows: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ class ScaledEncoding(Encoding):
     def decode(
         self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
     ) -> Tensor:
-        step = max(1, AT_ONCE // (num_experts * hidden_size))
+        step = max(1, DECODED_AT_ONCE // (num_experts * hidden_size))
         if len(records) <= step or records.device.type != "cpu":
             return self._decode_part(records, num_experts, hidden_size, dtype)
         rows = torch.empty(len(records), num_experts, hidden_size, dtype=dtype)
