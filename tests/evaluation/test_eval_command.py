@@ -55,7 +55,10 @@ def test_two_models_beside_each_other(mole, training_folder, table_folder, data,
         assert one["num_rows"] == 3
     files = sorted(path.name for path in out.iterdir())
     assert len(files) == 2 and all(name.endswith(".json") for name in files)
-    assert json.loads((out / files[0]).read_text())["results"]["piqa"]["acc,none"] >= 0
+    written = json.loads((out / files[0]).read_text())
+    assert written["results"]["piqa"]["acc,none"] == experts["tasks"]["scores"][0]["metrics"]["acc"]
+    assert written["n-samples"]["piqa"] == {"original": 3, "effective": 3}
+    assert "samples" not in written
 
     lines = format_summaries(report["results"]).splitlines()
     assert lines[0].startswith(f"| task | metric | rows | {training_folder} (experts) | ")

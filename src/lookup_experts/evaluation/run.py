@@ -140,11 +140,15 @@ def _journal_path(out: Path, folder: str) -> Path:
 
 
 def write_harness_results(results: dict[str, Any], path: Path) -> None:
-    """Write what the harness found, as the harness writes it, all or nothing."""
+    """Write what the harness found, as the harness writes it, all or nothing.
+
+    The samples stay out, as with the harness: with their prompts they take 100 MB.
+    """
     from lm_eval.utils import handle_non_serializable
 
     temporary = path.with_name(f"{path.name}.tmp")
-    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    kept = {name: value for name, value in results.items() if name != "samples"}
+    text = json.dumps(kept, indent=2, default=handle_non_serializable, ensure_ascii=False)
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
