@@ -142,7 +142,7 @@ def test_accelerate_launches_the_command_with_a_configuration_of_ours(
     done = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", configuration, "--num_processes", "2", "--cpu"),
+            *("--config_file", configuration, "--num_processes", "2"),
             *("-m", "lookup_experts.cli", "train", tmp_path / "recipe.yaml"),
             *("--data", data, "--out", out, "--json"),
         ],
