@@ -325,11 +325,6 @@ def test_folding_where_something_is(refused, training_folder, table_folder, tmp_
     assert "no lookup experts" in line
 
 
-def test_the_authors_mixture_of_experts(refused, official_oracles):
-    line = refused("generate", official_oracles / "moe-10e-top10", "--prompt-ids", "4")
-    assert "mixture-of-experts checkpoint" in line
-
-
 def test_a_traceback_can_be_asked_for(mole, tmp_path, monkeypatch):
     monkeypatch.setenv("MOLE_TRACEBACK", "1")
     with pytest.raises(le.UserError, match="No such folder"):
