@@ -5,6 +5,7 @@ import typer
 from lookup_experts.commands.bench.build import build
 from lookup_experts.commands.bench.cache import cache
 from lookup_experts.commands.bench.decode import decode
+from lookup_experts.commands.bench.latency import latency
 from lookup_experts.commands.bench.memory import memory
 from lookup_experts.commands.bench.prefill import prefill
 from lookup_experts.commands.bench.quality import quality
@@ -16,5 +17,5 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-for measurement in (decode, prefill, read, build, memory, cache, quality):
+for measurement in (decode, prefill, read, build, memory, cache, latency, quality):
     app.command()(measurement)

@@ -1,0 +1,304 @@
+"""Latency at equal memory: each system in its own process, one step of each in turn.
+
+A step of a system and the step of dense in the same round give one ratio; medians of those are the
+result. A slow system stops after `LONGEST` seconds of steps, so that it doesn't keep the others.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lookup_experts.benchmarks.latency.models import SELECTED, Plan
+from lookup_experts.benchmarks.latency.systems import CAPPED, Counts, System
+from lookup_experts.benchmarks.latency.worker import Failure, Pass, serve
+from lookup_experts.benchmarks.speed import TextWindows
+from lookup_experts.benchmarks.timing import median, pair_ratios, spread
+from lookup_experts.errors import UserError
+from lookup_experts.model.baselines import SHAPES, paper_config
+
+WARM_UP_STEPS = 3
+FEWEST_STEPS = 5
+LONGEST = 8.0
+"""Seconds of steps at one batch size after which a system has taken part long enough."""
+BREATH = 0.004
+"""Seconds between two steps, in which the threads of the last one go to sleep."""
+
+Advance = Callable[[int, int], None]
+
+
+class SystemFailedError(Exception):
+    """A system can't go on; why, in a few words."""
+
+
+@dataclass
+class Taken:
+    """What a system did at one batch size."""
+
+    prompt: Pass
+    steps: dict[int, Pass] = field(default_factory=dict)
+    """By round; without those that warmed up."""
+    digests: list[str] = field(default_factory=list)
+    """Of every step."""
+    resident_bytes: int = 0
+
+
+class Worker:
+    """The parent's side of a system."""
+
+    def __init__(self, system: System, plan: Plan, target: Callable[..., None] = serve) -> None:
+        self.system = system
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, system, plan, SHAPES[plan.shape])
+        self._process = context.Process(target=target, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self.taken: dict[int, Taken] = {}
+        """By batch size."""
+        self.facts: dict[str, Any] = {}
+        self.failed: str | None = None
+
+    def ask(self, *question: Any) -> Any:
+        """What the process answers.
+
+        Raises:
+            SystemFailedError: it can't, or it has ended.
+        """
+        self.tell(*question)
+        return self.answer()
+
+    def tell(self, *question: Any) -> None:
+        """Ask without waiting."""
+        try:
+            self._pipe.send(question)
+        except OSError:
+            raise self._ended() from None
+
+    def answer(self) -> Any:
+        """The answer to the question asked longest ago."""
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._ended() from None
+        if isinstance(answer, Failure):
+            raise SystemFailedError(answer.words)
+        return answer
+
+    def _ended(self) -> SystemFailedError:
+        self._process.join(10)
+        code = self._process.exitcode
+        # The kernel kills (signal 9) who takes the machine's last memory.
+        return SystemFailedError(
+            "killed, as when memory runs out" if code == -9 else f"ended with code {code}"
+        )
+
+    @contextmanager
+    def or_failed(self) -> Iterator[None]:
+        """Note a failure of the system and let it rest; the others go on."""
+        try:
+            yield
+        except SystemFailedError as error:
+            self.failed = str(error)
+            self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.is_alive():
+            with suppress(OSError):
+                self._pipe.send(("end",))
+            self._process.join(10)
+            if self._process.is_alive():
+                self._process.kill()
+        self._pipe.close()
+
+
+def measure_latency(
+    systems: Sequence[System],
+    plan: Plan,
+    windows: TextWindows,
+    batches: Sequence[int],
+    prompt: int,
+    steps: int,
+    advance: Advance,
+) -> list[dict[str, Any]]:
+    """One result per batch size and system.
+
+    Args:
+        systems: dense first; their tables are there.
+        prompt: tokens before the first decoding step.
+        steps: decoding steps of each system, or fewer if it is slow.
+        advance: called with (rounds done, rounds in all).
+
+    Raises:
+        UserError: the sequences are longer than the model's context, or dense itself failed.
+    """
+    context = paper_config(plan.shape).max_position_embeddings
+    rounds = WARM_UP_STEPS + steps
+    if prompt + rounds > context:
+        raise UserError(
+            f"A prompt of {prompt} tokens and {rounds} steps (with {WARM_UP_STEPS} to warm up) are "
+            f"more than the model's context of {context}."
+        )
+    workers = [Worker(system, plan) for system in systems]
+    try:
+        _start(workers)
+        for number, batch in enumerate(batches):
+            tokens = windows.take(batch, prompt + rounds).numpy()
+            _measure_batch(
+                [worker for worker in workers if worker.failed is None],
+                tokens,
+                prompt,
+                partial(_advance_from, advance, number * rounds, rounds * len(batches)),
+            )
+    finally:
+        for worker in workers:
+            worker.close()
+    dense = workers[0]
+    if dense.failed is not None:
+        raise UserError(f"The dense model, which all are compared with: {dense.failed}.")
+    return [
+        result_of(worker, dense, plan, workers, batch, prompt)
+        for batch in batches
+        for worker in workers
+    ]
+
+
+def _advance_from(advance: Advance, before: int, total: int, done: int) -> None:
+    advance(before + done, total)
+
+
+def _start(workers: Sequence[Worker]) -> None:
+    """Build all systems, at the same time."""
+    for worker in workers:
+        with worker.or_failed():
+            worker.tell("facts")
+    for worker in workers:
+        if worker.failed is None:
+            with worker.or_failed():
+                worker.facts = worker.answer()
+
+
+def _measure_batch(
+    workers: list[Worker], tokens: np.ndarray, prompt: int, advance: Callable[[int], None]
+) -> None:
+    """Prompts and then steps of all systems; tokens [B, prompt + rounds]."""
+    batch, length = tokens.shape
+    for worker in workers:
+        with worker.or_failed():
+            worker.taken[batch] = Taken(worker.ask("prompt", tokens[:, :prompt]))
+    active = [worker for worker in workers if worker.failed is None]
+    for number in range(length - prompt):
+        first = number % max(1, len(active))
+        for worker in active[first:] + active[:first]:
+            with worker.or_failed():
+                _step(worker, worker.taken[batch], number, tokens[:, prompt:])
+            time.sleep(BREATH)
+        active = [worker for worker in active if _goes_on(worker, batch)]
+        advance(number + 1)
+    for worker in workers:
+        if worker.failed is None:
+            with worker.or_failed():
+                worker.taken[batch].resident_bytes = worker.ask("memory")
+                worker.ask("forget")
+
+
+def _step(worker: Worker, taken: Taken, number: int, columns: np.ndarray) -> None:
+    found: Pass = worker.ask("step", columns[:, number, None])
+    taken.digests.append(found.digest)
+    if number >= WARM_UP_STEPS:
+        taken.steps[number] = found
+
+
+def _goes_on(worker: Worker, batch: int) -> bool:
+    if worker.failed is not None:
+        return False
+    steps = worker.taken[batch].steps
+    spent = sum(step.seconds for step in steps.values())
+    is_baseline = worker.system.family == "dense"
+    return is_baseline or spent < LONGEST or len(steps) < FEWEST_STEPS
+
+
+# ------------------------------------------------------------------------------------ results
+
+
+def result_of(
+    worker: Worker,
+    dense: Worker,
+    plan: Plan,
+    workers: Sequence[Worker],
+    batch: int,
+    prompt: int,
+) -> dict[str, Any]:
+    """What a system did at a batch size, as JSON values; times in milliseconds."""
+    system = worker.system
+    result: dict[str, Any] = {"what": "latency", "system": system.name, "batch": batch}
+    taken = worker.taken.get(batch)
+    if taken is None or not taken.steps or (worker.failed and not taken.resident_bytes):
+        return {**result, "failed": worker.failed or "not measured"}
+    baseline = dense.taken[batch]
+    steps = list(taken.steps.values())
+    ratios = pair_ratios(
+        [step.seconds for step in steps],
+        [baseline.steps[number].seconds for number in taken.steps],
+    )
+    seconds = median([step.seconds for step in steps])
+    result |= {
+        "prompt": prompt,
+        "prefill_ms": taken.prompt.seconds * 1e3,
+        "prefill_ratio_to_dense": taken.prompt.seconds / baseline.prompt.seconds,
+        "prefill_bytes_loaded": taken.prompt.counts.bytes_loaded,
+        "ms_per_step": seconds * 1e3,
+        "ratio_to_dense": median(ratios),
+        "spread": list(spread(ratios)),
+        "tokens_per_second": batch / seconds,
+        "steps": len(steps),
+        "bytes_per_step": _mean(steps, lambda counts: counts.bytes_loaded),
+        "stall_ms": _mean(steps, lambda counts: counts.stall_seconds) * 1e3,
+        "resident_bytes": taken.resident_bytes,
+        "beyond_dense_bytes": taken.resident_bytes - baseline.resident_bytes,
+        **worker.facts,
+    }
+    if system.family == "moe":
+        result |= _routing(worker, plan, steps, batch)
+        result |= _agreement(worker, workers, batch)
+    if system.family == "mole":
+        result["cache_bytes"] = plan.cache_bytes
+    return result
+
+
+def _mean(steps: Sequence[Pass], value: Callable[[Counts], float]) -> float:
+    return sum(value(step.counts) for step in steps) / len(steps)
+
+
+def _routing(worker: Worker, plan: Plan, steps: Sequence[Pass], batch: int) -> dict[str, Any]:
+    """Experts per layer and step: measured, and as even routing would have it."""
+    if worker.system.way not in CAPPED:
+        return {}
+    config = plan.moe_config(worker.system.num_experts)
+    count, layers = config.num_experts, config.num_hidden_layers
+    selected = config.num_experts_per_tok
+    even = count * (1 - (1 - selected / count) ** batch)
+    return {
+        "cache_bytes": plan.expert_budget,
+        "experts_used_per_layer": _mean(steps, lambda counts: counts.experts_used) / layers,
+        "experts_loaded_per_layer": _mean(steps, lambda counts: counts.experts_loaded) / layers,
+        "even_routing_used_per_layer": even,
+        # The paper's count: two experts of each layer, those of the step before, are there.
+        "paper_loaded_per_layer": even * (1 - SELECTED / count),
+    }
+
+
+def _agreement(worker: Worker, workers: Sequence[Worker], batch: int) -> dict[str, Any]:
+    """The share of steps whose logits are those of the resident model, to the last bit."""
+    name = worker.system.model_name
+    resident = [other for other in workers if other.system.name == name]
+    if not resident or resident[0] is worker or batch not in resident[0].taken:
+        return {}
+    pairs = list(zip(worker.taken[batch].digests, resident[0].taken[batch].digests, strict=False))
+    return {"same_logits_as_resident": sum(a == b for a, b in pairs) / max(1, len(pairs))}

@@ -1,0 +1,133 @@
+"""`mole bench latency` for real: processes that take turns, on a shape small enough for a test."""
+
+import json
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lookup_experts import cli
+from lookup_experts.benchmarks.latency import measure, worker
+from lookup_experts.benchmarks.latency.measure import Worker
+from lookup_experts.benchmarks.latency.models import Plan, build, prepare_tables
+from lookup_experts.benchmarks.latency.pictures import table_of
+from lookup_experts.benchmarks.latency.systems import System, parse_systems
+from lookup_experts.benchmarks.latency.worker import Failure, Runner, serve
+from lookup_experts.errors import UserError
+from lookup_experts.model import baselines
+
+pytestmark = pytest.mark.timeout(240)
+run = CliRunner().invoke
+
+PEERS = ("moe-6e-disk", "moe-6e-ram", "moe-6e-mmap", "moe-6e-accelerate")
+
+
+@pytest.fixture(autouse=True)
+def tiny_shape(monkeypatch):
+    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    monkeypatch.setitem(baselines.SHAPES, "tiny", shape)
+
+
+@pytest.fixture
+def ids(tmp_path):
+    path = tmp_path / "ids.npy"
+    np.save(path, np.random.default_rng(0).zipf(1.3, 20_000) % 5000)
+    return path
+
+
+def be_killed(connection, system, plan, sizes):
+    connection.recv()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_processes_take_turns_and_go_on_when_one_is_killed(tmp_path, ids, monkeypatch):
+    targets = {"dense": serve, "moe-6e-disk": serve, "moe-5e": be_killed}
+    monkeypatch.setattr(
+        measure, "Worker", lambda system, plan: Worker(system, plan, targets[system.name])
+    )
+    out, bars, memory = (tmp_path / name for name in ("out.json", "bars.png", "memory.png"))
+    quality = tmp_path / "quality.json"
+    entries = [{"system": "dense", "validation_loss": 3.0}, {"system": "mole-2e"},
+               {"system": "moe-6e", "validation_loss": 2.9}]  # fmt: skip
+    quality.write_text(json.dumps({"results": entries}))
+    arguments = ["moe-5e", "moe-6e-disk", "--shape", "tiny", "--batch", "1,3",
+                 "--prompt", "20", "--steps", "4", "--cache", "100kB", "--ids", str(ids),
+                 "--work", str(tmp_path / "work"), "--json", str(out), "--plot", str(bars),
+                 "--quality", str(quality), "--memory-plot", str(memory)]  # fmt: skip
+    done = run(cli.app, ["bench", "latency", *arguments])
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())["results"]
+    assert [result["system"] for result in results] == ["dense", "moe-5e", "moe-6e-disk"] * 2
+    assert [result["batch"] for result in results] == [1] * 3 + [3] * 3
+    dense, killed, offloaded = results[:3]
+    assert dense["ratio_to_dense"] == 1 and dense["beyond_dense_bytes"] == 0
+    assert "killed" in killed["failed"] and "killed" in "\n".join(table_of(results))
+    assert offloaded["bytes_per_step"] > 0 and offloaded["steps"] == 4
+    assert offloaded["paper_loaded_per_layer"] == pytest.approx(2 * (1 - 2 / 6))
+    assert 0 < offloaded["experts_loaded_per_layer"] <= offloaded["experts_used_per_layer"] <= 2
+    for result in (dense, offloaded):
+        assert result["resident_bytes"] > 10**7 and result["prefill_ms"] > 0
+    for picture in (bars, memory):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_way_of_one_model_says_the_same(tmp_path):
+    plan = Plan("tiny", 200_000, tmp_path)
+    systems = parse_systems(["moe-6e", *PEERS])
+    prepare_tables(plan, systems, lambda done, total: None)
+    prompt = np.random.default_rng(0).integers(0, 5000, (2, 9))
+    runners = {system.name: Runner(build(system, plan), "cpu") for system in systems[1:]}
+    passes = {
+        name: [runner.prompt(prompt), *(runner.step(prompt[:, [i]]) for i in range(4))]
+        for name, runner in runners.items()
+    }
+    expected = [found.digest for found in passes["moe-6e"]]
+    for name in PEERS:
+        assert [found.digest for found in passes[name]] == expected, name
+        used = sum(found.counts.experts_used for found in passes[name])
+        loaded = sum(found.counts.experts_loaded for found in passes[name])
+        assert 0 < loaded < used, name
+    assert len(set(expected)) > 1
+
+
+def test_mole_counts_what_it_reads(tmp_path):
+    plan, (_, mole) = Plan("tiny", 0, tmp_path), parse_systems(["mole-2e"])
+    prepare_tables(plan, [mole], lambda done, total: None)
+    found = Runner(build(mole, plan), "cpu").prompt(np.arange(12).reshape(2, 6))
+    assert found.counts.bytes_loaded >= 12 * plan.case(2).layout.stride
+
+
+def test_a_system_without_enough_memory_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "build", lambda *_: torch.empty(1 << 60))
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(("facts",))
+    ours.send(("end",))
+    serve(theirs, System.parse("moe-6e"), Plan("tiny", 0, tmp_path), baselines.SHAPES["tiny"])
+    assert ours.recv() == Failure("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["moe-10"], "No system is called 'moe-10'"),
+        (["mole-4e-ram"], "No system is called 'mole-4e-ram'"),
+        (["--shape", "161m"], "Did you mean '160m'"),
+        (["dense", "--prompt", "2040"], "more than the model's context of 2048"),
+        (["--memory-plot", "x.png"], "--memory-plot needs --quality"),
+        (["--quality", "nowhere.json", "--memory-plot", "x.png"], "expected the JSON of mole"),
+    ],
+)
+def test_bad_input(tmp_path, ids, arguments, words):
+    common = ["bench", "latency", "--shape", "tiny", "--work", str(tmp_path), "--ids", str(ids)]
+    done = run(cli.app, [*common, *arguments])
+    assert isinstance(done.exception, UserError), done.output
+    assert words in str(done.exception)
+
+
+def test_dense_takes_part_in_any_case():
+    assert [system.name for system in parse_systems(["mole-16e"])] == ["dense", "mole-16e"]
+    assert System.parse("moe-34e-accelerate").model_name == "moe-34e"
