@@ -20,7 +20,7 @@ def server(table_folder) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make_client(table_folder, tokenizer) -> Iterator[Any]:
     """The application in this process: options -> a client with its service."""
     from contextlib import ExitStack

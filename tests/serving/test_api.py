@@ -28,6 +28,12 @@ def client(make_client):
     return make_client(chat_template=PLAIN_TEMPLATE)
 
 
+@pytest.fixture(scope="module")
+def refusing(make_client):
+    """A client for all requests that change nothing, since they are refused."""
+    return make_client(chat_template=PLAIN_TEMPLATE)
+
+
 def complete(client, **body):
     return client.post(COMPLETIONS, json={"temperature": 0, **body})
 
@@ -231,8 +237,8 @@ def test_chat_goes_on_to_the_end_of_the_context(make_client):
         ({"prompt": "a", "stream_options": {}}, None, "needs stream"),
     ],
 )
-def test_completions_that_can_not_be(client, body, param, words):
-    error = error_of(client.post(COMPLETIONS, json=body), 400)
+def test_completions_that_can_not_be(refusing, body, param, words):
+    error = error_of(refusing.post(COMPLETIONS, json=body), 400)
     assert words in error["message"]
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
@@ -252,9 +258,9 @@ def test_completions_that_can_not_be(client, body, param, words):
         ({"tools": []}, "tools"),
     ],
 )
-def test_chats_that_can_not_be(client, change, param):
+def test_chats_that_can_not_be(refusing, change, param):
     body = {"messages": [{"role": "user", "content": "x"}], **change}
-    assert error_of(client.post(CHAT, json=body), 400)["param"] == param
+    assert error_of(refusing.post(CHAT, json=body), 400)["param"] == param
 
 
 @pytest.mark.parametrize(
@@ -272,17 +278,19 @@ def test_chats_that_can_not_be(client, change, param):
         (b'{"\\ud800": 1, "prompt": "a"}', ""),
     ],
 )
-def test_bodies_that_are_none(client, body, words):
-    response = client.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"})
+def test_bodies_that_are_none(refusing, body, words):
+    response = refusing.post(
+        COMPLETIONS, content=body, headers={"Content-Type": "application/json"}
+    )
     assert words in error_of(response, 400)["message"]
 
 
-def test_bodies_that_are_too_large_or_too_slow(client, monkeypatch):
+def test_bodies_that_are_too_large_or_too_slow(refusing, monkeypatch):
     monkeypatch.setattr(guard, "MOST_BODY_BYTES", 2**20)
-    error = error_of(client.post(COMPLETIONS, json={"prompt": "a" * 2**20}), 413)
+    error = error_of(refusing.post(COMPLETIONS, json={"prompt": "a" * 2**20}), 413)
     assert "1 MiB" in error["message"]
     parts = (b"a" * 2**18 for _ in range(8))  # chunked: no length is stated
-    assert error_of(client.post(COMPLETIONS, content=parts), 413)["code"] == "body_too_large"
+    assert error_of(refusing.post(COMPLETIONS, content=parts), 413)["code"] == "body_too_large"
 
 
 def test_a_body_that_does_not_come(monkeypatch):
@@ -301,16 +309,19 @@ def test_a_body_that_does_not_come(monkeypatch):
     assert b"did not arrive" in sent[1]["body"]
 
 
-def test_models_and_pages_that_are_not_there(client):
-    for response in (complete(client, prompt="a", model="gpt-9"), client.get("/v1/models/gpt-9")):
+def test_models_and_pages_that_are_not_there(refusing):
+    for response in (
+        complete(refusing, prompt="a", model="gpt-9"),
+        refusing.get("/v1/models/gpt-9"),
+    ):
         error = error_of(response, 404)
         assert error["code"] == "model_not_found"
         assert "'tiny'" in error["message"]
-    assert "/v1" in error_of(client.get("/v1/nothing"), 404)["message"]
-    error_of(client.get("/nothing.js"), 404)
-    error_of(client.get("/static/index.html"), 404)
-    error_of(client.get(COMPLETIONS), 405)
-    error_of(client.get("/../pyproject.toml"), 404)
+    assert "/v1" in error_of(refusing.get("/v1/nothing"), 404)["message"]
+    error_of(refusing.get("/nothing.js"), 404)
+    error_of(refusing.get("/static/index.html"), 404)
+    error_of(refusing.get(COMPLETIONS), 405)
+    error_of(refusing.get("/../pyproject.toml"), 404)
 
 
 # ----------------------------------------------------------------------------------- behaviour
@@ -414,18 +425,18 @@ def test_kinds(family, kind):
     assert kind_of(tiny_model(family)) == kind
 
 
-def test_the_page_comes_with_the_strictest_policy(client):
-    response = client.get("/")
+def test_the_page_comes_with_the_strictest_policy(refusing):
+    response = refusing.get("/")
     assert response.headers["content-type"].startswith("text/html")
     policy = response.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; script-src 'self'")
     assert "unsafe" not in policy
     for path in ("/", "/v1/models", "/nothing"):
-        assert client.get(path).headers["x-content-type-options"] == "nosniff"
+        assert refusing.get(path).headers["x-content-type-options"] == "nosniff"
 
 
-def test_the_openapi_document(client):
-    document = client.get("/openapi.json").json()
+def test_the_openapi_document(refusing):
+    document = refusing.get("/openapi.json").json()
     assert set(document["paths"]) == {
         *("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{name}"),
         *("/v1/stats", "/health", "/metrics"),
