@@ -8,7 +8,7 @@ TEST_ARGS ?=
 # Where no NVIDIA GPU is found torch is held to the version tested on CPU.
 CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint results clean
 
 demo: $(VENV)/installed
 	$(BIN)/mole demo $(DEMO_ARGS)
@@ -20,6 +20,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The tables of README.md and docs/results.md, from the JSON files in docs/results.
+results: $(VENV)/installed
+	$(BIN)/python docs/render_results.py
 
 # torch goes first: what is installed after it then finds its requirement met and does not
 # fetch another build. The file `installed` is written last, so a broken installation is redone.
