@@ -163,9 +163,30 @@ def test_prompts_that_are_cut_are_counted(tokenizer, data):
     short = tiny_model("llama", max_position_embeddings=40)
     found = evaluate_tasks(short, tokenizer, parse_tasks("race,piqa"), data_dir=data)
     assert 0 < found.cut_requests < found.num_requests
-    with pytest.raises(UserError, match="the model's context is 2: too short"):
-        tiny = tiny_model("llama", max_position_embeddings=2)
-        evaluate_tasks(tiny, tokenizer, parse_tasks("piqa"), data_dir=data)
+
+
+@torch.no_grad()
+def test_a_continuation_longer_than_the_window(tokenizer, data):
+    """It is scored in parts of half a window, each after the tokens before it."""
+    window = 6
+    tiny = tiny_model("llama", max_position_embeddings=window)
+    found = evaluate_tasks(tiny, tokenizer, parse_tasks("hellaswag"), data_dir=data)
+    sample = found.harness["samples"]["hellaswag"][0]
+    context, wanted = sample["arguments"][0]
+    start = len(tokenizer(context)["input_ids"])
+    ids = tokenizer(context + wanted)["input_ids"]
+    assert len(ids) - start > window
+    nats = 0.0
+    for begin in range(start, len(ids), window // 2):
+        end = min(begin + window // 2, len(ids))
+        seen = ids[max(end - 1 - window, 0) : end - 1]
+        scores = tiny(torch.tensor([seen])).logits.log_softmax(-1)[0]
+        places = range(len(seen) - (end - begin), len(seen))
+        nats += sum(
+            float(scores[place, ids[at]])
+            for place, at in zip(places, range(begin, end), strict=True)
+        )
+    assert float(sample["resps"][0][0][0]) == pytest.approx(nats, abs=1e-4)
 
 
 def test_interrupted_it_goes_on(model, tokenizer, data, undisturbed, tmp_path, monkeypatch):

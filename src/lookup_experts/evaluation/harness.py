@@ -46,7 +46,7 @@ class Evaluation:
     num_requests: int
     """Continuations whose log-likelihood was asked for."""
     cut_requests: int
-    """Of them, those whose context didn't fit into the model's window and lost its beginning."""
+    """Of them, those that didn't fit into the model's window, so that their context was cut."""
     harness: dict[str, Any]
     """The harness's own results, with every sample."""
 

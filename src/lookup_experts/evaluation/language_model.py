@@ -5,7 +5,6 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from lookup_experts.errors import UserError
 from lookup_experts.evaluation.answers import Answer, AnswerJournal, batch_key
 from lookup_experts.evaluation.perplexity import Progress
 
@@ -36,7 +35,7 @@ class LoadedLanguageModel(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.num_requests = 0
         self.cut_requests = 0
-        """Those whose context didn't fit into the model's window and lost its beginning."""
+        """Those that didn't fit into the model's window, so that their context was cut."""
         self._prompts = batch_size
         self._journal = journal
         self._progress = progress
@@ -48,10 +47,30 @@ class LoadedLanguageModel(HFLM):
         override_bs: int | None = None,
     ) -> list[Answer]:
         """Log-likelihoods of continuations, in the order of the requests."""
-        lengths = [len(context) + len(wanted) for _, context, wanted in requests]
         self.num_requests += len(requests)
-        self.cut_requests += sum(length > self.max_length + 1 for length in lengths)
-        self._check_continuations(requests)
+        self.cut_requests += sum(
+            len(context) + len(wanted) > self.max_length + 1 for _, context, wanted in requests
+        )
+        pieces = [list(self._pieces(request)) for request in requests]
+        answers = iter(self._answer_all([piece for parts in pieces for piece in parts]))
+        return [_chain([next(answers) for _ in parts]) for parts in pieces]
+
+    def _pieces(self, request: Request) -> Iterator[Request]:
+        """A continuation longer than the window in parts, each after what comes before it.
+
+        The harness refuses such a one. By the chain rule its log-likelihood is the sum of those
+        of its parts; half of the window is left for what comes before each.
+        """
+        words, context, wanted = request
+        if len(wanted) <= self.max_length:
+            yield request
+            return
+        size = max(self.max_length // 2, 1)
+        for start in range(0, len(wanted), size):
+            yield words, context + wanted[:start], wanted[start : start + size]
+
+    def _answer_all(self, requests: Sequence[Request]) -> list[Answer]:
+        lengths = [len(context) + len(wanted) for _, context, wanted in requests]
         answers: list[Answer] = [(0.0, False)] * len(requests)
         done = 0
         for batch in self._batches(requests):
@@ -62,14 +81,6 @@ class LoadedLanguageModel(HFLM):
             if self._progress:
                 self._progress(done, sum(lengths))
         return answers
-
-    def _check_continuations(self, requests: Sequence[Request]) -> None:
-        longest = max((len(wanted) for _, _, wanted in requests), default=0)
-        if longest > self.max_length:
-            raise UserError(
-                f"A continuation has {longest} tokens, and the model's context is "
-                f"{self.max_length}: too short for these tasks."
-            )
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
         """Places of requests, the longest first; neighbours share their context if any do."""
@@ -99,3 +110,8 @@ class LoadedLanguageModel(HFLM):
             if self._journal:
                 self._journal.add(key, known)
         return known
+
+
+def _chain(parts: Sequence[Answer]) -> Answer:
+    """The answer to a continuation from those to its parts."""
+    return sum(nats for nats, _ in parts), all(greedy for _, greedy in parts)
