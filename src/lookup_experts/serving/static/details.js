@@ -1,0 +1,99 @@
+// One token's details: its record, and the heat map of router weights.
+
+const element = (id) => document.getElementById(id);
+const NARROW = 8; // experts beyond which a cell is too small for its number
+const KINDS_WITH_WEIGHTS = new Set(["mole-table", "mole-experts"]);
+
+/** `73.7 kB`. */
+export function formatBytes(bytes) {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let unit = 0;
+  while (bytes >= 1000 && unit < units.length - 1) {
+    bytes /= 1000;
+    unit += 1;
+  }
+  return `${unit === 0 ? bytes : bytes.toPrecision(3)} ${units[unit]}`;
+}
+
+const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+
+/** An empty heat map of the served model's size, or the sentence that stands in its place. */
+export function prepare(stats) {
+  const shown = KINDS_WITH_WEIGHTS.has(stats.kind);
+  element("heat").hidden = !shown;
+  element("no-heat").hidden = shown;
+  element("legend").hidden = stats.kind !== "mole-table" || stats.store === "memory";
+  if (shown) {
+    build(stats.layers, stats.experts);
+  } else if (stats.kind === "moe") {
+    element("no-heat").textContent =
+      "This model's experts compute on hidden states; it looks nothing up, and there are no weights to show.";
+  } else {
+    element("no-heat").textContent =
+      "This is a dense model: it has no experts, so there are no weights to show.";
+  }
+}
+
+function cell(name, text, scope) {
+  const made = document.createElement(name);
+  made.textContent = text;
+  if (scope) made.scope = scope;
+  return made;
+}
+
+function build(layers, experts) {
+  const table = element("heat").querySelector("table");
+  table.classList.toggle("narrow", experts > NARROW);
+  const names = Array.from({ length: experts }, (_, expert) => {
+    const header = cell("th", experts > NARROW ? "" : `E${expert + 1}`, "col");
+    header.setAttribute("aria-label", `Expert ${expert + 1}`);
+    return header;
+  });
+  const head = document.createElement("tr");
+  head.append(cell("th", "Layer", "col"), ...names);
+  table.tHead.replaceChildren(head);
+  const rows = Array.from({ length: layers }, (_, layer) => {
+    const row = document.createElement("tr");
+    row.append(cell("th", layer + 1, "row"));
+    for (let expert = 0; expert < experts; expert += 1) row.append(cell("td", ""));
+    return row;
+  });
+  table.tBodies[0].replaceChildren(...rows);
+}
+
+/** Fill the heat map; a square root keeps small weights apart. */
+function paint(weights) {
+  const table = element("heat").querySelector("table");
+  if (table.tBodies[0].rows.length !== weights.length) build(weights.length, weights[0].length);
+  const rows = table.tBodies[0].rows;
+  weights.forEach((layer, place) => {
+    layer.forEach((weight, expert) => {
+      const target = rows[place].cells[expert + 1];
+      const shade = Math.sqrt(weight);
+      target.style.setProperty("--weight", shade.toFixed(3));
+      target.classList.toggle("middle", shade > 0.5);
+      target.classList.toggle("high", shade > 0.69);
+      target.textContent = weight.toFixed(2);
+    });
+  });
+}
+
+function recordOf(lookup) {
+  if (lookup.cache_hit === null) return lookup.weights === null ? "None" : "In memory";
+  return lookup.cache_hit ? "In the cache" : "Read from disk";
+}
+
+/** Show what a token's pass did. `input` is the text that went in, or null for the prompt's end. */
+export function show(lookup, input, isPinned) {
+  element("detail-token").textContent = `${visible(lookup.text)}`;
+  element("detail-token").title = `Token id ${lookup.token_id}`;
+  element("detail-token").classList.add("code");
+  element("detail-pin").textContent = isPinned ? `Pinned · id ${lookup.token_id}` : `id ${lookup.token_id}`;
+  element("detail-record").textContent = recordOf(lookup);
+  element("detail-bytes").textContent = lookup.cache_hit === null ? "–" : formatBytes(lookup.bytes_read);
+  element("detail-time").textContent = `${lookup.ms.toFixed(1)} ms`;
+  const from = input === null ? "the prompt’s last token" : `the token “${visible(input)}”`;
+  const what = lookup.cache_hit === null ? "" : ", and whose record was looked up";
+  element("detail-input").textContent = `Of the step that gave this token; what went in was ${from}${what}.`;
+  if (lookup.weights !== null) paint(lookup.weights);
+}
