@@ -10,12 +10,13 @@ from lookup_experts.commands.bench.memory import memory
 from lookup_experts.commands.bench.prefill import prefill
 from lookup_experts.commands.bench.quality import quality
 from lookup_experts.commands.bench.read import read
+from lookup_experts.commands.bench.train import train
 
 app = typer.Typer(
     name="bench",
-    help="Measure decoding, prefill, reading and building on this machine.",
+    help="Measure decoding, prefill, reading, building and training on this machine.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-for measurement in (decode, prefill, read, build, memory, cache, latency, quality):
+for measurement in (decode, prefill, read, build, memory, cache, latency, quality, train):
     app.command()(measurement)

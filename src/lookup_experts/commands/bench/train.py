@@ -1,0 +1,134 @@
+"""`mole bench train`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lookup_experts import console
+from lookup_experts.commands import options
+from lookup_experts.commands.bench import options as bench_options
+from lookup_experts.commands.bench.report import counts, line, report
+
+DTYPES = ("float32", "bfloat16")
+
+
+def train(
+    shape: bench_options.Shape = "160m",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Cut the shape to so many blocks.")
+    ] = None,
+    experts: Annotated[str, typer.Option(help="Routed experts per layer, e.g. 4,16.")] = "4,16",
+    tokens: Annotated[
+        str, typer.Option(help="Tokens of a micro batch, multiples of --context.")
+    ] = "2048,8192",
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 2048,
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Micro batches of a step. From 2 on, sharing expert outputs between them is "
+            "measured too, and per-position is not.",
+        ),
+    ] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each system.")] = 3,
+    head: Annotated[
+        bool, typer.Option(help="With the output head and its loss, or the blocks alone.")
+    ] = True,
+    peak: Annotated[
+        bool, typer.Option(help="Measure peak memory as well, each in a process of its own.")
+    ] = True,
+    trainer: Annotated[
+        bool,
+        typer.Option("--trainer", help="Only measure the Trainer against a bare loop."),
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: options.Device = "cpu",
+    ids: bench_options.Ids = None,
+    work: bench_options.Work = Path("runs/bench"),
+    json: bench_options.JsonFile = None,
+    plot: bench_options.Plot = None,
+) -> None:
+    """Training steps on real text: dense, MoLE at unique ids, MoLE at every position.
+
+    Forward and backward, no optimizer. Beside each measured ratio stands the same in FLOPs.
+
+    Example: `mole bench train --layers 2 --tokens 2048,8192 --ids runs/novels --json train.json`
+    """
+    import torch
+
+    from lookup_experts.benchmarks.models import Case
+    from lookup_experts.benchmarks.speed import TextWindows
+    from lookup_experts.benchmarks.training import case_of_shape
+    from lookup_experts.benchmarks.training_plot import draw_training
+    from lookup_experts.commands.bench.report import id_stream
+    from lookup_experts.errors import UserError, unknown_name
+
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    sizes, numbers = counts(tokens), counts(experts)
+    for size in sizes:
+        if size % context:
+            raise UserError(f"--tokens {size} is no multiple of --context {context}.")
+    case = case_of_shape(
+        shape, layers, context=context, head=head, dtype=getattr(torch, dtype), device=device
+    )
+    windows = TextWindows(id_stream(ids, Case(shape), work))
+    if trainer:
+        results = _overhead(case, numbers, windows, sizes, rounds)
+    else:
+        results = _steps(case, numbers, windows, sizes, rounds, accumulate, peak)
+    for result in results:
+        console.say(line(result))
+    report("train", results, json, plot=None)
+    if plot:
+        draw_training(results, plot)
+
+
+def _steps(
+    case: Any,
+    numbers: list[int],
+    windows: Any,
+    sizes: list[int],
+    rounds: int,
+    accumulate: int,
+    peak: bool,
+) -> list[dict[str, Any]]:
+    from lookup_experts.benchmarks.training import Systems, measure_training
+    from lookup_experts.benchmarks.training_memory import peak_bytes
+
+    names = ("unique", "per_position") if accumulate == 1 else ("unique", "shared")
+    keys = [("dense", None), *((name, count) for count in numbers for name in names)]
+    results = []
+    for size in sizes:
+        systems = Systems(case, keys)
+        with console.progress_bar(f"{accumulate} x {size} tokens") as advance:
+            found = measure_training(systems, windows, size, rounds, accumulate, advance)
+        del systems  # a process beside it is to have the memory
+        results += [result.to_dict() for result in found]
+    if peak:
+        with console.progress_bar("Peak memory") as advance:
+            for number, result in enumerate(results):
+                batches = [
+                    windows.take(result["tokens"] // case.context, case.context + 1)
+                    for _ in range(accumulate)
+                ]
+                key = result["system"], result.get("num_experts")
+                result["peak_bytes"] = peak_bytes(case, *key, batches)
+                advance(number + 1, len(results))
+    return results
+
+
+def _overhead(
+    case: Any, numbers: list[int], windows: Any, sizes: list[int], rounds: int
+) -> list[dict[str, Any]]:
+    from lookup_experts.benchmarks.trainer_overhead import measure_overhead
+
+    results = []
+    for number in numbers:
+        for size in sizes:
+            with console.progress_bar(f"Trainer, {number} experts, {size} tokens") as advance:
+                sequences = size // case.context
+                found = measure_overhead(case, number, windows, sequences, rounds, advance)
+            results.append(found.to_dict())
+    return results
