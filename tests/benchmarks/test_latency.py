@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from lookup_experts import cli
+from lookup_experts.benchmarks import bandwidth
 from lookup_experts.benchmarks.latency import measure, worker
 from lookup_experts.benchmarks.latency.measure import Worker
 from lookup_experts.benchmarks.latency.models import Plan, build, prepare_tables
@@ -45,6 +46,7 @@ def be_killed(connection, system, plan, sizes):
 
 
 def test_processes_take_turns_and_go_on_when_one_is_killed(tmp_path, ids, monkeypatch):
+    monkeypatch.setattr(bandwidth, "LARGE_READ", 2**16)
     targets = {"dense": serve, "moe-6e-disk": serve, "moe-5e": be_killed}
     monkeypatch.setattr(
         measure, "Worker", lambda system, plan: Worker(system, plan, targets[system.name])
@@ -67,6 +69,7 @@ def test_processes_take_turns_and_go_on_when_one_is_killed(tmp_path, ids, monkey
     assert dense["ratio_to_dense"] == 1 and dense["beyond_dense_bytes"] == 0
     assert "killed" in killed["failed"] and "killed" in "\n".join(table_of(results))
     assert offloaded["bytes_per_step"] > 0 and offloaded["steps"] == 4
+    assert offloaded["disk_floor_ms"] > 0
     assert offloaded["paper_loaded_per_layer"] == pytest.approx(2 * (1 - 2 / 6))
     assert 0 < offloaded["experts_loaded_per_layer"] <= offloaded["experts_used_per_layer"] <= 2
     for result in (dense, offloaded):

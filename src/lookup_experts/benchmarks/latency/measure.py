@@ -14,17 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from lookup_experts.benchmarks.latency.models import SELECTED, Plan
-from lookup_experts.benchmarks.latency.systems import CAPPED, Counts, System
+from lookup_experts.benchmarks.bandwidth import disk_bytes_per_second
+from lookup_experts.benchmarks.latency.models import SELECTED, Plan, expert_folder
+from lookup_experts.benchmarks.latency.systems import CAPPED, DISK, Counts, System
 from lookup_experts.benchmarks.latency.worker import Failure, Pass, serve
 from lookup_experts.benchmarks.speed import TextWindows
 from lookup_experts.benchmarks.timing import median, pair_ratios, spread
 from lookup_experts.errors import UserError
 from lookup_experts.model.baselines import SHAPES, paper_config
+from lookup_experts.table.format import Table, open_table
 
 WARM_UP_STEPS = 3
 FEWEST_STEPS = 5
-LONGEST = 8.0
+LONGEST = 6.0
 """Seconds of steps at one batch size after which a system has taken part long enough."""
 BREATH = 0.004
 """Seconds between two steps, in which the threads of the last one go to sleep."""
@@ -162,11 +164,16 @@ def measure_latency(
     dense = workers[0]
     if dense.failed is not None:
         raise UserError(f"The dense model, which all are compared with: {dense.failed}.")
-    return [
+    results = [
         result_of(worker, dense, plan, workers, batch, prompt)
         for batch in batches
         for worker in workers
     ]
+    for system in systems:
+        if system.family == "moe" and system.way == DISK:
+            _add_floor([result for result in results if result["system"] == system.name],
+                       open_table(expert_folder(plan, system.num_experts)))  # fmt: skip
+    return results
 
 
 def _advance_from(advance: Advance, before: int, total: int, done: int) -> None:
@@ -270,6 +277,15 @@ def result_of(
     if system.family == "mole":
         result["cache_bytes"] = plan.cache_bytes
     return result
+
+
+def _add_floor(results: Sequence[dict[str, Any]], table: Table) -> None:
+    """What no prefetching can beat: the time that the disk takes to give so many bytes."""
+    found = disk_bytes_per_second(table.path(table.shards[0]))
+    for result in results:
+        if "failed" not in result:
+            result["disk_bytes_per_second"] = found
+            result["disk_floor_ms"] = result["bytes_per_step"] / found * 1e3
 
 
 def _mean(steps: Sequence[Pass], value: Callable[[Counts], float]) -> float:

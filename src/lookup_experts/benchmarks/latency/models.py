@@ -109,12 +109,13 @@ def prepare_tables(plan: Plan, systems: list[System], progress: Progress) -> Non
             _expert_table(plan, system.num_experts, progress)
 
 
-def _expert_folder(plan: Plan, num_experts: int) -> Path:
+def expert_folder(plan: Plan, num_experts: int) -> Path:
+    """Where the experts of a MoE are."""
     return plan.work / f"{plan.shape}-moe-{num_experts}e-{plan.case().encoding}"
 
 
 def _expert_table(plan: Plan, num_experts: int, progress: Progress) -> None:
-    folder = _expert_folder(plan, num_experts)
+    folder = expert_folder(plan, num_experts)
     if (folder / MANIFEST_NAME).exists():
         return
     model = _moe_without_experts(plan, num_experts)
@@ -142,7 +143,7 @@ def build(system: System, plan: Plan) -> Built:
     if system.family == "mole":
         return _build_mole(system, plan)
     model = _moe_without_experts(plan, system.num_experts).to(plan.device)
-    table = open_table(_expert_folder(plan, system.num_experts))
+    table = open_table(expert_folder(plan, system.num_experts))
     check_belongs(table, model)
     if system.way in (DISK, RAM):
         return _build_offloaded(model, table, system, plan)
@@ -152,9 +153,9 @@ def build(system: System, plan: Plan) -> Built:
     _load_experts(model, table)
     if system.way == ACCELERATE:
         folder = plan.work / f"{table.folder.name}-accelerate"
-        peer = dispatch_by_accelerate(model, folder, plan.expert_budget)
+        pages = dispatch_by_accelerate(model, folder, plan.expert_budget)
         facts = {"backend": "accelerate, page cache"}
-        return Built(peer.model, facts, peer.take_counts, peer.limit_memory)
+        return Built(model, facts, pages.take_counts, pages.limit_memory)
     assert system.way == RESIDENT
     return Built(model)
 

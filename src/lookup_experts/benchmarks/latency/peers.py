@@ -2,14 +2,15 @@
 
 Both peers read files through the kernel's page cache, which would soon hold all experts: more
 memory than the other systems are given. So after each forward pass the pages of all experts but
-those used last, as many as fit the budget, are taken back, outside of the measured time. That is
-what the kernel does under a memory limit, done exactly and without the rights that a limit needs.
+those used last, as many as fit the budget, are taken back, outside of the measured time; those that
+the kernel read ahead unasked as well. That is what it does under a memory limit, done exactly and
+without the rights that a limit needs.
 """
 
 import mmap
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,11 @@ class FileRange:
     num_bytes: int
     mapped: mmap.mmap | None = None
 
+    def announce(self) -> None:
+        """Have the kernel start to read what isn't in the page cache."""
+        assert self.mapped is not None
+        self.mapped.madvise(mmap.MADV_WILLNEED, self.offset, self.num_bytes)
+
     def drop(self) -> None:
         """Take the pages back from this process and from the page cache."""
         if self.mapped is not None:
@@ -52,14 +58,15 @@ class PageBudget:
 
     Args:
         most: how many experts' pages may stay.
-        ranges_of: where an expert's numbers are.
+        places: where the numbers of each expert are; nothing of them stays at first.
     """
 
-    def __init__(self, most: int, ranges_of: Callable[[Expert], Sequence[FileRange]]) -> None:
-        self._most, self._ranges_of = most, ranges_of
+    def __init__(self, most: int, places: Mapping[Expert, Sequence[FileRange]]) -> None:
+        self._most, self._places = most, places
         self._cached: OrderedDict[Expert, None] = OrderedDict()
         self._used = self._missed = 0
         self._disk = DiskCounter()
+        self.limit_memory()
 
     def use(self, expert: Expert) -> None:
         """An expert is about to be read, from the page cache or from the disk."""
@@ -71,9 +78,11 @@ class PageBudget:
     def limit_memory(self) -> None:
         """Take back the pages of all but the experts used last."""
         while len(self._cached) > self._most:
-            expert, _ = self._cached.popitem(last=False)
-            for part in self._ranges_of(expert):
-                part.drop()
+            self._cached.popitem(last=False)
+        for expert, parts in self._places.items():
+            if expert not in self._cached:
+                for part in parts:
+                    part.drop()
 
     def take_counts(self) -> Counts:
         """Since the last time; the bytes are the kernel's own count of what the disk gave."""
@@ -91,11 +100,22 @@ class PageBudget:
 
 
 class MappedExperts(nn.Module):
-    """The experts of one layer, computed straight from a mapping of their file."""
+    """The experts of one layer, computed straight from a mapping of their file.
 
-    def __init__(self, layer: int, matrices: list[tuple[Tensor, Tensor]], pages: PageBudget):
+    The kernel is asked for all that a batch needs before the first is computed, and to read nothing
+    else ahead: better than page faults, one after the other, as in llama.cpp.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        places: list[FileRange],
+        matrices: list[tuple[Tensor, Tensor]],
+        pages: PageBudget,
+    ) -> None:
         super().__init__()
-        self._layer, self._matrices, self._pages = layer, matrices, pages
+        self._layer, self._places, self._matrices = layer, places, matrices
+        self._pages = pages
 
     def forward(self, hidden: Tensor, selected: Tensor, weights: Tensor) -> Tensor:
         """[S, d], [S, k], [S, k] -> [S, d]"""
@@ -104,6 +124,8 @@ class MappedExperts(nn.Module):
     def _visit(self, needed: Sequence[int], compute: Compute) -> None:
         for expert in needed:
             self._pages.use((self._layer, expert))
+            self._places[expert].announce()
+        for expert in needed:
             compute(expert, *self._matrices[expert])
 
 
@@ -120,11 +142,11 @@ def map_experts(model: Any, table: Table, budget_bytes: int) -> PageBudget:
         for fd, mapped, shard in zip(fds, maps, table.shards, strict=True)
         for row in range(shard.num_ids)
     ]
-    for place in places:
-        place.drop()
+    for mapped in maps:
+        mapped.madvise(mmap.MADV_RANDOM)
     pages = PageBudget(
         budget_bytes // layout.stride,
-        lambda expert: [places[expert[0] * num_experts + expert[1]]],
+        {divmod(number, num_experts): [place] for number, place in enumerate(places)},
     )
     matrices = [
         matrices_of(
@@ -135,34 +157,18 @@ def map_experts(model: Any, table: Table, budget_bytes: int) -> PageBudget:
         for place in places
     ]  # fmt: skip
     for layer, ffn in enumerate(model.moe_layers):
-        first = layer * num_experts
-        ffn.experts = MappedExperts(layer, matrices[first : first + num_experts], pages)
+        own = slice(layer * num_experts, (layer + 1) * num_experts)
+        ffn.experts = MappedExperts(layer, places[own], matrices[own], pages)
     return pages
 
 
 # ---------------------------------------------------------------------------------- accelerate
 
 
-@dataclass(frozen=True)
-class AcceleratePeer:
-    """A model that accelerate keeps the experts of on disk."""
-
-    model: Any
-    pages: PageBudget
-
-    @property
-    def take_counts(self) -> Callable[[], Counts]:
-        """See `PageBudget`."""
-        return self.pages.take_counts
-
-    @property
-    def limit_memory(self) -> Callable[[], None]:
-        """See `PageBudget`."""
-        return self.pages.limit_memory
-
-
-def dispatch_by_accelerate(model: Any, folder: Path, budget_bytes: int) -> AcceleratePeer:
+def dispatch_by_accelerate(model: Any, folder: Path, budget_bytes: int) -> PageBudget:
     """Let accelerate keep the experts in `folder` and everything else where the model runs.
+
+    The model is changed in place.
 
     Raises:
         UserError: accelerate isn't installed.
@@ -175,15 +181,11 @@ def dispatch_by_accelerate(model: Any, folder: Path, budget_bytes: int) -> Accel
         ) from error
     expert_bytes = sum(weight[0].nbytes for weight in model.moe_layers[0].experts.parameters())
     device = "cpu" if model.device.type == "cpu" else (model.device.index or 0)
-    dispatched = dispatch_model(model, _device_map(model, device), offload_dir=str(folder))
-    files = _OffloadedFiles(folder, model)
-    pages = PageBudget(budget_bytes // expert_bytes, files.ranges)
+    dispatch_model(model, _device_map(model, device), offload_dir=str(folder))
+    pages = PageBudget(budget_bytes // expert_bytes, _offloaded_places(folder, model))
     for layer, ffn in enumerate(model.moe_layers):
         ffn.experts.register_forward_pre_hook(_noting(layer, pages))
-        for expert in range(model.config.num_experts):
-            for part in files.ranges((layer, expert)):
-                part.drop()
-    return AcceleratePeer(dispatched, pages)
+    return pages
 
 
 def _device_map(model: Any, device: str | int) -> dict[str, str | int]:
@@ -205,23 +207,15 @@ def _noting(layer: int, pages: PageBudget) -> Callable[[nn.Module, tuple[Any, ..
     return note
 
 
-class _OffloadedFiles:
-    """Accelerate's files: one per tensor, as it is in memory."""
-
-    def __init__(self, folder: Path, model: Any) -> None:
-        self._fds: list[list[int]] = []
-        for layer in range(len(model.moe_layers)):
-            names = [f"model.layers.{layer}.mlp.experts.{kind}_proj.dat" for kind in ("up", "down")]
-            self._fds.append([os.open(folder / name, os.O_RDWR) for name in names])
-        for fd in (fd for fds in self._fds for fd in fds):
+def _offloaded_places(folder: Path, model: Any) -> dict[Expert, list[FileRange]]:
+    """Where accelerate put the experts: a file per tensor, as it is in memory."""
+    num_experts = model.config.num_experts
+    places: dict[Expert, list[FileRange]] = defaultdict(list)
+    for layer in range(len(model.moe_layers)):
+        for kind in ("up", "down"):
+            fd = os.open(folder / f"model.layers.{layer}.mlp.experts.{kind}_proj.dat", os.O_RDWR)
             os.fsync(fd)  # pages that aren't written yet can't be taken back
-        self._num_experts = model.config.num_experts
-
-    def ranges(self, expert: Expert) -> list[FileRange]:
-        """Of both matrices."""
-        layer, number = expert
-        sizes = [os.fstat(fd).st_size // self._num_experts for fd in self._fds[layer]]
-        return [
-            FileRange(fd, number * size, size)
-            for fd, size in zip(self._fds[layer], sizes, strict=True)
-        ]
+            size = os.fstat(fd).st_size // num_experts
+            for expert in range(num_experts):
+                places[layer, expert].append(FileRange(fd, expert * size, size))
+    return places

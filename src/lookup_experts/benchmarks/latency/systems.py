@@ -5,7 +5,7 @@
     moe-10e               top-2 of 10 experts per layer, all in memory: more than the others have
     moe-10e-disk          its experts on disk, read past the page cache; our offloading
     moe-10e-ram           its experts in RAM beside, copied to where the model computes; likewise
-    moe-10e-mmap          its experts mapped into memory, as llama.cpp does
+    moe-10e-mmap          its experts mapped into memory, as in llama.cpp
     moe-10e-accelerate    its experts offloaded to disk by accelerate
 
 Any number of experts will do: mole-16e, moe-34e-disk.
