@@ -71,8 +71,8 @@ function paint(weights) {
       const target = rows[place].cells[expert + 1];
       const shade = Math.sqrt(weight);
       target.style.setProperty("--weight", shade.toFixed(3));
-      target.classList.toggle("middle", shade > 0.5);
-      target.classList.toggle("high", shade > 0.69);
+      target.classList.toggle("middle", shade > 0.6);
+      target.classList.toggle("high", shade > 0.66);
       target.textContent = weight.toFixed(2);
     });
   });
@@ -80,12 +80,12 @@ function paint(weights) {
 
 function recordOf(lookup) {
   if (lookup.cache_hit === null) return lookup.weights === null ? "None" : "In memory";
-  return lookup.cache_hit ? "In the cache" : "Read from disk";
+  return lookup.cache_hit ? "In the cache" : "From disk";
 }
 
 /** Show what a token's pass did. `input` is the text that went in, or null for the prompt's end. */
 export function show(lookup, input, isPinned) {
-  element("detail-token").textContent = `${visible(lookup.text)}`;
+  element("detail-token").textContent = visible(lookup.text);
   element("detail-token").title = `Token id ${lookup.token_id}`;
   element("detail-token").classList.add("code");
   element("detail-pin").textContent = isPinned ? `Pinned · id ${lookup.token_id}` : `id ${lookup.token_id}`;
@@ -93,7 +93,6 @@ export function show(lookup, input, isPinned) {
   element("detail-bytes").textContent = lookup.cache_hit === null ? "–" : formatBytes(lookup.bytes_read);
   element("detail-time").textContent = `${lookup.ms.toFixed(1)} ms`;
   const from = input === null ? "the prompt’s last token" : `the token “${visible(input)}”`;
-  const what = lookup.cache_hit === null ? "" : ", and whose record was looked up";
-  element("detail-input").textContent = `Of the step that gave this token; what went in was ${from}${what}.`;
+  element("detail-input").textContent = `The step that gave this token took in ${from}.`;
   if (lookup.weights !== null) paint(lookup.weights);
 }
