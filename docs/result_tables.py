@@ -4,63 +4,10 @@ A report is a JSON file of `docs/results`. For another measurement write a funct
 below, mostly one call of `table`, and name it in `RENDERERS`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
 
-Result = Mapping[str, Any]
-Column = str | Callable[[Result], str]
-"""A format of a result's keys, like `{ms_per_step:.1f}` or `{rows[error]:.2%}`, or a function."""
-
-
-def table(results: Iterable[Result], columns: Mapping[str, Column]) -> str:
-    """Markdown with a row for each result.
-
-    A column whose header ends in `?` is empty for a result without its key, and left out where
-    all its cells are the same.
-    """
-    results = list(results)
-    cells = {
-        header: [cell(result, column, header.endswith("?")) for result in results]
-        for header, column in columns.items()
-    }
-    kept = {
-        header.removesuffix("?"): column
-        for header, column in cells.items()
-        if not header.endswith("?") or len(set(column)) > 1
-    }
-    return markdown(list(kept), zip(*kept.values(), strict=True))
-
-
-def cell(result: Result, column: Column, optional: bool) -> str:
-    """What a column says of a result."""
-    try:
-        return column.format_map(result) if isinstance(column, str) else column(result)
-    except KeyError:
-        if optional:
-            return ""
-        raise
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def megabytes(key: str, form: str = ".3g") -> Column:
-    """A column of bytes in MB, 10^6."""
-    return lambda result: f"{result[key] / 1e6:{form}} MB"
-
-
-def results_of(reports: Iterable[Result], **wanted: Any) -> list[Result]:
-    """The results of all reports that have these values."""
-    return [
-        result
-        for report in reports
-        for result in report["results"]
-        if all(result.get(key) == value for key, value in wanted.items())
-    ]
+from markdown_tables import Column, Result, markdown, megabytes, results_of, table
 
 
 def cache_budget(result: Result) -> str:
@@ -128,7 +75,7 @@ def build(reports: Sequence[Result]) -> str:
     return table(results_of(reports), columns)
 
 
-def training(reports: Sequence[Result]) -> str:
+def losses(reports: Sequence[Result]) -> str:
     """Validation losses of several runs, a column for each."""
     runs = results_of(reports)
     steps = zip(*(run["validation"] for run in runs), strict=True)
@@ -157,6 +104,65 @@ def quality(reports: Sequence[Result]) -> str:
         "parameters, resident?": "{parameters[resident]:,}",
         "validation loss": loss,
         "training, tokens/s?": "{tokens_per_second:,.0f}",
+    }
+    return table(results_of(reports), columns)
+
+
+def latency(reports: Sequence[Result]) -> str:
+    """A row for each system and batch of `mole bench latency`."""
+
+    def milliseconds(result: Result) -> str:
+        return result["failed"] if "failed" in result else f"{result['ms_per_step']:.1f}"
+
+    columns: dict[str, Column] = {
+        "batch": "{batch}",
+        "system": "{system}",
+        "ms per step": milliseconds,
+        "× dense?": "{ratio_to_dense:.2f}",
+        "10–90 % of pairs?": "{spread[0]:.2f}–{spread[1]:.2f}",
+        "tokens/s?": "{tokens_per_second:.1f}",
+        "prompt, ms?": "{prefill_ms:.0f}",
+        "loaded per step?": megabytes("bytes_per_step"),
+        "stalled, ms?": "{stall_ms:.1f}",
+        "experts loaded per layer?": "{experts_loaded_per_layer:.2f}",
+        "resident?": megabytes("resident_bytes", ",.0f"),
+        "beyond dense?": megabytes("beyond_dense_bytes", "+,.0f"),
+    }
+    return table(results_of(reports), columns)
+
+
+def train(reports: Sequence[Result]) -> str:
+    """A row for each system and micro batch of `mole bench train`."""
+    columns: dict[str, Column] = {
+        "system": lambda result: result["system"].replace("_", " "),
+        "experts?": "{num_experts}",
+        "tokens": "{tokens:,}",
+        "micro batches?": "{accumulate}",
+        "unique ids": "{unique:,.0f}",
+        "s per step": "{seconds_per_step:.2f}",
+        "× dense": "{ratio_to_dense:.2f}",
+        "10–90 % of rounds": "{spread[0]:.2f}–{spread[1]:.2f}",
+        "× dense by FLOPs": "{flop_ratio_to_dense:.2f}",
+        "faster than per position?": "{speedup_over_per_position:.2f} ×",
+        "faster than unshared?": "{speedup_over_unique:.2f} ×",
+        "memory?": megabytes("peak_bytes", ",.0f"),
+    }
+    return table(results_of(reports), columns)
+
+
+def upcycling(reports: Sequence[Result]) -> str:
+    """A row for each way of training on."""
+
+    def rate(result: Result) -> str:
+        return "" if result["learning_rate"] is None else f"{result['learning_rate']:g}"
+
+    columns: dict[str, Column] = {
+        "what is trained": "{system}",
+        "learning rate": rate,
+        "tokens": "{tokens:,}",
+        "parameters trained": "{parameters_trained:,}",
+        "validation loss": "{validation_loss:.4f}",
+        "gain": "{gain:+.4f}",
     }
     return table(results_of(reports), columns)
 
@@ -246,11 +252,14 @@ RENDERERS: dict[str, Callable[[Sequence[Result]], str]] = {
     "decode": decode,
     "encodings": encodings,
     "evaluation": evaluation,
+    "latency": latency,
+    "losses": losses,
     "memory": memory,
     "prefill": prefill,
     "quality": quality,
     "read": read,
     "readme-beside": readme_beside,
     "readme-speed": readme_speed,
-    "training": training,
+    "train": train,
+    "upcycling": upcycling,
 }

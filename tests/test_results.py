@@ -81,7 +81,7 @@ def test_prose_is_left_alone(render_results):
 
 
 def test_columns(render_results):
-    from result_tables import table
+    from markdown_tables import table
 
     rows = [{"a": 1, "b": {"c": 0.5}, "d": 7}, {"a": 2, "b": {"c": 0.25}, "d": 7}]
     columns = {"a": "{a}", "c": "{b[c]:.0%}", "d?": "{d}", "sum": lambda row: f"{row['a'] + 7}"}
