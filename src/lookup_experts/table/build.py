@@ -50,6 +50,7 @@ from lookup_experts.table.store import RecordStore, aligned_buffer, open_store
 from lookup_experts.units import format_bytes
 
 JOURNAL = "build.json"
+UNFINISHED_JOURNAL = f"{JOURNAL}.tmp"
 CHUNK_BUDGET_BYTES = 200 * 2**20
 """What one chunk may take: its two record buffers and the experts' activations."""
 MAX_CHUNK_IDS = 4096
@@ -88,57 +89,15 @@ class BuildPlan:
 
 
 def evaluate_experts(embedding: nn.Module, layers: Sequence[LayerExperts]) -> RowsOf:
-    """The rows of training-form experts, on the device where they are.
-
-    In `evaluation_dtype`; where that isn't the experts' own, one expert after the other is
-    converted.
-    """
+    """The rows of training-form experts, on the device where they are."""
 
     def rows_of(token_ids: Tensor) -> Iterator[Tensor]:
         device = next(embedding.parameters()).device
         embeddings = embedding(token_ids.to(device))
         for experts in layers:
-            weight = experts.down_proj
-            dtype = evaluation_dtype(weight.dtype, weight.device)
-            if dtype == weight.dtype:
-                yield experts(embeddings)
-            else:
-                yield _evaluate_converted(experts, embeddings.to(dtype), dtype)
+            yield experts(embeddings)
 
     return rows_of
-
-
-def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What experts with weights of `dtype` are evaluated in.
-
-    Processors without instructions for products of 16-bit floats emulate them, many times slower
-    than float32.
-    """
-    supported = {
-        torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-    }
-    if device.type != "cpu" or dtype not in supported:
-        return dtype
-    return dtype if torch.backends.mkldnn.is_available() and supported[dtype]() else torch.float32
-
-
-def _evaluate_converted(experts: LayerExperts, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
-    """[U, N, d] in `dtype`, from embeddings [U, e] in it; holds one converted expert at a time."""
-    num_experts, expert_size, embedding_size = experts.up_proj.shape
-    hidden_size = experts.down_proj.shape[1]
-    eps = experts.norm.eps
-    assert eps is not None
-    with torch.device("meta"):
-        one = LayerExperts(1, embedding_size, expert_size, hidden_size, experts.kind, eps)
-    one = one.to(dtype).to_empty(device=embeddings.device)
-    rows = embeddings.new_empty(len(embeddings), num_experts, hidden_size)
-    for expert in range(num_experts):
-        for name, weight in one.named_parameters():
-            whole = experts.get_parameter(name)
-            weight.data.copy_(whole[expert : expert + 1] if whole.dim() == 3 else whole)
-        rows[:, expert] = one(embeddings)[:, 0]
-    return rows
 
 
 def decode_records(store: RecordStore) -> RowsOf:
@@ -187,7 +146,7 @@ def plan_table(
         tokenizer_hash=tokenizer_hash,
         created_by=_THIS_TOOL,
     )
-    itemsize = evaluation_dtype(layers[0].up_proj.dtype, layers[0].up_proj.device).itemsize
+    itemsize = layers[0].up_proj.element_size()
     activations = 3 if layers[0].kind == "swiglu" else 2
     evaluation_bytes = num_experts * itemsize * (expert_size * activations + 2 * hidden_size)
     return BuildPlan(manifest, _chunk_ids(layout, evaluation_bytes, chunk_budget_bytes))
@@ -267,7 +226,8 @@ def _resume(folder: Path, plan: BuildPlan) -> int:
         if (folder / MANIFEST_NAME).exists() and read_manifest(folder) == plan.manifest:
             _write_journal(folder, plan, plan.manifest.layout.shape.vocab_size)
             return plan.manifest.layout.shape.vocab_size
-        if any(folder.iterdir()):
+        # A build that was killed before its first journal had its name has left its beginning.
+        if any(path.name != UNFINISHED_JOURNAL for path in folder.iterdir()):
             raise TableError(
                 f"{folder} is not empty and holds no unfinished build; give an empty folder."
             )
@@ -306,7 +266,7 @@ def full_disk_as_user_error(folder: Path) -> Iterator[None]:
 
 
 def _write_journal(folder: Path, plan: BuildPlan, finished_ids: int) -> None:
-    temporary = folder / f"{JOURNAL}.tmp"
+    temporary = folder / UNFINISHED_JOURNAL
     temporary.write_text(json.dumps({"plan": plan.to_json(), "finished_ids": finished_ids}))
     temporary.replace(folder / JOURNAL)
 
