@@ -520,7 +520,7 @@ def test_the_command_says_what_came_out(
         ("no-such-recipe", [], "Unknown recipe"),
         (None, ["--set", "training.step=3"], "Did you mean 'training.steps'"),
         (None, ["--set", "model.vocab_size=64"], "tokenizer of the data has"),
-        (None, ["--data", "nowhere"], "nowhere"),
+        (None, ["--data", "nowhere"], "has no weight"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
