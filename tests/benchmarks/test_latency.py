@@ -15,6 +15,7 @@ from lookup_experts.benchmarks import bandwidth
 from lookup_experts.benchmarks.latency import measure, worker
 from lookup_experts.benchmarks.latency.measure import Worker
 from lookup_experts.benchmarks.latency.models import Plan, build, prepare_tables
+from lookup_experts.benchmarks.latency.parts import Parts
 from lookup_experts.benchmarks.latency.pictures import table_of
 from lookup_experts.benchmarks.latency.systems import System, parse_systems
 from lookup_experts.benchmarks.latency.worker import Failure, Runner, serve
@@ -60,11 +61,16 @@ def test_processes_take_turns_and_go_on_when_one_is_killed(tmp_path, ids, monkey
                  "--prompt", "20", "--steps", "4", "--cache", "100kB", "--ids", str(ids),
                  "--work", str(tmp_path / "work"), "--json", str(out), "--plot", str(bars),
                  "--quality", str(quality), "--memory-plot", str(memory)]  # fmt: skip
+    # A batch size that was measured before an interruption isn't measured again.
+    plan, systems = Plan("tiny", 100_000, tmp_path / "work"), parse_systems(arguments[:2])
+    before = [{"system": system.name, "batch": 3, "failed": "kept"} for system in systems]
+    Parts(plan, systems, 20, 4, ids).keep(3, before)
     done = run(cli.app, ["bench", "latency", *arguments])
     assert done.exit_code == 0, done.output
+    assert not list((tmp_path / "work").glob("latency-*"))
     results = json.loads(out.read_text())["results"]
     assert [result["system"] for result in results] == ["dense", "moe-5e", "moe-6e-disk"] * 2
-    assert [result["batch"] for result in results] == [1] * 3 + [3] * 3
+    assert results[3:] == before
     dense, killed, offloaded = results[:3]
     assert dense["ratio_to_dense"] == 1 and dense["beyond_dense_bytes"] == 0
     assert "killed" in killed["failed"] and "killed" in "\n".join(table_of(results))

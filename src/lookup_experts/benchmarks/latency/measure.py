@@ -128,14 +128,16 @@ def measure_latency(
     prompt: int,
     steps: int,
     advance: Advance,
-) -> list[dict[str, Any]]:
-    """One result per batch size and system.
+    keep: Callable[[int, list[dict[str, Any]]], None],
+) -> None:
+    """Measure every batch size; `keep` is given each with one result per system.
 
     Args:
         systems: dense first; their tables are there.
         prompt: tokens before the first decoding step.
         steps: decoding steps of each system, or fewer if it is slow.
         advance: called with (rounds done, rounds in all).
+        keep: called with (batch size, results) as soon as they are there.
 
     Raises:
         UserError: the sequences are longer than the model's context, or dense itself failed.
@@ -151,29 +153,16 @@ def measure_latency(
     try:
         _start(workers)
         for number, batch in enumerate(batches):
-            tokens = windows.take(batch, prompt + rounds).numpy()
             _measure_batch(
                 [worker for worker in workers if worker.failed is None],
-                tokens,
+                windows.take(batch, prompt + rounds).numpy(),
                 prompt,
                 partial(_advance_from, advance, number * rounds, rounds * len(batches)),
             )
+            keep(batch, _results(workers, plan, batch, prompt))
     finally:
         for worker in workers:
             worker.close()
-    dense = workers[0]
-    if dense.failed is not None:
-        raise UserError(f"The dense model, which all are compared with: {dense.failed}.")
-    results = [
-        result_of(worker, dense, plan, workers, batch, prompt)
-        for batch in batches
-        for worker in workers
-    ]
-    for system in systems:
-        if system.family == "moe" and system.way == DISK:
-            _add_floor([result for result in results if result["system"] == system.name],
-                       open_table(expert_folder(plan, system.num_experts)))  # fmt: skip
-    return results
 
 
 def _advance_from(advance: Advance, before: int, total: int, done: int) -> None:
@@ -234,6 +223,21 @@ def _goes_on(worker: Worker, batch: int) -> bool:
 # ------------------------------------------------------------------------------------ results
 
 
+def _results(
+    workers: Sequence[Worker], plan: Plan, batch: int, prompt: int
+) -> list[dict[str, Any]]:
+    dense = workers[0]
+    if dense.failed is not None:
+        raise UserError(f"The dense model, which all are compared with: {dense.failed}.")
+    results = [result_of(worker, dense, plan, workers, batch, prompt) for worker in workers]
+    for worker, result in zip(workers, results, strict=True):
+        if worker.system.family == "moe" and worker.system.way == DISK and "failed" not in result:
+            result |= _disk_floor(
+                result, open_table(expert_folder(plan, worker.system.num_experts))
+            )
+    return results
+
+
 def result_of(
     worker: Worker,
     dense: Worker,
@@ -279,13 +283,13 @@ def result_of(
     return result
 
 
-def _add_floor(results: Sequence[dict[str, Any]], table: Table) -> None:
+def _disk_floor(result: dict[str, Any], table: Table) -> dict[str, float]:
     """What no prefetching can beat: the time that the disk takes to give so many bytes."""
-    found = disk_bytes_per_second(table.path(table.shards[0]))
-    for result in results:
-        if "failed" not in result:
-            result["disk_bytes_per_second"] = found
-            result["disk_floor_ms"] = result["bytes_per_step"] / found * 1e3
+    speed = disk_bytes_per_second(table.path(table.shards[0]))
+    return {
+        "disk_bytes_per_second": speed,
+        "disk_floor_ms": result["bytes_per_step"] / speed * 1e3,
+    }
 
 
 def _mean(steps: Sequence[Pass], value: Callable[[Counts], float]) -> float:

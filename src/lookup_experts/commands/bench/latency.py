@@ -48,10 +48,13 @@ def latency(
 ) -> None:
     """Dense, MoE, MoE with its experts elsewhere, and MoLE from disk, at equal memory.
 
+    Interrupted, the same command goes on with the batch sizes that are left.
+
     Example: `mole bench latency --batch 1,8 --json latency.json --plot latency.png`
     """
     from lookup_experts.benchmarks.latency.measure import measure_latency
     from lookup_experts.benchmarks.latency.models import Plan, prepare_tables
+    from lookup_experts.benchmarks.latency.parts import Parts
     from lookup_experts.benchmarks.latency.pictures import draw_bars, draw_memory, table_of
     from lookup_experts.benchmarks.latency.systems import parse_systems
     from lookup_experts.benchmarks.results import make_report, write_report
@@ -61,12 +64,18 @@ def latency(
     console.quiet_transformers()
     losses = _read_quality(quality, memory_plot)
     plan = Plan(shape, parse_bytes(cache), work, device)
-    chosen, batches = parse_systems(systems), counts(batch)
+    chosen, batches = parse_systems(systems), sorted(set(counts(batch)))
     windows = TextWindows(id_stream(ids, plan.case(), work))
     with console.progress_bar("Writing tables") as progress:
         prepare_tables(plan, chosen, progress)
-    with console.progress_bar("Measuring") as progress:
-        results = measure_latency(chosen, plan, windows, batches, prompt, steps, progress)
+    parts = Parts(plan, chosen, prompt, steps, ids)
+    left = [size for size in batches if not parts.has(size)]
+    if len(left) < len(batches):
+        console.say(f"Measured before: {len(batches) - len(left)} of {len(batches)} batch sizes.")
+    if left:
+        with console.progress_bar("Measuring") as progress:
+            measure_latency(chosen, plan, windows, left, prompt, steps, progress, parts.keep)
+    results = parts.results(batches)
     for line in table_of(results):
         console.say(line)
     report = make_report("bench latency", results)
@@ -78,6 +87,7 @@ def latency(
         draw_bars(results, plot)
     if memory_plot:
         draw_memory(results, losses, memory_plot)
+    parts.remove(batches)
 
 
 def _read_quality(path: Path | None, memory_plot: Path | None) -> dict:
