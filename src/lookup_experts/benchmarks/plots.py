@@ -127,11 +127,22 @@ def caching(results: Sequence[Result]) -> Chart:
     )
 
 
+def serving(results: Sequence[Result]) -> Chart:
+    """Serving: tokens per second of each system, by the number of streams."""
+    return Chart(
+        title="mole serve, OpenAI's client",
+        height_of="tokens per second",
+        labels=[f"{result['system']}\n{result['streams']} streams" for result in results],
+        heights=[result["tokens_per_second"] for result in results],
+    )
+
+
 CHARTS: dict[str, Callable[[Sequence[Result]], Chart]] = {
     "bench decode": ratios,
     "bench prefill": ratios,
     "bench read": reading,
     "bench build": building,
     "bench cache": caching,
+    "bench serve": serving,
 }
 """By the `what` of a report."""

@@ -43,11 +43,11 @@ def pair_ratios(times: Sequence[float], baseline: Sequence[float]) -> list[float
 def spread(values: Sequence[float]) -> tuple[float, float]:
     """The 10th and the 90th percentile."""
     ordered = sorted(values)
-    return _percentile(ordered, 0.1), _percentile(ordered, 0.9)
+    return percentile(ordered, 0.1), percentile(ordered, 0.9)
 
 
-def _percentile(ordered: Sequence[float], share: float) -> float:
-    """Between the two nearest values, in proportion to how near each is."""
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Of ascending values; between the two nearest, in proportion to how near each is."""
     place = share * (len(ordered) - 1)
     below, above = math.floor(place), math.ceil(place)
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])

@@ -1,0 +1,50 @@
+"""`mole bench serve` for real: two servers, OpenAI's client, a shape small enough for a test."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from lookup_experts import cli
+from lookup_experts.model import baselines
+
+pytest.importorskip("fastapi", reason="mole serve needs fastapi")
+pytest.importorskip("openai", reason="mole bench serve loads the server with OpenAI's client")
+
+SIZES = ("--shape", "tiny", "--prompt", "8", "--tokens", "5")
+
+
+@pytest.fixture(autouse=True)
+def tiny_shape(monkeypatch):
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setitem(baselines.SHAPES, "tiny", shape)
+
+
+def bench(tmp_path, *arguments: object) -> list[dict]:
+    ids, out = tmp_path / "ids.npy", tmp_path / "serve.json"
+    np.save(ids, np.random.default_rng(0).zipf(1.3, 2_000) % 5000)
+    common = (*SIZES, "--work", tmp_path / "work", "--ids", ids, "--json", out)
+    done = CliRunner().invoke(cli.app, ["bench", "serve", *map(str, (*common, *arguments))])
+    assert done.exit_code == 0, done.output
+    return json.loads(out.read_text())["results"]
+
+
+def test_both_systems_and_a_soak(tmp_path):
+    plot = tmp_path / "plot.png"
+    results = bench(tmp_path, "--streams", "1,3", "--rounds", 1, "--plot", plot)
+    assert [(result["system"], result["streams"]) for result in results] == [
+        ("dense", 1),
+        ("mole", 1),
+        ("dense", 3),
+        ("mole", 3),
+    ]
+    for result in results:
+        assert result["lost"] == 0 and result["requests"] == result["streams"]
+        assert result["tokens_per_second"] > 0
+        assert 0 < result["inter_token_ms"]["p50"] <= result["inter_token_ms"]["p95"]
+        assert result["ttft_ms"]["p50"] > 0
+    assert plot.stat().st_size > 1000
+    (soak,) = bench(tmp_path, "--streams", "2", "--soak", 0.02)
+    assert soak["lost"] == 0 and soak["requests"] >= 2
+    assert 0 <= soak["resident_bytes_change"] < 0.5
