@@ -78,8 +78,6 @@ def train(
         results = _overhead(case, numbers, windows, sizes, rounds)
     else:
         results = _steps(case, numbers, windows, sizes, rounds, accumulate, peak)
-    for result in results:
-        console.say(line(result))
     report("train", results, json, plot=None)
     if plot:
         draw_training(results, plot)
@@ -105,7 +103,9 @@ def _steps(
         with console.progress_bar(f"{accumulate} x {size} tokens") as advance:
             found = measure_training(systems, windows, size, rounds, accumulate, advance)
         del systems  # a process beside it is to have the memory
-        results += [result.to_dict() for result in found]
+        for measured in found:
+            results.append(measured.to_dict())
+            console.say(line(results[-1]))
     if peak:
         with console.progress_bar("Peak memory") as advance:
             for number, result in enumerate(results):
@@ -116,6 +116,8 @@ def _steps(
                 key = result["system"], result.get("num_experts")
                 result["peak_bytes"] = peak_bytes(case, *key, batches)
                 advance(number + 1, len(results))
+                told = ("system", "num_experts", "tokens", "peak_bytes")
+                console.say(line({name: result[name] for name in told if name in result}))
     return results
 
 
@@ -131,4 +133,5 @@ def _overhead(
                 sequences = size // case.context
                 found = measure_overhead(case, number, windows, sequences, rounds, advance)
             results.append(found.to_dict())
+            console.say(line(results[-1]))
     return results
