@@ -86,7 +86,8 @@ def test_read(tmp_path, monkeypatch):
     plot = tmp_path / "read.png"
     results = bench(tmp_path, "read", "--batch", "4", "--plot", plot)["results"]
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert [result["busy_thread"] for result in results] == [False, True]
+    measured = [(result["under_way"], result["busy_thread"]) for result in results]
+    assert measured == [(1, False), (1, True), (4, False), (4, True)]
     for result in results:
         share = result["gb_per_second"] / result["disk_gb_per_second"]
         assert result["share_of_disk_bandwidth"] == pytest.approx(share, rel=2)

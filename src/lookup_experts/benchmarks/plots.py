@@ -90,9 +90,8 @@ def reading(results: Sequence[Result]) -> Chart:
         title=f"Reading records of {results[0]['record_bytes'] / 1e3:.0f} kB",
         height_of="share of the disk's bandwidth",
         labels=[
-            f"batch {result['batch']}{', busy thread' if result['busy_thread'] else ''}".replace(
-                ", ", "\n"
-            )
+            f"{result['under_way']} × {result['batch']} records"
+            + ("\nbusy thread" if result["busy_thread"] else "")
             for result in results
         ],
         heights=[result["share_of_disk_bandwidth"] for result in results],

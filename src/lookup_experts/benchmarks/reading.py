@@ -1,7 +1,9 @@
 """Reading records: how much of the disk's bandwidth a store reaches."""
 
+import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,9 +14,10 @@ import numpy as np
 from lookup_experts.benchmarks.bandwidth import disk_bytes_per_second
 from lookup_experts.benchmarks.timing import median
 from lookup_experts.table.format import Table
-from lookup_experts.table.store import RecordStore, aligned_buffer
+from lookup_experts.table.store import PendingRead, RecordStore, aligned_buffer
 
 DISK_SAMPLE_BYTES = 256 * 2**20
+NUM_RANDOM_BATCHES = 512
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class ReadResult:
     encoding: str
     record_bytes: int
     batch: int
+    under_way: int
+    """Batches that are read at once: as soon as one has come, the next is asked for. With one,
+    the disk idles between batches; prompts are read with more."""
     busy_thread: bool
     """Whether another Python thread computed all the while."""
     gb_per_second: float
@@ -44,6 +50,7 @@ def measure_read(
     store: RecordStore,
     batch: int,
     *,
+    under_way: int = 1,
     rounds: int = 5,
     seconds: float = 0.5,
     busy_thread: bool = False,
@@ -54,23 +61,23 @@ def measure_read(
         table: whose records to read.
         store: what reads them.
         batch: records per call.
+        under_way: calls at once.
         rounds: how often to take turns.
         seconds: of reading records per round.
         busy_thread: let another Python thread compute all the while.
     """
     layout = table.layout
     random = np.random.default_rng(0)
-    out = aligned_buffer(batch * layout.stride).reshape(batch, layout.stride)
-    rates, disk_rates, batch_seconds = [], [], []
+    memory = aligned_buffer(under_way * batch * layout.stride).reshape(under_way, batch, -1)
+    rates, disk_rates = [], []
     path = table.path(table.shards[0])
     largest_start = max(0, table.shards[0].bytes - DISK_SAMPLE_BYTES)
     with _busy(busy_thread):
         for _ in range(rounds):
             start = int(random.integers(0, largest_start + 1)) // 4096 * 4096
             disk_rates.append(disk_bytes_per_second(path, DISK_SAMPLE_BYTES, start))
-            times = _read_for(store, layout.shape.vocab_size, out, random, seconds)
-            batch_seconds += times
-            rates.append(out.nbytes * len(times) / sum(times))
+            ids = _random_batches(random, layout.shape.vocab_size, batch)
+            rates.append(_bytes_per_second(store, ids, memory, seconds))
     return ReadResult(
         what="read",
         store=store.name,
@@ -78,30 +85,45 @@ def measure_read(
         encoding=layout.encoding.name,
         record_bytes=layout.record_bytes,
         batch=batch,
+        under_way=under_way,
         busy_thread=busy_thread,
         gb_per_second=median(rates) / 1e9,
         disk_gb_per_second=median(disk_rates) / 1e9,
         share_of_disk_bandwidth=median(
             [rate / disk for rate, disk in zip(rates, disk_rates, strict=True)]
         ),
-        ms_per_batch=median(batch_seconds) * 1e3,
+        ms_per_batch=batch * layout.stride / median(rates) * 1e3,
     )
 
 
-def _read_for(
-    store: RecordStore,
-    vocab_size: int,
-    out: np.ndarray,
-    random: np.random.Generator,
-    seconds: float,
-) -> list[float]:
-    times: list[float] = []
-    while sum(times) < seconds:
-        ids = random.choice(vocab_size, len(out), replace=False).astype(np.int64)
-        started_at = time.perf_counter()
-        store.read(ids, out)
-        times.append(time.perf_counter() - started_at)
-    return times
+def _random_batches(
+    random: np.random.Generator, vocab_size: int, batch: int
+) -> Iterator[np.ndarray]:
+    """Batches of different ids without end; drawn before they are timed, and gone through anew."""
+    batches = [
+        random.choice(vocab_size, batch, replace=False).astype(np.int64)
+        for _ in range(NUM_RANDOM_BATCHES)
+    ]
+    return itertools.cycle(batches)
+
+
+def _bytes_per_second(
+    store: RecordStore, ids: Iterator[np.ndarray], memory: np.ndarray, seconds: float
+) -> float:
+    """Keep as many batches under way as `memory`, uint8 [under_way, batch, stride], holds."""
+    slots = np.arange(memory.shape[1])
+    pending: deque[PendingRead] = deque()
+    buffers = itertools.cycle(memory)
+    begun = 0
+    started_at = time.perf_counter()
+    while time.perf_counter() - started_at < seconds:
+        if len(pending) == len(memory):
+            pending.popleft().wait()
+        pending.append(store.begin(next(ids), next(buffers), slots))
+        begun += 1
+    for read in pending:
+        read.wait()
+    return begun * memory[0].nbytes / (time.perf_counter() - started_at)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Reads through io_uring, straight over the kernel's interface: no library, no compiler.
 
-A batch of reads goes to the kernel in one system call, and so gives up the GIL once, where a
-`preadv` for each record must win it back each time. Interface: io_uring_setup(2),
-io_uring_enter(2), and linux/io_uring.h. Which reads, from where to where, is in `store.py`.
+A batch of reads goes to the kernel in one system call and is waited for in one, which gives up
+the GIL once, where a `preadv` for each record must win it back each time. Interface:
+io_uring_setup(2), io_uring_enter(2), and linux/io_uring.h. Which reads, from where to where, is in
+`store.py`.
 
 The ring is two queues in memory shared with the kernel: we put requests at the tail of the
 submission queue, the kernel puts results at the tail of the completion queue. Heads and tails
@@ -16,6 +17,7 @@ import mmap
 import os
 import platform
 import struct
+from collections.abc import Callable
 from typing import Self
 
 import numpy as np
@@ -271,15 +273,26 @@ def _map_shared(fd: int, num_bytes: int, offset: int) -> mmap.mmap:
     return mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | populate, offset=offset)
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-_libc.syscall.argtypes = [ctypes.c_long] * 7
+def _syscall_of(library: ctypes.CDLL) -> Callable[..., int]:
+    function = library.syscall
+    function.restype = ctypes.c_long
+    function.argtypes = [ctypes.c_long] * 7
+    return function
+
+
+_waiting_syscall = _syscall_of(ctypes.CDLL(None, use_errno=True))
+_quick_syscall = _syscall_of(ctypes.PyDLL(None, use_errno=True))
 
 
 def _syscall(number: int, *arguments: int) -> int:
-    """A system call that gives up the GIL; its result, or an `OSError`."""
+    """A system call; its result, or an `OSError`.
+
+    It gives up the GIL only to wait for results: after handing over requests alone, another busy
+    thread would make it wait 5 ms, a switching interval, to get the GIL back.
+    """
+    waits = number == ENTER and arguments[2] > 0
     padded = (*arguments, *([0] * (6 - len(arguments))))
-    result = _libc.syscall(number, *padded)
+    result = (_waiting_syscall if waits else _quick_syscall)(number, *padded)
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

@@ -1,11 +1,14 @@
 """`mole bench read`."""
 
+import itertools
 from pathlib import Path
 
 from lookup_experts import console
 from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
 from lookup_experts.commands.bench.report import counts, line, report
+
+UNDER_WAY = (1, 4)
 
 
 def read(
@@ -30,8 +33,8 @@ def read(
         table = random_table(Case(shape, experts, encoding), work, progress)
     results = []
     with open_store(table, store, notify=console.say) as opened:
-        for size in counts(batch):
-            for busy in (False, True):
-                results.append(measure_read(table, opened, size, busy_thread=busy).to_dict())
-                console.say(line(results[-1]))
+        for size, ahead, busy in itertools.product(counts(batch), UNDER_WAY, (False, True)):
+            result = measure_read(table, opened, size, under_way=ahead, busy_thread=busy)
+            results.append(result.to_dict())
+            console.say(line(results[-1]))
     report("read", results, json, plot)
