@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lookup_experts import console
-from lookup_experts.commands.bench.report import counts, id_stream, line, report
+from lookup_experts.commands.bench.report import counts, dtype_of, id_stream, line, report
 
 
 def compare(
@@ -13,6 +13,7 @@ def compare(
     shape: str,
     experts: int,
     encoding: str,
+    dtype: str,
     store: str,
     cache: str,
     sizes: str,
@@ -34,7 +35,7 @@ def compare(
     check_device(device)
     if graphs and not device.startswith("cuda"):
         raise UserError(f"CUDA graphs need a GPU; give --device cuda instead of {device}.")
-    case = Case(shape, experts, encoding)
+    case = Case(shape, experts, encoding, dtype_of(dtype))
     numbers, cache_bytes = counts(sizes), parse_bytes(cache)
     with console.progress_bar("Writing a table") as progress:
         table = random_table(case, work, progress)
@@ -49,7 +50,7 @@ def compare(
     for size in numbers:
         with console.progress_bar(f"{measure.__name__.removeprefix('measure_')} {size}") as bar:
             found = measure(dense, mole, windows, size, pairs, bar)
-        by_graphs = {"cuda_graphs": True} if graphs else {}
-        results += [result.to_dict() | by_graphs for result in found]
+        with_options = {"dtype": dtype} | ({"cuda_graphs": True} if graphs else {})
+        results += [result.to_dict() | with_options for result in found]
         console.say(line(results[-1]))
     report(measure.__name__.removeprefix("measure_"), results, json, plot)

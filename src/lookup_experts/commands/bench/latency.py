@@ -8,7 +8,7 @@ import typer
 from lookup_experts import console
 from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
-from lookup_experts.commands.bench.report import counts, id_stream
+from lookup_experts.commands.bench.report import counts, dtype_of, id_stream
 
 
 def latency(
@@ -32,6 +32,7 @@ def latency(
             "MoLE's row cache, or more of MoE's experts."
         ),
     ] = "32MB",
+    dtype: bench_options.Dtype = "bfloat16",
     device: options.Device = "cpu",
     ids: bench_options.Ids = None,
     work: bench_options.Work = Path("runs/bench"),
@@ -63,7 +64,7 @@ def latency(
 
     console.quiet_transformers()
     losses = _read_quality(quality, memory_plot)
-    plan = Plan(shape, parse_bytes(cache), work, device)
+    plan = Plan(shape, parse_bytes(cache), work, device, dtype_of(dtype))
     chosen, batches = parse_systems(systems), sorted(set(counts(batch)))
     windows = TextWindows(id_stream(ids, plan.case(), work))
     with console.progress_bar("Writing tables") as progress:
@@ -75,7 +76,7 @@ def latency(
     if left:
         with console.progress_bar("Measuring") as progress:
             measure_latency(chosen, plan, windows, left, prompt, steps, progress, parts.keep)
-    results = parts.results(batches)
+    results = [found | {"dtype": dtype} for found in parts.results(batches)]
     for line in table_of(results):
         console.say(line)
     report = make_report("bench latency", results)

@@ -8,13 +8,14 @@ import typer
 from lookup_experts import console
 from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
-from lookup_experts.commands.bench.report import id_stream, line, report
+from lookup_experts.commands.bench.report import dtype_of, id_stream, line, report
 
 
 def memory(
     shape: bench_options.Shape = "160m",
     experts: bench_options.Experts = 4,
     encoding: bench_options.Encoding = "bfloat16",
+    dtype: bench_options.Dtype = "bfloat16",
     store: options.Store = "direct",
     cache: options.Cache = "0",
     prompt: Annotated[
@@ -36,7 +37,7 @@ def memory(
     from lookup_experts.benchmarks.residency import measure_memory, measure_prompt_memory
     from lookup_experts.units import parse_bytes
 
-    case = Case(shape, experts, encoding)
+    case = Case(shape, experts, encoding, dtype_of(dtype))
     with console.progress_bar("Writing a table") as progress:
         table = random_table(case, work, progress)
     stream = id_stream(ids, case, work)

@@ -8,6 +8,7 @@ import typer
 Shape = Annotated[str, typer.Option(help="The paper's shape: 160m, 410m or 1b.")]
 Experts = Annotated[int, typer.Option("--experts", help="Routed experts per layer.")]
 Encoding = Annotated[str, typer.Option(help="Of the table.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")]
 Work = Annotated[
     Path, typer.Option(help="Where tables with random numbers are kept; make room for them.")
 ]

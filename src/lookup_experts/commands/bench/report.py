@@ -5,6 +5,8 @@ from typing import Any
 
 from lookup_experts import console
 
+DTYPES = ("float32", "bfloat16")
+
 
 def id_stream(ids: Path | None, case: Any, work: Path) -> Any:
     from lookup_experts.benchmarks.ids import load_ids, standard_library_ids
@@ -23,6 +25,17 @@ def counts(text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise UserError(f"Sizes must be at least 1; got {text!r}.")
     return numbers
+
+
+def dtype_of(name: str) -> Any:
+    """The torch dtype of `--dtype`."""
+    import torch
+
+    from lookup_experts.errors import unknown_name
+
+    if name not in DTYPES:
+        raise unknown_name("dtype", name, DTYPES)
+    return getattr(torch, name)
 
 
 def line(result: dict[str, Any]) -> str:

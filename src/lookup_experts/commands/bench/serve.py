@@ -8,7 +8,7 @@ import typer
 from lookup_experts import console
 from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
-from lookup_experts.commands.bench.report import counts, id_stream, line, report
+from lookup_experts.commands.bench.report import counts, dtype_of, id_stream, line, report
 from lookup_experts.errors import UserError
 
 
@@ -16,6 +16,7 @@ def serve(
     shape: bench_options.Shape = "160m",
     experts: bench_options.Experts = 4,
     encoding: bench_options.Encoding = "bfloat16",
+    dtype: bench_options.Dtype = "bfloat16",
     store: options.Store = "direct",
     cache: options.Cache = "256MB",
     streams: bench_options.Counts = "1,8,32",
@@ -49,7 +50,7 @@ def serve(
 
     console.quiet_transformers()
     numbers = counts(streams)
-    case = Case(shape, experts, encoding)
+    case = Case(shape, experts, encoding, dtype_of(dtype))
     with console.progress_bar("Writing a table") as progress:
         table = random_table(case, work, progress)
     text = id_stream(ids, case, work)
@@ -74,5 +75,6 @@ def serve(
                 found = measure_streams(clients, numbers, rounds, progress)
                 results = asyncio.run(found)
     for result in results:
+        result["dtype"] = dtype
         console.say(line(result))
     report("serve", results, json, plot)

@@ -10,8 +10,6 @@ from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
 from lookup_experts.commands.bench.report import counts, line, report
 
-DTYPES = ("float32", "bfloat16")
-
 
 def train(
     shape: bench_options.Shape = "160m",
@@ -42,7 +40,7 @@ def train(
         bool,
         typer.Option("--trainer", help="Only measure the Trainer against a bare loop."),
     ] = False,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: bench_options.Dtype = "float32",
     device: options.Device = "cpu",
     ids: bench_options.Ids = None,
     work: bench_options.Work = Path("runs/bench"),
@@ -55,23 +53,19 @@ def train(
 
     Example: `mole bench train --layers 2 --tokens 2048,8192 --ids runs/novels --json train.json`
     """
-    import torch
-
     from lookup_experts.benchmarks.models import Case
     from lookup_experts.benchmarks.speed import TextWindows
     from lookup_experts.benchmarks.training import case_of_shape
     from lookup_experts.benchmarks.training_plot import draw_training
-    from lookup_experts.commands.bench.report import id_stream
-    from lookup_experts.errors import UserError, unknown_name
+    from lookup_experts.commands.bench.report import dtype_of, id_stream
+    from lookup_experts.errors import UserError
 
-    if dtype not in DTYPES:
-        raise unknown_name("dtype", dtype, DTYPES)
     sizes, numbers = counts(tokens), counts(experts)
     for size in sizes:
         if size % context:
             raise UserError(f"--tokens {size} is no multiple of --context {context}.")
     case = case_of_shape(
-        shape, layers, context=context, head=head, dtype=getattr(torch, dtype), device=device
+        shape, layers, context=context, head=head, dtype=dtype_of(dtype), device=device
     )
     windows = TextWindows(id_stream(ids, Case(shape), work))
     if trainer:
