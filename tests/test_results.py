@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from result_rows import result_rows
 
 from lookup_experts.errors import UserError
 
@@ -98,9 +99,7 @@ def test_columns(render_results):
         table(rows, {"nothing": "{nothing}"})
 
 
-def test_what_failed_has_a_row_as_well(render_results):
-    from result_tables import quality
-
+def test_what_failed_has_a_row_as_well():
     trained = {
         "system": "dense",
         "seeds": [0, 1],
@@ -111,6 +110,31 @@ def test_what_failed_has_a_row_as_well(render_results):
         "parameters": {"trained": 7, "resident": 7},
     }
     failed = {"system": "moe", "seeds": [0, 1], "failed": "out of memory"}
-    lines = quality([{"results": [trained, failed]}]).splitlines()
-    assert "| dense | 2 | 1,000 | 7 | 7 | 5.2500 ± 0.1250 | 10 |" in lines
-    assert "| moe | 2 |  |  |  | out of memory |  |" in lines
+    first, second = result_rows("quality", [trained, failed])
+    assert (first["validation loss"], first["resident"]) == ("5.2500 ± 0.1250", "7")
+    assert (second["validation loss"], second["resident"]) == ("out of memory", "")
+    assert list(result_rows("quality-curves", [trained | {"curve": [[0, 1]]}, failed])[0]) == [
+        "after",
+        "dense",
+    ]
+
+
+def test_rows_of_a_prompt():
+    from lookup_experts.benchmarks.residency import PromptMemoryResult
+
+    found = PromptMemoryResult("memory", 2048, 700, 16_000_000, 48_000_000, "direct", "nf4")
+    (row,) = result_rows("prompt-memory", [found.to_dict()])
+    assert (row["prompt"], row["peak"]) == ("2,048 tokens", "16 MB")
+
+
+def test_no_token_no_latency():
+    nothing = {"p50": None, "p95": None}
+    results = [
+        {"system": name, "streams": 1, "tokens_per_second": speed, "ratio_to_dense": speed / 50,
+         "ttft_ms": times, "inter_token_ms": times, "requests": 3, "lost": lost, "errors": []}
+        for name, speed, times, lost in (
+            ("dense", 50.0, {"p50": 20.0, "p95": 30.0}, 0), ("mole", 0.0, nothing, 3))
+    ]  # fmt: skip
+    first, second = result_rows("serve", results)
+    assert first["first token, ms, median / 95 %"] == "20 / 30"
+    assert (second["first token, ms, median / 95 %"], second["lost"]) == ("", "3")

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from result_rows import result_rows
 from typer.testing import CliRunner
 
 from lookup_experts import cli
@@ -52,6 +53,9 @@ def test_decode(tmp_path, ids, encoding):
     assert mole["ratio_to_dense"] > 0 and mole["spread"][0] <= mole["spread"][1]
     assert 0 < mole["hit_rate"] <= 1
     assert dense["share_of_memory_bandwidth"] > 0 and mole["share_of_disk_bandwidth"] > 0
+    rows = result_rows("decode", report["results"])
+    assert [row["batch"] for row in rows] == ["1", "3"]
+    assert rows[0]["× dense"] == f"{mole['ratio_to_dense']:.3f}"
 
 
 def test_a_step_reads_every_weight_but_the_embedding_of_absent_tokens():
@@ -76,6 +80,7 @@ def test_prefill(tmp_path, ids):
     results = bench(tmp_path, "prefill", "--ids", ids, "--tokens", "300", "--pairs", 2)["results"]
     assert [result["tokens"] for result in results] == [300, 300]
     assert results[1]["bytes_per_step"] > 0
+    assert [row["prompt"] for row in result_rows("prefill", results)] == ["300 tokens"]
 
 
 def test_read(tmp_path, monkeypatch):
@@ -91,6 +96,8 @@ def test_read(tmp_path, monkeypatch):
     for result in results:
         share = result["gb_per_second"] / result["disk_gb_per_second"]
         assert result["share_of_disk_bandwidth"] == pytest.approx(share, rel=2)
+    rows = result_rows("read", results)
+    assert [row["batches under way"] for row in rows] == ["1", "1", "4", "4"]
 
 
 def test_build_leaves_a_table_that_opens(tmp_path):
@@ -100,6 +107,7 @@ def test_build_leaves_a_table_that_opens(tmp_path):
     (result,) = bench(tmp_path, "build", "--plot", plot)["results"]
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert result["seconds"] > 0 and result["ratio_to_matmul"] > 0
+    assert result_rows("build", [result])[0]["encoding"] == "bfloat16"
     assert open_table(tmp_path / "work" / "tiny-4e-bfloat16-built").layout.shape.num_layers == 3
     again = run(cli.app, ["bench", "build", "--shape", "tiny", "--work", str(tmp_path / "work")])
     assert isinstance(again.exception, UserError)
@@ -115,6 +123,8 @@ def test_cache_policies(tmp_path, ids):
     assert len(results) == 2 * 2 * 4
     expected = {"policy", "capacity", "streams", "hit_rate", "reads_per_token"}
     assert all(set(result) == expected for result in results)
+    rows = result_rows("cache-policies", results)
+    assert len(rows) == 2 * 4 and rows[0]["64 records"].endswith("%")
     assert plot.read_bytes().startswith(b"\x89PNG")
     few = run(cli.app, ["bench", "cache", *sizes[:-3], "2", "--ids", str(ids)])
     assert "too few for 4 streams" in str(few.exception)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from result_rows import result_rows
 from typer.testing import CliRunner
 
 from lookup_experts import cli
@@ -45,6 +46,12 @@ def test_both_systems_and_a_soak(tmp_path):
         assert 0 < result["inter_token_ms"]["p50"] <= result["inter_token_ms"]["p95"]
         assert result["ttft_ms"]["p50"] > 0
     assert plot.stat().st_size > 1000
+    rows = result_rows("serve", results)
+    assert [row["streams"] for row in rows] == ["1", "1", "3", "3"]
+    assert rows[0]["× dense"] == "1.00" and rows[3]["lost"] == "0"
+    assert "/" in rows[3]["between tokens, ms, median / 95 %"]
     (soak,) = bench(tmp_path, "--streams", "2", "--soak", 0.02)
     assert soak["lost"] == 0 and soak["requests"] >= 2
     assert 0 <= soak["resident_bytes_change"] < 0.5
+    (row,) = result_rows("soak", [soak])
+    assert (row["streams"], row["lost"]) == ("2", "0") and row["resident"].endswith(" MB")

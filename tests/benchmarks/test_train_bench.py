@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from result_rows import result_rows
 from typer.testing import CliRunner
 
 from lookup_experts import cli
@@ -62,6 +63,10 @@ def test_every_system_beside_what_flops_say(tmp_path, ids):
         rate = result["tokens"] / result["seconds_per_step"]
         assert result["tokens_per_second"] == pytest.approx(rate)
         assert result["flop_utilisation"] > 0
+    rows = result_rows("train", results)
+    assert [row["system"] for row in rows[:3]] == ["dense", "unique, 2 experts",
+                                                   "per position, 2 experts"]  # fmt: skip
+    assert "micro batches" not in rows[0] and rows[0]["faster than per position"] == ""
 
 
 def test_accumulation_with_shared_outputs(tmp_path, ids):
@@ -72,6 +77,9 @@ def test_accumulation_with_shared_outputs(tmp_path, ids):
     assert shared["flop_speedup_over_unique"] > 1
     assert shared["speedup_over_unique"] > 0
     assert dense["tokens_per_second"] == pytest.approx(3 * 32 / dense["seconds_per_step"])
+    rows = result_rows("train", [dense, unique, shared])
+    assert rows[2]["system"] == "shared, 2 experts"
+    assert rows[2]["faster than unshared"].endswith("×") and not rows[1]["faster than unshared"]
 
 
 def test_the_trainer_beside_a_bare_loop(tmp_path, ids):
@@ -79,6 +87,8 @@ def test_the_trainer_beside_a_bare_loop(tmp_path, ids):
     (result,) = bench(tmp_path, ids, *arguments)
     assert result["rounds"] == 3
     assert result["ratio_to_bare_loop"] > 0.5
+    (row,) = result_rows("trainer", [result])
+    assert row["× the bare loop"] == f"{result['ratio_to_bare_loop']:.3f}"
 
 
 def test_peak_memory_is_of_a_process_of_its_own():

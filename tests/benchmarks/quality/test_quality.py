@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from result_rows import result_rows
 from tiny_runs import make_data, tiny_recipe
 from typer.testing import CliRunner
 
@@ -103,6 +104,12 @@ def test_runs_are_trained_once_and_added_up_over_the_seeds(data, base, tmp_path)
     # Folding is exact: float32 experts and a float32 table give the same loss.
     assert report["results"][2]["table_difference"] < 1e-6
     assert plot.read_bytes().startswith(b"\x89PNG")
+    rows = result_rows("quality", report["results"])
+    assert [row["seeds"] for row in rows] == ["2", "2", "2"]
+    assert all("±" in row["validation loss"] for row in rows)
+    curves = result_rows("quality-curves", report["results"])
+    assert list(curves[0]) == ["after", "dense", "moe-4e", "mole-2e"]
+    assert curves[-1]["dense"] == f"{report['results'][0]['curve'][-1][1]:.3f}"
 
     # A finished run is taken as it is: nothing but the summary is looked at again.
     trained_at = (tmp_path / "runs/dense-seed0/model.safetensors").stat().st_mtime_ns

@@ -1,0 +1,263 @@
+"""Tables of what `mole bench` measures; each function takes the reports that a command writes."""
+
+from collections.abc import Callable, Sequence
+
+from markdown_tables import Column, Result, markdown, megabytes, results_of, table
+
+
+def cache_budget(result: Result) -> str:
+    return "none" if not result["cache_bytes"] else f"{result['cache_bytes'] / 1e6:.0f} MB"
+
+
+def experts_of(result: Result) -> str:
+    """A system of `mole bench train`, whose dense model has no experts."""
+    count = result.get("num_experts")
+    name = result["system"].replace("_", " ")
+    return name if count is None else f"{name}, {count} experts"
+
+
+SPEED: dict[str, Column] = {
+    "encoding?": "{encoding}",
+    "weights?": "{dtype}",
+    "ms": "{ms_per_step:.1f}",
+    "× dense": "{ratio_to_dense:.3f}",
+    "10–90 % of pairs": "{spread[0]:.2f}–{spread[1]:.2f}",
+    "read": megabytes("bytes_per_step"),
+    "cache hits?": "{hit_rate:.0%}",
+    "waited, ms": "{wait_ms:.2f}",
+    "of memory's bandwidth?": "{share_of_memory_bandwidth:.0%}",
+    "of the disk's bandwidth?": "{share_of_disk_bandwidth:.0%}",
+}
+
+
+def decode(reports: Sequence[Result]) -> str:
+    """A row for each batch size and cache of `mole bench decode`."""
+    columns = {"batch": "{batch}", "cache?": cache_budget, **SPEED}
+    return table(results_of(reports, system="mole"), columns)
+
+
+def prefill(reports: Sequence[Result]) -> str:
+    """A row for each length of prompt of `mole bench prefill`."""
+    columns = {"prompt": "{tokens:,} tokens", "cache?": cache_budget, **SPEED}
+    return table(results_of(reports, system="mole"), columns)
+
+
+def memory(reports: Sequence[Result]) -> str:
+    """Resident bytes of `mole bench memory`."""
+    columns: dict[str, Column] = {
+        "": "{system}",
+        "resident": megabytes("resident_bytes", ".0f"),
+        "beyond dense": megabytes("beyond_dense_bytes", "+.1f"),
+    }
+    return table(results_of(reports), columns)
+
+
+def prompt_memory(reports: Sequence[Result]) -> str:
+    """A row for each report of `mole bench memory --prompt`."""
+    columns: dict[str, Column] = {
+        "prompt": "{tokens:,} tokens",
+        "unique ids": "{unique_ids:,}",
+        "encoding?": "{encoding}",
+        "store?": "{store}",
+        "peak": megabytes("peak_bytes"),
+        "rows of all layers at once": megabytes("rows_bytes"),
+    }
+    return table(results_of(reports), columns)
+
+
+def read(reports: Sequence[Result]) -> str:
+    """A row for each batch of `mole bench read`."""
+    columns: dict[str, Column] = {
+        "records": "{batch}",
+        "batches under way?": "{under_way}",
+        "encoding?": "{encoding}",
+        "store?": "{store} ({backend})",
+        "busy thread": lambda result: "yes" if result["busy_thread"] else "no",
+        "ms": "{ms_per_batch:.2f}",
+        "GB/s": "{gb_per_second:.2f}",
+        "of large reads": "{share_of_disk_bandwidth:.0%}",
+    }
+    return table(results_of(reports), columns)
+
+
+def build(reports: Sequence[Result]) -> str:
+    """A row for each table of `mole bench build`."""
+    columns: dict[str, Column] = {
+        "encoding": "{encoding}",
+        "table": megabytes("table_bytes", ",.0f"),
+        "seconds": "{seconds:,.0f}",
+        "matrix products, seconds": "{matmul_seconds:,.0f}",
+        "× the matrix products": "{ratio_to_matmul:.2f}",
+        "memory beyond the model": megabytes("peak_bytes_beyond_model", ",.0f"),
+    }
+    return table(results_of(reports), columns)
+
+
+def train(reports: Sequence[Result]) -> str:
+    """A row for each system and micro batch of `mole bench train`."""
+    columns: dict[str, Column] = {
+        "system": experts_of,
+        "tokens": "{tokens:,}",
+        "micro batches?": "{accumulate}",
+        "unique ids": "{unique:,.0f}",
+        "s per step": "{seconds_per_step:.2f}",
+        "× dense": "{ratio_to_dense:.2f}",
+        "10–90 % of rounds": "{spread[0]:.2f}–{spread[1]:.2f}",
+        "× dense by FLOPs": "{flop_ratio_to_dense:.2f}",
+        "faster than per position?": "{speedup_over_per_position:.2f} ×",
+        "by FLOPs?": "{flop_speedup:.2f} ×",
+        "faster than unshared?": "{speedup_over_unique:.2f} ×",
+        "unshared, by FLOPs?": "{flop_speedup_over_unique:.2f} ×",
+        "memory?": megabytes("peak_bytes", ",.0f"),
+    }
+    return table(results_of(reports), columns)
+
+
+def trainer(reports: Sequence[Result]) -> str:
+    """A row for each model and step of `mole bench train --trainer`."""
+    columns: dict[str, Column] = {
+        "system": experts_of,
+        "tokens": "{tokens:,}",
+        "s per step": "{seconds_per_step:.2f}",
+        "bare loop, s": "{bare_seconds_per_step:.2f}",
+        "× the bare loop": "{ratio_to_bare_loop:.3f}",
+        "10–90 % of pairs": "{spread[0]:.2f}–{spread[1]:.2f}",
+    }
+    return table(results_of(reports), columns)
+
+
+# ------------------------------------------------------------------------------------ serving
+
+
+def _p50_p95(key: str) -> Callable[[Result], str]:
+    """A column of two percentiles; empty where no token came."""
+
+    def column(result: Result) -> str:
+        found = result[key]
+        return "" if found["p50"] is None else f"{found['p50']:,.0f} / {found['p95']:,.0f}"
+
+    return column
+
+
+SERVED: dict[str, Column] = {
+    "first token, ms, median / 95 %": _p50_p95("ttft_ms"),
+    "between tokens, ms, median / 95 %": _p50_p95("inter_token_ms"),
+    "requests": "{requests:,}",
+    "lost": "{lost}",
+}
+
+
+def serve(reports: Sequence[Result]) -> str:
+    """A row for each system and number of streams of `mole bench serve`."""
+    columns: dict[str, Column] = {
+        "streams": "{streams}",
+        "system": "{system}",
+        "tokens/s": "{tokens_per_second:.1f}",
+        "× dense": "{ratio_to_dense:.2f}",
+        **SERVED,
+    }
+    return table(results_of(reports), columns)
+
+
+def soak(reports: Sequence[Result]) -> str:
+    """A row for each report of `mole bench serve --soak`."""
+    columns: dict[str, Column] = {
+        "streams": "{streams}",
+        "system?": "{system}",
+        "minutes": "{soak_minutes:.0f}",
+        "tokens/s": "{tokens_per_second:.1f}",
+        **SERVED,
+        "95 % between tokens, halves, ms": lambda result: " / ".join(
+            "" if half is None else f"{half:,.0f}" for half in result["inter_token_ms_p95_halves"]
+        ),
+        "resident": megabytes("resident_bytes_after_warm_up", ",.0f"),
+        "changed by at most": "{resident_bytes_change:.2%}",
+    }
+    return table(results_of(reports), columns)
+
+
+# ------------------------------------------------------------------------- latency and quality
+
+
+def _milliseconds(result: Result) -> str:
+    """Of a decoding step, or why there is none."""
+    return result["failed"] if "failed" in result else f"{result['ms_per_step']:.1f}"
+
+
+def _without_host_copy(key: str, form: str) -> Column:
+    """Bytes in MB, without the RAM in which offloaded experts lie: there it stands for storage."""
+    return lambda result: f"{(result[key] - result.get('host_copy_bytes', 0)) / 1e6:{form}} MB"
+
+
+def latency(reports: Sequence[Result]) -> str:
+    """A row for each system and batch of `mole bench latency`."""
+    columns: dict[str, Column] = {
+        "batch": "{batch}",
+        "system": "{system}",
+        "weights?": "{dtype}",
+        "ms per step": _milliseconds,
+        "× dense?": "{ratio_to_dense:.2f}",
+        "10–90 % of pairs?": "{spread[0]:.2f}–{spread[1]:.2f}",
+        "tokens/s?": "{tokens_per_second:.1f}",
+        "prompt, ms?": "{prefill_ms:,.0f}",
+        "prompt, × dense?": "{prefill_ratio_to_dense:.2f}",
+        "loaded per step?": megabytes("bytes_per_step"),
+        "stalled, ms?": "{stall_ms:.1f}",
+        "disk alone, ms?": "{disk_floor_ms:.1f}",
+        "experts used per layer?": "{experts_used_per_layer:.2f}",
+        "loaded per layer?": "{experts_loaded_per_layer:.2f}",
+        "resident?": _without_host_copy("resident_bytes", ",.0f"),
+        "beyond dense?": _without_host_copy("beyond_dense_bytes", "+,.0f"),
+        "experts in RAM beside?": megabytes("host_copy_bytes", ",.0f"),
+    }
+    return table(results_of(reports), columns)
+
+
+def latency_by_batch(reports: Sequence[Result]) -> str:
+    """A row for each system of `mole bench latency`, a column of times for each batch."""
+
+    def time_of(result: Result) -> str:
+        if "failed" in result:
+            return result["failed"]
+        return f"{result['ms_per_step']:,.0f} ms ({result['ratio_to_dense']:.2f} ×)"
+
+    found = {(result["system"], result["batch"]): result for result in results_of(reports)}
+    systems, batches = (list(dict.fromkeys(keys)) for keys in zip(*found, strict=True))
+    return markdown(
+        ["ms per step (× dense)", *(f"batch {batch}" for batch in batches)],
+        [[name, *(time_of(found[name, batch]) for batch in batches)] for name in systems],
+    )
+
+
+def quality(reports: Sequence[Result]) -> str:
+    """A row for each system of `mole bench quality`; losses are means over the seeds."""
+
+    def loss(result: Result) -> str:
+        if "failed" in result:
+            return result["failed"]
+        spread = result.get("validation_loss_std")
+        return f"{result['validation_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+
+    columns: dict[str, Column] = {
+        "system": "{system}",
+        "seeds": lambda result: str(len(result["seeds"])),
+        "tokens?": "{tokens:,}",
+        "parameters, trained?": "{parameters[trained]:,}",
+        "active?": "{parameters[active]:,}",
+        "resident?": "{parameters[resident]:,}",
+        "validation loss": loss,
+        "table − experts, nats?": "{table_difference:.1e}",
+        "training, minutes?": lambda result: f"{result['training_seconds'] / 60:.1f}",
+        "tokens/s?": "{tokens_per_second:,.0f}",
+    }
+    return table(results_of(reports), columns)
+
+
+def quality_curves(reports: Sequence[Result]) -> str:
+    """Validation loss against tokens of `mole bench quality`, a column for each system."""
+    trained = [result for result in results_of(reports) if "curve" in result]
+    rows = (
+        [f"{points[0][0] / 1e6:.2f} M tokens", *(f"{loss:.3f}" for _, loss in points)]
+        for points in zip(*(result["curve"] for result in trained), strict=True)
+    )
+    return markdown(["after", *(result["system"] for result in trained)], rows)
