@@ -43,6 +43,8 @@ def provenance(file: str, report: Mapping[str, Any]) -> str:
         if program != "lookup-experts"
     )
     place = [machine["cpu"], f"{machine['cores']} cores"]
+    if "vector_instructions" in machine:
+        place.append(machine["vector_instructions"])
     if "memory_bytes" in machine:
         place.append(f"{machine['memory_bytes'] / 1e9:.0f} GB")
     commit = machine.get("commit")

@@ -13,7 +13,7 @@ from lookup_experts.benchmarks.machine import checkout_commit, describe_machine
 
 def test_this_machine():
     described = describe_machine()
-    assert described.cpu
+    assert described.cpu and described.vector_instructions
     assert 1 <= described.cores <= (os.cpu_count() or 1)
     assert described.memory_bytes > 2**28
     assert described.versions["lookup-experts"] == lookup_experts.__version__

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PROGRAMS = ("torch", "transformers", "lookup-experts")
 
 
@@ -18,6 +20,8 @@ class Machine:
 
     cpu: str
     """The model's name."""
+    vector_instructions: str
+    """What torch uses of the processor: AVX2, AVX512 ...; without AVX512 it emulates bfloat16."""
     cores: int
     """Those that this process may use."""
     memory_bytes: int
@@ -37,6 +41,7 @@ def describe_machine() -> Machine:
     """This machine, now."""
     return Machine(
         cpu=_cpu_model(),
+        vector_instructions=torch.backends.cpu.get_cpu_capability(),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         system=f"{platform.system()} {platform.release()}",
