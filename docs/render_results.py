@@ -47,6 +47,8 @@ def provenance(file: str, report: Mapping[str, Any]) -> str:
         place.append(machine["vector_instructions"])
     if "memory_bytes" in machine:
         place.append(f"{machine['memory_bytes'] / 1e9:.0f} GB")
+    if machine.get("gpu"):
+        place.append(machine["gpu"])
     commit = machine.get("commit")
     made_by = f"commit {commit}" if commit else f"version {machine['versions']['lookup-experts']}"
     parts = [f"`{report['command']}`", ", ".join(place), versions, made_by]

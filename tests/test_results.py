@@ -55,6 +55,13 @@ def test_a_committed_file_says_how_it_was_made_and_names_no_place(path, render_r
     assert "torch" in line and "cores" in line and ("commit" in line or "version" in line)
 
 
+def test_a_gpu_is_named(render_results):
+    report = json.loads((DOCS / "results" / "decode.json").read_text())
+    assert "GPU" not in render_results.provenance("a.json", report)
+    report["machine"]["gpu"] = "some GPU"
+    assert ", some GPU; " in render_results.provenance("a.json", report)
+
+
 BLOCK = "<!-- results: {} -->\n<!-- /results -->\n"
 
 

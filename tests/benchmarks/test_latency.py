@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from result_rows import result_rows
 from typer.testing import CliRunner
 
 from lookup_experts import cli
@@ -46,42 +47,61 @@ def be_killed(connection, system, plan, sizes):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_processes_take_turns_and_go_on_when_one_is_killed(tmp_path, ids, monkeypatch):
+def be_without_memory(*arguments):
+    worker.build = lambda *_: torch.empty(1 << 60)
+    serve(*arguments)
+
+
+def test_processes_take_turns_and_go_on_when_others_fail(tmp_path, ids, monkeypatch):
     monkeypatch.setattr(bandwidth, "LARGE_READ", 2**16)
-    targets = {"dense": serve, "moe-6e-disk": serve, "moe-5e": be_killed}
+    targets = {"dense": serve, "moe-6e-disk": serve, "moe-5e": be_killed,
+               "moe-7e": be_without_memory}  # fmt: skip
     monkeypatch.setattr(
         measure, "Worker", lambda system, plan: Worker(system, plan, targets[system.name])
     )
-    out, bars, memory = (tmp_path / name for name in ("out.json", "bars.png", "memory.png"))
+    out, bars, memory = (tmp_path / name for name in ("out.json", "new/bars.png", "memory.svg"))
     quality = tmp_path / "quality.json"
     entries = [{"system": "dense", "validation_loss": 3.0}, {"system": "mole-2e"},
                {"system": "moe-6e", "validation_loss": 2.9}]  # fmt: skip
     quality.write_text(json.dumps({"results": entries}))
-    arguments = ["moe-5e", "moe-6e-disk", "--shape", "tiny", "--batch", "1,3",
+    arguments = ["moe-5e", "moe-7e", "moe-6e-disk", "--shape", "tiny", "--batch", "1,3",
                  "--prompt", "20", "--steps", "4", "--cache", "100kB", "--ids", str(ids),
                  "--work", str(tmp_path / "work"), "--json", str(out), "--plot", str(bars),
                  "--quality", str(quality), "--memory-plot", str(memory)]  # fmt: skip
     # A batch size that was measured before an interruption isn't measured again.
-    plan, systems = Plan("tiny", 100_000, tmp_path / "work"), parse_systems(arguments[:2])
+    plan, systems = Plan("tiny", 100_000, tmp_path / "work"), parse_systems(arguments[:3])
     before = [{"system": system.name, "batch": 3, "failed": "kept"} for system in systems]
     Parts(plan, systems, 20, 4, ids).keep(3, before)
     done = run(cli.app, ["bench", "latency", *arguments])
     assert done.exit_code == 0, done.output
     assert not list((tmp_path / "work").glob("latency-*"))
     results = json.loads(out.read_text())["results"]
-    assert [result["system"] for result in results] == ["dense", "moe-5e", "moe-6e-disk"] * 2
-    assert results[3:] == before
-    dense, killed, offloaded = results[:3]
+    assert [result["system"] for result in results] == [
+        "dense",
+        "moe-5e",
+        "moe-7e",
+        "moe-6e-disk",
+    ] * 2
+    assert [result["failed"] for result in results[4:]] == ["kept"] * 4
+    dense, killed, exhausted, offloaded = results[:4]
     assert dense["ratio_to_dense"] == 1 and dense["beyond_dense_bytes"] == 0
     assert "killed" in killed["failed"] and "killed" in "\n".join(table_of(results))
+    assert exhausted["failed"] == "out of memory"
+    rows = {(row["system"], row["batch"]): row for row in result_rows("latency", results)}
+    assert rows["moe-7e", "1"]["ms per step"] == "out of memory"
+    assert rows["moe-7e", "1"]["resident"] == ""
+    assert rows["moe-6e-disk", "1"]["resident"].endswith("MB")
+    by_batch = result_rows("latency-by-batch", results)
+    assert [row["batch 1"] for row in by_batch[1:3]] == [killed["failed"], "out of memory"]
+    assert by_batch[0]["batch 1"].endswith("(1.00 ×)") and by_batch[0]["batch 3"] == "kept"
     assert offloaded["bytes_per_step"] > 0 and offloaded["steps"] == 4
     assert offloaded["disk_floor_ms"] > 0
     assert offloaded["paper_loaded_per_layer"] == pytest.approx(2 * (1 - 2 / 6))
     assert 0 < offloaded["experts_loaded_per_layer"] <= offloaded["experts_used_per_layer"] <= 2
     for result in (dense, offloaded):
         assert result["resident_bytes"] > 10**7 and result["prefill_ms"] > 0
-    for picture in (bars, memory):
-        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert bars.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in memory.read_text()
 
 
 def test_every_way_of_one_model_says_the_same(tmp_path):
@@ -127,6 +147,7 @@ def test_a_system_without_enough_memory_says_so(tmp_path, monkeypatch):
         (["--shape", "161m"], "Did you mean '160m'"),
         (["dense", "--prompt", "2040"], "more than the model's context of 2048"),
         (["--memory-plot", "x.png"], "--memory-plot needs --quality"),
+        (["--plot", "x.gif"], "x.gif is no name of a picture; expected one of .png, .svg, .pdf"),
         (["--quality", "nowhere.json", "--memory-plot", "x.png"], "expected the JSON of mole"),
     ],
 )

@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 
 import lookup_experts
 from lookup_experts.benchmarks import machine
@@ -16,6 +17,7 @@ def test_this_machine():
     assert described.cpu and described.vector_instructions
     assert 1 <= described.cores <= (os.cpu_count() or 1)
     assert described.memory_bytes > 2**28
+    assert (described.gpu is not None) == torch.cuda.is_available()
     assert described.versions["lookup-experts"] == lookup_experts.__version__
     assert set(described.versions) == {"python", "torch", "transformers", "lookup-experts"}
     assert datetime.fromisoformat(described.date).tzinfo is not None

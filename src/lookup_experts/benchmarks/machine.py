@@ -25,6 +25,8 @@ class Machine:
     cores: int
     """Those that this process may use."""
     memory_bytes: int
+    gpu: str | None
+    """The name of the first one that torch can use; None where there is none."""
     system: str
     versions: dict[str, str]
     commit: str | None
@@ -44,6 +46,7 @@ def describe_machine() -> Machine:
         vector_instructions=torch.backends.cpu.get_cpu_capability(),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         system=f"{platform.system()} {platform.release()}",
         versions={
             "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Results as pictures: the bars of one report in a PNG.
+"""Results as pictures: the bars of one report in a PNG or an SVG.
 
 What a bar shows depends on what was measured; `draw` knows by the report. matplotlib is in the
 extra `plot`.
@@ -12,6 +12,7 @@ from typing import Any
 from lookup_experts.errors import UserError
 
 BAR, LINE = "#b44d12", "#334e68"
+FORMATS = (".png", ".svg", ".pdf")
 
 Result = dict[str, Any]
 
@@ -31,18 +32,30 @@ class Chart:
     """Where a line is drawn."""
 
 
-def draw(report: Result, path: Path) -> None:
-    """The chart of a report of `mole bench` into the PNG `path`.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+def check_picture(path: Path | None) -> None:
+    """Raise a `UserError` if no picture could be drawn there: to be asked before hours of work."""
+    if path is None:
+        return
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"{path} is no name of a picture; expected one of {', '.join(FORMATS)}.")
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError(
             "Drawing needs matplotlib: pip install 'lookup-experts[plot]', or leave --plot out."
         ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def draw(report: Result, path: Path) -> None:
+    """The chart of a report of `mole bench` into the PNG or SVG `path`.
+
+    Raises:
+        UserError: matplotlib is not installed, or `path` is no name of a picture.
+    """
+    check_picture(path)
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -62,7 +75,6 @@ def draw(report: Result, path: Path) -> None:
         axes.axhline(chart.mark, color=LINE, linewidth=1)
     axes.set_ylabel(chart.height_of)
     axes.set_title(chart.title)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

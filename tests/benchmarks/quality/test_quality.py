@@ -1,5 +1,6 @@
 """`mole bench quality`: systems by name, real tiny runs, one report."""
 
+import errno
 import json
 import math
 
@@ -125,6 +126,7 @@ def test_runs_are_trained_once_and_added_up_over_the_seeds(data, base, tmp_path)
         (("mole-4e", "--seeds", "one"), "--seeds"),
         (("mole-4e", "--ablation", "size"), "not both"),
         (("mole-4e:sise=3",), "sise"),
+        (("dense", "--plot", "curves"), "curves is no name of a picture"),
     ],
 )
 def test_bad_input_is_told_in_one_line(data, base, tmp_path, arguments, words):
@@ -157,7 +159,9 @@ def test_a_system_without_enough_memory_is_reported_as_such(monkeypatch, data, t
 
 def test_other_errors_are_not_taken_for_lack_of_memory():
     assert not is_out_of_memory(RuntimeError("size mismatch"))
+    assert not is_out_of_memory(FileNotFoundError("not enough memory.txt"))
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
 
 
 def test_a_single_seed_has_no_spread(data, base, tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 
 from lookup_experts.benchmarks.bandwidth import disk_bytes_per_second
 from lookup_experts.benchmarks.latency.models import SELECTED, Plan, expert_folder
-from lookup_experts.benchmarks.latency.systems import CAPPED, DISK, Counts, System
+from lookup_experts.benchmarks.latency.systems import CAPPED, DISK, PEERS, Counts, System
 from lookup_experts.benchmarks.latency.worker import Failure, Pass, serve
 from lookup_experts.benchmarks.speed import TextWindows
 from lookup_experts.benchmarks.timing import median, pair_ratios, spread
@@ -270,11 +270,12 @@ def result_of(
         "tokens_per_second": batch / seconds,
         "steps": len(steps),
         "bytes_per_step": _mean(steps, lambda counts: counts.bytes_loaded),
-        "stall_ms": _mean(steps, lambda counts: counts.stall_seconds) * 1e3,
         "resident_bytes": taken.resident_bytes,
         "beyond_dense_bytes": taken.resident_bytes - baseline.resident_bytes,
         **worker.facts,
     }
+    if system.way not in PEERS:
+        result["stall_ms"] = _mean(steps, lambda counts: counts.stall_seconds) * 1e3
     if system.family == "moe":
         result |= _routing(worker, plan, steps, batch)
         result |= _agreement(worker, workers, batch)

@@ -6,6 +6,7 @@ them from there: the resident MoE by loading them all, the others in their own w
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def build(system: System, plan: Plan) -> Built:
     if system.way == ACCELERATE:
         folder = plan.work / f"{table.folder.name}-accelerate"
         pages = dispatch_by_accelerate(model, folder, plan.expert_budget)
-        facts = {"backend": "accelerate, page cache"}
+        facts = {"backend": f"accelerate {version('accelerate')}, page cache"}
         return Built(model, facts, pages.take_counts, pages.limit_memory)
     assert system.way == RESIDENT
     return Built(model)
@@ -208,7 +209,8 @@ def _build_offloaded(model: Any, table: Table, system: System, plan: Plan) -> Bu
         "expert_slots": cache.num_bytes // table.layout.stride,
         "in_transit": cache.in_transit,
     }
-    if system.way == RAM:
+    if system.way == RAM and model.device.type == "cpu":
+        # All experts, which are counted in the process's memory here: they stand for storage.
         facts["host_copy_bytes"] = table.layout.table_bytes
     return Built(model, facts, take_counts)
 

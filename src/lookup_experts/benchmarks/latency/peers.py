@@ -13,6 +13,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +120,16 @@ class MappedExperts(nn.Module):
 
     def forward(self, hidden: Tensor, selected: Tensor, weights: Tensor) -> Tensor:
         """[S, d], [S, k], [S, k] -> [S, d]"""
-        return mix_visited(hidden, selected, weights, len(self._matrices), self._visit)
+        visit = partial(self._visit, hidden.device)
+        return mix_visited(hidden, selected, weights, len(self._matrices), visit)
 
-    def _visit(self, needed: Sequence[int], compute: Compute) -> None:
+    def _visit(self, device: torch.device, needed: Sequence[int], compute: Compute) -> None:
         for expert in needed:
             self._pages.use((self._layer, expert))
             self._places[expert].announce()
         for expert in needed:
-            compute(expert, *self._matrices[expert])
+            up, down = self._matrices[expert]
+            compute(expert, up.to(device), down.to(device))  # as they are, on the CPU
 
 
 def map_experts(model: Any, table: Table, budget_bytes: int) -> PageBudget:

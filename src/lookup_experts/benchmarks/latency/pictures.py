@@ -35,7 +35,7 @@ def _new_figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def draw_bars(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Milliseconds per decoding step, a group of bars for each batch size, into a PNG."""
+    """Milliseconds per decoding step, a group of bars for each batch size, into a PNG or SVG."""
     batches = list(dict.fromkeys(result["batch"] for result in results))
     names = list(dict.fromkeys(result["system"] for result in results))
     found = {(result["system"], result["batch"]): result for result in results}
@@ -56,7 +56,7 @@ def draw_bars(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_memory(results: Sequence[dict[str, Any]], quality: dict[str, Any], path: Path) -> None:
-    """Validation loss against resident memory, each point with its latency, into a PNG.
+    """Validation loss against resident memory, each point with its latency, into a PNG or SVG.
 
     Args:
         results: of `measure_latency`; those of the smallest batch are drawn.
@@ -121,7 +121,7 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
         f"{result['prefill_ms']:.0f}",
         f"{result['tokens_per_second']:.1f}",
         format_bytes(result["bytes_per_step"]),
-        f"{result['stall_ms']:.1f}",
+        f"{result['stall_ms']:.1f}" if "stall_ms" in result else "",
         "" if experts is None else f"{experts:.2f}",
         format_bytes(result["resident_bytes"]),
     )

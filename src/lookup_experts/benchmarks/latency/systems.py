@@ -29,6 +29,8 @@ DEFAULT_SYSTEMS = (
 RESIDENT, DISK, RAM, MMAP, ACCELERATE = "resident", "disk", "ram", "mmap", "accelerate"
 CAPPED = (DISK, RAM, MMAP, ACCELERATE)
 """Where experts are kept elsewhere, within a budget of memory."""
+PEERS = (MMAP, ACCELERATE)
+"""Those that wait for the disk inside of reading their memory, so that it can't be told apart."""
 
 _NAME = re.compile(r"(mole|moe)-([1-9]\d*)e(?:-(disk|ram|mmap|accelerate))?")
 

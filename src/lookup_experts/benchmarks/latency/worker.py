@@ -59,7 +59,7 @@ def serve(connection: Any, system: System, plan: Plan, sizes: dict[str, int]) ->
             answer = getattr(runner, name)(*arguments)
         except UserError as error:
             answer = Failure(str(error))
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, OSError, RuntimeError) as error:
             from lookup_experts.benchmarks.quality.runs import is_out_of_memory
 
             if not is_out_of_memory(error):

@@ -65,7 +65,7 @@ def in_words(result: dict[str, Any]) -> str:
 
 
 def draw_curves(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Validation loss against tokens, a line per system, into a PNG."""
+    """Validation loss against tokens, a line per system, into a PNG or SVG."""
     import matplotlib
 
     matplotlib.use("Agg")

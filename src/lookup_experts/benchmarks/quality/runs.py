@@ -1,5 +1,6 @@
 """Training every system with every seed, and what came of each."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +74,7 @@ def train_one(
     seed = recipe.training.seed
     try:
         summary = train(recipe, data, folder)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         notify(f"{system.name}: not enough memory; the others go on.")
@@ -84,6 +85,8 @@ def train_one(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; on the CPU torch has no class for it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     words = str(error).lower()
     said = "not enough memory" in words or "can't allocate memory" in words
     return said or isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -38,13 +38,13 @@ def latency(
     work: bench_options.Work = Path("runs/bench"),
     json: bench_options.JsonFile = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Also draw the times per batch size into this PNG.")
+        Path | None, typer.Option(help="Also draw the times per batch size into this PNG or SVG.")
     ] = None,
     quality: Annotated[
         Path | None, typer.Option(help="Losses for --memory-plot: JSON of mole bench quality.")
     ] = None,
     memory_plot: Annotated[
-        Path | None, typer.Option(help="Also draw loss against memory into this PNG.")
+        Path | None, typer.Option(help="Also draw loss against memory into this PNG or SVG.")
     ] = None,
 ) -> None:
     """Dense, MoE, MoE with its experts elsewhere, and MoLE from disk, at equal memory.
@@ -58,12 +58,15 @@ def latency(
     from lookup_experts.benchmarks.latency.parts import Parts
     from lookup_experts.benchmarks.latency.pictures import draw_bars, draw_memory, table_of
     from lookup_experts.benchmarks.latency.systems import parse_systems
+    from lookup_experts.benchmarks.plots import check_picture
     from lookup_experts.benchmarks.results import make_report, write_report
     from lookup_experts.benchmarks.speed import TextWindows
     from lookup_experts.units import parse_bytes
 
     console.quiet_transformers()
     losses = _read_quality(quality, memory_plot)
+    check_picture(plot)
+    check_picture(memory_plot)
     plan = Plan(shape, parse_bytes(cache), work, device, dtype_of(dtype))
     chosen, batches = parse_systems(systems), sorted(set(counts(batch)))
     windows = TextWindows(id_stream(ids, plan.case(), work))

@@ -41,6 +41,7 @@ def quality(
 
     Example: `mole bench quality dense moe-10e mole-4e --data data/ --tokens 3e6 --seeds 0,1,2`
     """
+    from lookup_experts.benchmarks.plots import check_picture
     from lookup_experts.benchmarks.quality.report import add_up, draw_curves, in_words
     from lookup_experts.benchmarks.quality.runs import train_all
     from lookup_experts.benchmarks.quality.systems import (
@@ -56,6 +57,7 @@ def quality(
 
     if systems and ablation:
         raise UserError("Name systems, or an --ablation, which names its own; not both.")
+    check_picture(plot)
     console.quiet_transformers()
     base = load_recipe(recipe, overrides or ())
     names = ablation_systems(ablation, base) if ablation else systems or DEFAULT_SYSTEMS
