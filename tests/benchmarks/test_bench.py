@@ -92,7 +92,7 @@ def test_read(tmp_path, monkeypatch):
     results = bench(tmp_path, "read", "--batch", "4", "--plot", plot)["results"]
     assert plot.read_bytes().startswith(b"\x89PNG")
     measured = [(result["under_way"], result["busy_thread"]) for result in results]
-    assert measured == [(1, False), (1, True), (4, False), (4, True)]
+    assert measured == [(1, False), (8, False), (1, True), (8, True)]
     for result in results:
         share = result["gb_per_second"] / result["disk_gb_per_second"]
         assert result["share_of_disk_bandwidth"] == pytest.approx(share, rel=2)

@@ -34,7 +34,7 @@ class ReadResult:
     """Batches that are read at once: as soon as one has come, the next is asked for. With one,
     the disk idles between batches; prompts are read with more."""
     busy_thread: bool
-    """Whether another Python thread computed all the while."""
+    """Whether another Python thread computed while records were read."""
     gb_per_second: float
     disk_gb_per_second: float
     share_of_disk_bandwidth: float
@@ -61,10 +61,10 @@ def measure_read(
         table: whose records to read.
         store: what reads them.
         batch: records per call.
-        under_way: calls at once.
+        under_way: calls at once; more than one for small batches only (`Store.begin`).
         rounds: how often to take turns.
         seconds: of reading records per round.
-        busy_thread: let another Python thread compute all the while.
+        busy_thread: let another Python thread compute while records are read.
     """
     layout = table.layout
     random = np.random.default_rng(0)
@@ -72,11 +72,11 @@ def measure_read(
     rates, disk_rates = [], []
     path = table.path(table.shards[0])
     largest_start = max(0, table.shards[0].bytes - DISK_SAMPLE_BYTES)
-    with _busy(busy_thread):
-        for _ in range(rounds):
-            start = int(random.integers(0, largest_start + 1)) // 4096 * 4096
-            disk_rates.append(disk_bytes_per_second(path, DISK_SAMPLE_BYTES, start))
-            ids = _random_batches(random, layout.shape.vocab_size, batch)
+    for _ in range(rounds):
+        start = int(random.integers(0, largest_start + 1)) // 4096 * 4096
+        disk_rates.append(disk_bytes_per_second(path, DISK_SAMPLE_BYTES, start))
+        ids = _random_batches(random, layout.shape.vocab_size, batch)
+        with _busy(busy_thread):
             rates.append(_bytes_per_second(store, ids, memory, seconds))
     return ReadResult(
         what="read",
@@ -111,6 +111,8 @@ def _bytes_per_second(
     store: RecordStore, ids: Iterator[np.ndarray], memory: np.ndarray, seconds: float
 ) -> float:
     """Keep as many batches under way as `memory`, uint8 [under_way, batch, stride], holds."""
+    if len(memory) == 1:
+        return _bytes_per_second_in_turn(store, ids, memory[0], seconds)
     slots = np.arange(memory.shape[1])
     pending: deque[PendingRead] = deque()
     buffers = itertools.cycle(memory)
@@ -124,6 +126,18 @@ def _bytes_per_second(
     for read in pending:
         read.wait()
     return begun * memory[0].nbytes / (time.perf_counter() - started_at)
+
+
+def _bytes_per_second_in_turn(
+    store: RecordStore, ids: Iterator[np.ndarray], out: np.ndarray, seconds: float
+) -> float:
+    """One batch after the other."""
+    batches = 0
+    started_at = time.perf_counter()
+    while time.perf_counter() - started_at < seconds:
+        store.read(next(ids), out)
+        batches += 1
+    return batches * out.nbytes / (time.perf_counter() - started_at)
 
 
 @contextmanager

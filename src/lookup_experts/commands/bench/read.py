@@ -8,7 +8,8 @@ from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
 from lookup_experts.commands.bench.report import counts, line, report
 
-UNDER_WAY = (1, 4)
+UNDER_WAY = 8
+"""Small batches are also read so many at once."""
 
 
 def read(
@@ -27,14 +28,16 @@ def read(
     """
     from lookup_experts.benchmarks.models import Case, random_table
     from lookup_experts.benchmarks.reading import measure_read
+    from lookup_experts.table.reader import SLOT_BATCH
     from lookup_experts.table.store import open_store
 
     with console.progress_bar("Writing a table") as progress:
         table = random_table(Case(shape, experts, encoding), work, progress)
     results = []
     with open_store(table, store, notify=console.say) as opened:
-        for size, ahead, busy in itertools.product(counts(batch), UNDER_WAY, (False, True)):
-            result = measure_read(table, opened, size, under_way=ahead, busy_thread=busy)
-            results.append(result.to_dict())
-            console.say(line(results[-1]))
+        for size, busy in itertools.product(counts(batch), (False, True)):
+            for ahead in (1, UNDER_WAY) if size <= SLOT_BATCH else (1,):
+                found = measure_read(table, opened, size, under_way=ahead, busy_thread=busy)
+                results.append(found.to_dict())
+                console.say(line(results[-1]))
     report("read", results, json, plot)
