@@ -97,7 +97,7 @@ def test_read(tmp_path, monkeypatch):
         share = result["gb_per_second"] / result["disk_gb_per_second"]
         assert result["share_of_disk_bandwidth"] == pytest.approx(share, rel=2)
     rows = result_rows("read", results)
-    assert [row["batches under way"] for row in rows] == ["1", "1", "4", "4"]
+    assert [row["batches under way"] for row in rows] == ["1", "8", "1", "8"]
 
 
 def test_build_leaves_a_table_that_opens(tmp_path):
