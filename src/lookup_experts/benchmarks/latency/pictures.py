@@ -1,6 +1,7 @@
 """The paper's two figures of latency (arXiv 2503.15798): bars per batch size (figure 3), and what
 a model is worth against the memory it takes, with its latency beside (figure 1)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,13 @@ def draw_bars(results: Sequence[dict[str, Any]], path: Path) -> None:
         places = [place + (number - (len(names) - 1) / 2) * width for place in range(len(batches))]
         times = [found[name, batch].get("ms_per_step", 0.0) for batch in batches]
         bars = axes.bar(places, times, width * 0.92, label=name, color=_color(name))
-        words = [f"{value:.0f}" if value else "failed" for value in times]
-        axes.bar_label(bars, words, fontsize=8, padding=1)
+        axes.bar_label(bars, [f"{value:.0f}" for value in times], fontsize=8, padding=1)
+        for place, batch in zip(places, batches, strict=True):
+            if "failed" in found[name, batch]:
+                axes.text(
+                    place, 0.02, found[name, batch]["failed"], transform=axes.get_xaxis_transform(),
+                    rotation=90, ha="center", va="bottom", fontsize=8,
+                )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
     axes.set_ylabel("milliseconds per decoding step")
@@ -84,19 +90,27 @@ def draw_memory(results: Sequence[dict[str, Any]], quality: dict[str, Any], path
             f"{', '.join(losses) or 'none'}."
         )
     figure, axes = _new_figure(7, 4.5)
-    for number, (result, loss) in enumerate(points):
-        memory = result["resident_bytes"] - result.get("host_copy_bytes", 0)
-        axes.scatter(memory / 1e6, loss, s=70, color=_color(result["system"]), zorder=3)
+    labels: Counter[float] = Counter()
+    for result, loss in sorted(points, key=lambda point: -_megabytes(point[0])):
+        place = (_megabytes(result), loss)
+        axes.scatter(*place, s=70, color=_color(result["system"]), zorder=3)
+        # Systems of one model have one loss: their labels stand above each other.
         axes.annotate(
-            f"{result['system']}\n{result['ms_per_step']:.0f} ms",
-            (memory / 1e6, loss), xytext=(8, 6 - 12 * (number % 3)), textcoords="offset points",
-            fontsize=8,
+            f"{result['system']}, {result['ms_per_step']:.0f} ms",
+            place, xytext=(8, 8 + 13 * labels[loss]), textcoords="offset points", fontsize=8,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "relpos": (0, 0.3)},
         )  # fmt: skip
+        labels[loss] += 1
     axes.set_xlabel(f"resident memory at batch {batch}, MB")
     axes.set_ylabel("validation loss of small models, nats per token")
     axes.margins(0.2)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def _megabytes(result: dict[str, Any]) -> float:
+    """Resident, without the copy of all experts in RAM that stands for storage."""
+    return (result["resident_bytes"] - result.get("host_copy_bytes", 0)) / 1e6
 
 
 def table_of(results: Sequence[dict[str, Any]]) -> list[str]:
