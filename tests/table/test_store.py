@@ -199,6 +199,10 @@ def test_an_unknown_kind(tmp_path):
     table, _ = make_table(tmp_path)
     with pytest.raises(UserError, match=r"Unknown store 'disk'.*auto, direct, memory, mmap"):
         open_store(table, "disk", notify=silent)
+    with pytest.raises(UserError, match="Unknown store 'memory:8GB'"):
+        open_store(table, "memory:8GB", notify=silent)
+    with pytest.raises(UserError, match="'much' is no size in bytes"):
+        open_store(table, "auto:much", notify=silent)
 
 
 # ------------------------------------------------------------------------------- what is chosen
@@ -206,9 +210,14 @@ def test_an_unknown_kind(tmp_path):
 
 def test_auto_takes_what_fits_and_says_so(tmp_path):
     table, records = make_table(tmp_path)
-    for budget, kind in ((2560, "memory"), (2559, "direct"), (None, "memory")):
+    for words, kind in (
+        ("auto:2560", "memory"),
+        ("auto:2.559kB", "direct"),
+        ("auto:0", "direct"),
+        ("auto", "memory"),
+    ):
         messages: list[str] = []
-        with open_store(table, "auto", memory_budget_bytes=budget, notify=messages.append) as store:
+        with open_store(table, words, notify=messages.append) as store:
             assert store.name == kind
             check(store, records, np.arange(40))
         assert messages[0].startswith(f"Store: {kind}, because the table (2.56 kB)")

@@ -10,7 +10,10 @@ ModelFolder = Annotated[
 ]
 Store = Annotated[
     str,
-    typer.Option(help="Where the table is read from: memory, mmap, direct (disk), or auto."),
+    typer.Option(
+        help="Where the table is read from: memory, mmap, direct (disk), or auto: memory if it "
+        "fits half of what is free, or what is given, like auto:8GB; else direct."
+    ),
 ]
 Cache = Annotated[
     str,

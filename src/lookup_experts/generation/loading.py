@@ -48,7 +48,8 @@ def load(
     Args:
         folder: a folder, or a name on the Hugging Face hub.
         store: where the records of a table are read from: `memory`, `mmap`, `direct` (from disk
-            past the page cache), or `auto`.
+            past the page cache), or `auto`: memory if the table fits half of what is free, else
+            direct; `auto:8GB`, if it fits that.
         cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off.
         device: where the model runs.
         dtype: of the weights: `float32`, `bfloat16`, `float16`, or `auto` for that of the folder.

@@ -325,7 +325,7 @@ def open_reader(
     Args:
         folder: the inference folder; the table is in its folder `table`.
         model: an attached model in table form.
-        store: `memory`, `mmap`, `direct` or `auto`.
+        store: `memory`, `mmap`, `direct`, `auto` or `auto:8GB`, see `open_store`.
         cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off. It is
             memory of the device that the model runs on: RAM, or the GPU's.
         verify_checksums: compare every record that is read with its checksum.

@@ -40,7 +40,7 @@ from lookup_experts.table.format import (
     read_exactly,
 )
 from lookup_experts.table.scales import PROBLEM, scale_check
-from lookup_experts.units import format_bytes
+from lookup_experts.units import format_bytes, parse_bytes
 
 STORES = ("memory", "mmap", "direct")
 
@@ -119,16 +119,14 @@ def open_store(
     table: Table,
     kind: str = "auto",
     *,
-    memory_budget_bytes: int | None = None,
     verify_checksums: bool = False,
     notify: Notify,
 ) -> "RecordStore":
     """The store of this kind over `table`; also a context manager that closes it.
 
     Args:
-        kind: "memory", "mmap", "direct", or "auto": memory if the whole table fits the budget,
-            else direct.
-        memory_budget_bytes: for "auto"; None for half of the memory available now.
+        kind: "memory", "mmap", "direct", or "auto": memory if the whole table fits half of what
+            is available now, else direct; "auto:8GB": if it fits that.
         verify_checksums: check every record that is read (for "memory": all, once, on loading).
         notify: is told, in one line each, what was chosen and what could not be had.
 
@@ -136,10 +134,12 @@ def open_store(
         UserError: unknown kind, or not enough memory, or too many open files.
         TableError: a shard can't be read, or (with `verify_checksums`) is damaged.
     """
-    if kind not in (*STORES, "auto"):
-        raise unknown_name("store", kind, (*STORES, "auto"))
+    given = kind
+    kind, colon, budget = kind.partition(":")
+    if kind not in (*STORES, "auto") or (colon and kind != "auto"):
+        raise unknown_name("store", given, (*STORES, "auto"))
     if kind == "auto":
-        kind = _choose(table.layout.table_bytes, memory_budget_bytes, notify)
+        kind = _choose(table.layout.table_bytes, parse_bytes(budget) if colon else None, notify)
     if kind == "memory":
         return MemoryStore(table, verify_checksums)
     if kind == "mmap":
