@@ -10,7 +10,8 @@ from tiny_tasks import write_tasks
 from lookup_experts.errors import UserError
 from lookup_experts.evaluation.tasks import TASKS, local_file, parse_tasks
 
-EVALUATION_DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "eval"
+REPOSITORY = Path(__file__).resolve().parents[2]
+EVALUATION_DATA = REPOSITORY.parent / "shared" / "data" / "eval"
 
 
 def test_names():
@@ -73,6 +74,12 @@ def test_bad_local_files(tmp_path, content, message):
 def test_no_folder(tmp_path):
     with pytest.raises(UserError, match="is no folder"):
         local_file(TASKS["boolq"], tmp_path / "nowhere")
+
+
+def test_the_page_names_every_file():
+    page = (REPOSITORY / "docs" / "comparing.md").read_text()
+    for task in TASKS.values():
+        assert f"| `{task.name}` | `{task.file}` | {task.num_rows:,} |" in page
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
