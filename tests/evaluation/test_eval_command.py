@@ -74,16 +74,24 @@ def test_without_names_all_tasks(mole, table_folder, data):
     assert "| average of 8 | acc |" in stdout
 
 
-def test_a_dense_model_and_a_mixture_of_experts(mole, tokenizer, data, tmp_path):
+def test_all_four_kinds_of_model(mole, tokenizer, training_folder, table_folder, data, tmp_path):
     for name, model in (("dense", gateless_model()), ("moe", moe_model())):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    tasks = ("--tasks", "boolq", "--data-dir", data)
-    code, stdout, stderr = mole(tmp_path / "dense", tmp_path / "moe", *tasks)
+    folders = (tmp_path / "dense", tmp_path / "moe", training_folder, table_folder)
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 5)
+    asked = ("--tasks", "boolq,lambada", "--data-dir", data, "--perplexity", tmp_path / "text.txt")
+    code, stdout, stderr = mole(*folders, *asked)
     assert code == 0, stderr
-    assert stdout.startswith(
-        f"| task | metric | rows | {tmp_path / 'dense'} (dense) | {tmp_path / 'moe'} (moe) |"
-    )
+    forms = ("dense", "moe", "experts", "table")
+    names = [f"{folder} ({form})" for folder, form in zip(folders, forms, strict=True)]
+    tasks, text = stdout.strip().split("\n\n")
+    assert tasks.startswith(f"| task | metric | rows | {' | '.join(names)} |\n")
+    rows = [line.split(" | ") for line in (*tasks.splitlines()[2:], text.splitlines()[2])]
+    assert [row[0] for row in rows[:2]] == ["| boolq", "| lambada"] and len(rows) == 5
+    for row in rows:
+        assert row[-2] == row[-1].removesuffix(" |")  # the table says what its experts say
+    assert len(set(rows[-1][-4:-1])) == 3  # the three models differ
 
 
 def test_recall_alone(mole, own_words):
