@@ -123,6 +123,24 @@ def test_every_way_of_one_model_says_the_same(tmp_path):
     assert len(set(expected)) > 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_every_way_runs_on_a_gpu(tmp_path):
+    plan = Plan("tiny", 200_000, tmp_path, "cuda")
+    systems = parse_systems(["mole-2e", "moe-6e", *PEERS])
+    prepare_tables(plan, systems, lambda done, total: None)
+    prompt = np.random.default_rng(0).integers(0, 5000, (2, 9))
+    for system in systems:
+        built = build(system, plan)
+        runner = Runner(built, "cuda")
+        for ids in (prompt, prompt[:, :1], prompt[:, 1:2]):
+            found = runner.step(ids)
+        assert found.seconds > 0 and runner.memory() > 0
+        if system.name in PEERS:
+            assert 0 < found.counts.experts_used
+        assert "host_copy_bytes" not in built.facts  # it isn't in the GPU's memory
+
+
 def test_mole_counts_what_it_reads(tmp_path):
     plan, (_, mole) = Plan("tiny", 0, tmp_path), parse_systems(["mole-2e"])
     prepare_tables(plan, [mole], lambda done, total: None)
