@@ -2,11 +2,15 @@
 
 import multiprocessing
 import os
-import socket
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
-from lookup_experts.training.recipe import Recipe
+from torch.distributed import TCPStore
+
+from lookup_experts.training.recipe import RecipeFile
 from lookup_experts.training.train import train
 
 # Imported once, by the server that the processes are forked from: they start at once.
@@ -14,12 +18,31 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["lookup_experts.training.train", "torch.utils.tensorboard"])
 
 
-def start(recipe: Recipe, data: Any, out: Path, number: int, **options: Any) -> list[Any]:
+class Group(list[Any]):
+    """Processes that are under way, and the store by which they find each other.
+
+    The store's port is one that is open already, as torchrun's is: nobody can take it in between.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def wait(self, seconds: float) -> list[int | None]:
+        """The exit codes; None of a process that had to be ended."""
+        deadline = time.monotonic() + seconds
+        for process in self:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self]
+        for process in self:
+            process.kill()
+            process.join()
+        return codes
+
+
+def start(recipe: RecipeFile, data: Any, out: Path, number: int, **options: Any) -> Group:
     """Processes that are under way."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
+    started = Group()
     for rank in range(number):
         environment = {
             "RANK": rank,
@@ -27,7 +50,8 @@ def start(recipe: Recipe, data: Any, out: Path, number: int, **options: Any) -> 
             "WORLD_SIZE": number,
             "LOCAL_WORLD_SIZE": number,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
+            "MASTER_PORT": started.store.port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
         }
         arguments = (recipe, data, out, environment, options)
         process = processes.Process(target=_train, args=arguments)
@@ -36,16 +60,32 @@ def start(recipe: Recipe, data: Any, out: Path, number: int, **options: Any) -> 
     return started
 
 
-def run(recipe: Recipe, data: Any, out: Path, number: int, **options: Any) -> None:
+def run(recipe: RecipeFile, data: Any, out: Path, number: int, **options: Any) -> None:
     """Train to the end."""
-    started = start(recipe, data, out, number, **options)
-    for process in started:
-        process.join(200)
-    assert [process.exitcode for process in started] == [0] * number
+    assert start(recipe, data, out, number, **options).wait(200) == [0] * number
+
+
+def launch(*command: object) -> subprocess.CompletedProcess[str]:
+    """Run a launcher to its end; one that takes too long is ended with all that it has started."""
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=200)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def _train(
-    recipe: Recipe, data: Any, out: Path, environment: dict[str, Any], options: dict[str, Any]
+    recipe: RecipeFile, data: Any, out: Path, environment: dict[str, Any], options: dict[str, Any]
 ) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     train(recipe, data, out, progress=False, **options)

@@ -37,6 +37,9 @@ def upcycle(
         str | None,
         typer.Option(help="full: a complete model. experts: they alone, naming their backbone."),
     ] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: cut the model over the GPUs (FSDP2).")
+    ] = False,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change a key of the recipe; can be given several times."),
@@ -47,7 +50,8 @@ def upcycle(
 
     Their outputs are zero at first, so the model begins as what it is. The backbone is frozen
     unless --train-backbone says otherwise. Ctrl-C stops with a checkpoint; the same command goes
-    on. The result folds like any other: `mole reparameterize`.
+    on, on any number of GPUs, as with `mole train`. The result folds like any other:
+    `mole reparameterize`.
 
     Example: `mole upcycle HuggingFaceTB/SmolLM2-135M --data data/ --out out/ --layers every:2`
     """
@@ -65,4 +69,4 @@ def upcycle(
         learning_rate=backbone_lr,
         save=save,
     )
-    run_training(settled, data, out, json)
+    run_training(settled, data, out, json, shard=shard)

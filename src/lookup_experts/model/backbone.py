@@ -182,7 +182,8 @@ def save_experts(
 def _config_to_save(model: Any) -> Any:
     """The model's configuration, without a quantisation that its backbone's folder doesn't have."""
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    # FSDP's `fully_shard` puts its own name before that of the class.
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
     if hasattr(config, "quantization_config"):
         folder = find_folder(model.lookup_settings.backbone.name)
         stored = json.loads((folder / "config.json").read_text())

@@ -69,12 +69,20 @@ def shard_model(model: Any, device: torch.device) -> None:
     Args:
         model: a transformers model, which names the classes of its blocks.
         device: of this process; the processes' group exists already.
+
+    Raises:
+        UserError: the model names no classes of blocks that it has.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    blocks = set(model._no_split_modules or ())
-    for module in list(model.modules()):
-        if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh, shard_placement_fn=_placement(mesh.size()))
+    names = set(model._no_split_modules or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise UserError(
+            f"{type(model).__name__} doesn't name its blocks (_no_split_modules), so it can't be "
+            "sharded; train it without --shard."
+        )
+    for block in blocks:
+        fully_shard(block, mesh=mesh, shard_placement_fn=_placement(mesh.size()))
     fully_shard(model, mesh=mesh, shard_placement_fn=_placement(mesh.size()))
 
 
@@ -122,6 +130,27 @@ def write_sharded_model(model: Any, folder: Path, writes: bool) -> None:
                 held[name] = whole.cpu().contiguous()
         if writes:
             save_file(held, folder / file, metadata={"format": "pt"})
+
+
+def write_gathered_model(model: Any, folder: Path, writes: bool) -> None:
+    """A Hugging Face folder of a sharded model as its own `save_pretrained` writes it.
+
+    Args:
+        model: all processes call this together; each parameter is gathered in turn.
+        folder: to be created.
+        writes: whether this process is the one that writes; it holds the whole model, as each
+            does that has loaded one.
+    """
+    weights: dict[str, Tensor] = {}
+    gathered: dict[int, Tensor] = {}  # tied weights stay one tensor, which is written once
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in gathered:
+            value = tensor.detach()
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            gathered[id(tensor)] = whole.cpu().contiguous() if writes else whole.new_empty(0)
+        weights[name] = gathered[id(tensor)]
+    if writes:
+        model.save_pretrained(folder, state_dict=weights)
 
 
 def _by_size(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

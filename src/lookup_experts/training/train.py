@@ -46,13 +46,14 @@ from lookup_experts.training.order import MixedSequences
 from lookup_experts.training.progress import Display, make_display, without_transformers_bars
 from lookup_experts.training.recipe import Recipe, RecipeFile
 from lookup_experts.training.run_folder import RunFolder, write_text
-from lookup_experts.training.sharding import join_processes, take_over_from_launcher
+from lookup_experts.training.sharding import join_processes, shard_model, take_over_from_launcher
 from lookup_experts.training.sources import TrainingData, Vocabulary
 from lookup_experts.training.trainer import RecipeTrainer, is_main_process
 from lookup_experts.training.upcycling import (
     UpcycleRecipe,
     check_data,
     prepare_to_save,
+    refuse_sharding_quantised,
     upcycled_model,
 )
 
@@ -180,14 +181,23 @@ def _settled(recipe: RecipeFile, vocabulary: Vocabulary) -> RecipeFile:
 def _model_for(recipe: RecipeFile, vocabulary: Vocabulary, shard: bool) -> Any:
     """The model before training."""
     if isinstance(recipe, UpcycleRecipe):
-        if shard:
-            raise UserError("`mole upcycle` doesn't shard the model; each process holds a copy.")
-        model = upcycled_model(recipe)
+        model = _upcycled(recipe, shard)
     else:
         assert isinstance(recipe, Recipe)
         model = _model_from_scratch(recipe, vocabulary, shard)
     if recipe.training.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    return model
+
+
+def _upcycled(recipe: UpcycleRecipe, shard: bool) -> Any:
+    """A backbone with its experts; each process loads all of it before it is cut."""
+    if not shard:
+        return upcycled_model(recipe)
+    refuse_sharding_quantised(recipe)
+    device = join_processes()
+    model = upcycled_model(recipe)
+    shard_model(model, device)
     return model
 
 

@@ -25,7 +25,11 @@ from lookup_experts.training.history import perplexity
 from lookup_experts.training.order import MixedSequences
 from lookup_experts.training.recipe import RecipeFile
 from lookup_experts.training.run_folder import RunFolder
-from lookup_experts.training.sharding import is_sharded, write_sharded_model
+from lookup_experts.training.sharding import (
+    is_sharded,
+    write_gathered_model,
+    write_sharded_model,
+)
 
 
 def num_processes() -> int:
@@ -131,6 +135,7 @@ class RecipeTrainer(SharesExpertOutputs, Trainer):
         self._keep_checkpoints = recipe.training.keep_checkpoints
         self._sequences_per_step = recipe.training.sequences_per_step
         self._backbone_learning_rate = recipe.backbone_learning_rate
+        self._was_loaded = bool(getattr(model, "name_or_path", ""))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(train_dataset or self.train_dataset)
@@ -233,7 +238,8 @@ class RecipeTrainer(SharesExpertOutputs, Trainer):
     def save_trained_model(self, folder: Path) -> None:
         """Write what `from_pretrained` takes; all processes take part, the main one writes."""
         if is_sharded(self.model):
-            write_sharded_model(self.model, folder, writes=is_main_process())
+            write = write_gathered_model if self._was_loaded else write_sharded_model
+            write(self.model, folder, writes=is_main_process())
             return
         self.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)

@@ -203,6 +203,15 @@ def upcycled_model(recipe: UpcycleRecipe) -> Any:
     return model
 
 
+def refuse_sharding_quantised(recipe: UpcycleRecipe) -> None:
+    """FSDP cuts weights, not what a quantiser keeps beside them."""
+    if "quantization_config" in read_config(_folder(recipe)):
+        raise UserError(
+            f"{recipe.backbone.name} is quantised, and quantised models can't be sharded; train "
+            "it without --shard, each process with a copy."
+        )
+
+
 def _attach_experts(model: Any, recipe: UpcycleRecipe, experts: ExpertsRecipe) -> None:
     frozen = recipe.backbone.trained == "nothing"
     with torch.random.fork_rng(devices=[]):
