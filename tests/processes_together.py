@@ -1,9 +1,11 @@
 """Several processes on this machine that train together, as torchrun would start them."""
 
+import json
 import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,15 @@ class Group(list[Any]):
         return codes
 
 
-def start(recipe: RecipeFile, data: Any, out: Path, number: int, **options: Any) -> Group:
-    """Processes that are under way."""
+def start(
+    recipe: RecipeFile,
+    data: Any,
+    out: Path,
+    number: int,
+    told: dict[str, str] | None = None,
+    **options: Any,
+) -> Group:
+    """Processes that are under way; `told`: what else a launcher tells by the environment."""
     started = Group()
     for rank in range(number):
         environment = {
@@ -52,6 +61,7 @@ def start(recipe: RecipeFile, data: Any, out: Path, number: int, **options: Any)
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": started.store.port,
             "TORCHELASTIC_USE_AGENT_STORE": True,
+            **(told or {}),
         }
         arguments = (recipe, data, out, environment, options)
         process = processes.Process(target=_train, args=arguments)
@@ -82,6 +92,23 @@ def launch(*command: object) -> subprocess.CompletedProcess[str]:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def told_by_accelerate(configuration: Path, folder: Path) -> dict[str, str]:
+    """What `accelerate launch` with this configuration tells its processes.
+
+    Seconds faster than to have them train: they needn't import anything.
+    """
+    script = folder / "tell.py"
+    script.write_text("import json, os\nprint(os.environ['RANK'], json.dumps(dict(os.environ)))\n")
+    options = ("--num_processes", 2, "--main_process_port", 0)  # any port that is free
+    accelerate = (sys.executable, "-m", "accelerate.commands.launch")
+    done = launch(*accelerate, "--config_file", configuration, *options, script)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = [json.loads(line[2:]) for line in done.stdout.splitlines()]
+    assert [environment["WORLD_SIZE"] for environment in told] == ["2", "2"]
+    names = ("ACCELERATE_", "FSDP_")
+    return {name: value for name, value in told[0].items() if name.startswith(names)}
 
 
 def _train(

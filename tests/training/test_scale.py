@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model
-from tiny_runs import make_data, tiny_recipe
+from tiny_runs import make_data, make_text, tiny_recipe
 
 import lookup_experts as le
 from lookup_experts.errors import UserError
@@ -23,10 +23,11 @@ from lookup_experts.training import sharding
 from lookup_experts.training.checkpoints import last_checkpoint
 from lookup_experts.training.models import build_model, build_without_weights
 from lookup_experts.training.recipe import load_recipe
+from lookup_experts.training.sources import TrainingData
 from lookup_experts.training.train import train
 from lookup_experts.training.upcycling import UpcycleRecipe, for_backbone
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGURATIONS = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 EXPERTS = {"num_experts": 3}
 # On a busy machine, where several processes share a core, they take their time.
 pytestmark = pytest.mark.timeout(400)
@@ -68,34 +69,26 @@ def assert_same_run(out: Path, expected: Path, tolerance: float = 1e-5) -> None:
     assert (out / "config.json").read_text() == (expected / "config.json").read_text()
 
 
-TORCHRUN = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2"]
-ACCELERATE = [
-    *(sys.executable, "-m", "accelerate.commands.launch"),
-    *("--num_processes", "2", "--main_process_port", "0"),  # any that is free
-]
-
-
-def with_configuration(name: str) -> list[object]:
-    return [*ACCELERATE, "--config_file", REPOSITORY / "recipes/accelerate" / name]
-
-
-@pytest.mark.parametrize(
-    ("launcher", "shards"),
-    [(TORCHRUN, False), (with_configuration("fsdp2.yaml"), True)],
-    ids=["torchrun", "accelerate"],
-)
-def test_two_processes_train_what_one_does(
-    data: Path, alone: Path, tmp_path: Path, launcher: list[object], shards: bool
-) -> None:
-    """As the documentation starts them: a launcher, and `mole train`."""
+def test_torchrun_trains_what_one_process_does(data: Path, alone: Path, tmp_path: Path) -> None:
+    """The command of the documentation."""
     (tmp_path / "recipe.yaml").write_text(RECIPE.to_yaml())
     out = tmp_path / "out"
-    command = ["-m", "lookup_experts.cli", "train", tmp_path / "recipe.yaml"]
-    done = processes_together.launch(*launcher, *command, "--data", data, "--out", out, "--json")
+    done = processes_together.launch(
+        *(Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2"),
+        *("-m", "lookup_experts.cli", "train", tmp_path / "recipe.yaml"),
+        *("--data", data, "--out", out, "--json"),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) == json.loads((out / "summary.json").read_text())
-    # The index is what only shards write.
-    assert (out / "model.safetensors.index.json").exists() == shards
+    assert_same_run(out, alone)
+
+
+def test_a_configuration_for_accelerate_shards(data: Path, alone: Path, tmp_path: Path) -> None:
+    """As the launcher tells it to two processes."""
+    told = processes_together.told_by_accelerate(CONFIGURATIONS / "fsdp2.yaml", tmp_path)
+    out = tmp_path / "out"
+    processes_together.run(RECIPE, data, out, 2, told=told)
+    assert (out / "model.safetensors.index.json").exists()  # which only shards write
     assert_same_run(out, alone)
 
 
@@ -118,7 +111,7 @@ def wait_for_line(out: Path, step: int, started: list[Any]) -> None:
     """Until the history tells of a step."""
     history = out / "history.jsonl"
     while not (history.exists() and f'"step": {step},' in history.read_text()):
-        assert any(process.is_alive() for process in started)
+        assert all(process.is_alive() for process in started)
         time.sleep(0.005)
 
 
@@ -126,11 +119,11 @@ def test_a_killed_process_ends_the_others_and_any_number_goes_on(
     data: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     """From shards of two to shards of three, to copies of two, and to one."""
-    recipe = tiny_recipe(EXPERTS, sequences_per_step=12, steps=24, log_every=1)
+    recipe = tiny_recipe(EXPERTS, sequences_per_step=12, steps=14, log_every=1, checkpoint_every=3)
     train(recipe, data, tmp_path / "alone", progress=False)
     killed = tmp_path / "killed"
     started = processes_together.start(recipe, data, killed, 2, shard=True)
-    wait_for_line(killed, 5, started)
+    wait_for_line(killed, 4, started)
     os.kill(started[1].pid, signal.SIGKILL)
     assert started.wait(30) == [1, -signal.SIGKILL]
     last = last_checkpoint(killed / "checkpoints")
@@ -147,14 +140,18 @@ def test_a_killed_process_ends_the_others_and_any_number_goes_on(
         assert_same_run(out, tmp_path / "alone", tolerance=1e-4)
 
 
-def test_a_run_of_one_process_goes_on_in_shards(data: Path, alone: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_run_of_one_process_on_a_stream_goes_on_in_shards(data: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": make_text(n, 60)}) + "\n" for n in range(30)))
+    mixture = TrainingData([f"{data}=0.6", f"stream:{rows}=0.4"])
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    train(RECIPE, mixture, alone, progress=False)
     shutil.copytree(alone, out)
     (out / "summary.json").unlink()
     for name in ("model.safetensors", "config.json"):
         (out / name).unlink()
     shutil.rmtree(out / "checkpoints/checkpoint-6")
-    processes_together.run(RECIPE, data, out, 2, shard=True)
+    processes_together.run(RECIPE, mixture, out, 2, shard=True)
     assert_same_run(out, alone)
 
 
@@ -173,7 +170,7 @@ def backbone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 UPCYCLE = [
-    *(f"training.{key}" for key in ("context_length=16", "steps=4", "sequences_per_step=4")),
+    *(f"training.{key}" for key in ("context_length=16", "steps=3", "sequences_per_step=4")),
     *(f"training.{key}" for key in ("sequences_per_micro_batch=2", "learning_rate=1e-2")),
     *(f"training.{key}" for key in ("log_every=1", "checkpoint_every=2", "precision=bf16")),
 ]
@@ -191,14 +188,11 @@ def upcycled(data: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactor
 def test_copies_upcycle_as_one_process_does(
     data: Path, backbone: Path, upcycled: Path, tmp_path: Path
 ) -> None:
-    """By accelerate's launcher, with our other configuration."""
-    settings = [part for setting in UPCYCLE for part in ("--set", setting)]
-    done = processes_together.launch(
-        *with_configuration("ddp.yaml"),
-        *("-m", "lookup_experts.cli", "upcycle", backbone, "--data", data),
-        *("--out", tmp_path / "out", *settings),
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    """With the other configuration for accelerate."""
+    recipe = for_backbone(load_recipe("upcycle", UPCYCLE, kind=UpcycleRecipe), str(backbone))
+    told = processes_together.told_by_accelerate(CONFIGURATIONS / "ddp.yaml", tmp_path)
+    processes_together.run(recipe, data, tmp_path / "out", 2, told=told)
+    assert (tmp_path / "out/model.safetensors").exists()  # which shards don't write
     assert_same_run(tmp_path / "out", upcycled, tolerance=1e-3)
 
 

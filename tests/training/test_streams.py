@@ -64,6 +64,15 @@ def test_a_stream_gives_the_tokens_that_prepare_writes_and_then_begins_again(
     assert np.array_equal(found, np.tile(expected, 2)[: count * CONTEXT])
 
 
+def test_fewer_rows_than_are_read_at_once(
+    rows: Path, tokenizer_folder: Path, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "BATCH_ROWS", 1000)
+    count = 2 * len(expected) // CONTEXT
+    found = tokens_of(open_stream(rows, tokenizer_folder), range(count))
+    assert np.array_equal(found, np.tile(expected, 2)[: count * CONTEXT])
+
+
 def test_parquet_gives_the_same(
     rows: Path, tokenizer_folder: Path, expected: np.ndarray, tmp_path: Path
 ) -> None:

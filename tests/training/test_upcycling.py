@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import logits_of, tiny_model, token_ids
-from tiny_runs import CONTEXT, make_data, tiny_recipe
+from tiny_runs import CONTEXT, make_data, make_text, tiny_recipe
 
 import lookup_experts as le
 from lookup_experts import cli
@@ -174,6 +174,20 @@ def test_without_experts_the_backbone_is_trained_further(
     before = json.loads((dense / "summary.json").read_text())
     assert summary.validation_loss is not None
     assert summary.validation_loss < before["validation_loss"]
+
+
+def test_a_mixture_with_a_stream_is_cut_by_the_tokenizer_of_the_model(
+    data: Path, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"t": make_text(n, 60)}) + "\n" for n in range(9)))
+    where = ["--data", f"{data}=0.5", "--data", f"stream:{rows}=0.5", "--text-field", "t"]
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    out = tmp_path / "out"
+    code, _, errors = run_command(capsys, "upcycle", dense, *where, "--out", out, *settings)
+    assert code == 0, errors
+    given = [source["tokenizer"] for source in json.loads((out / "data.json").read_text()).values()]
+    assert given == [json.loads((data / "manifest.json").read_text())["tokenizer"]["hash"]] * 2
 
 
 def test_saved_as_experts_it_is_the_same_model(

@@ -14,7 +14,11 @@ def upcycle(
         str, typer.Argument(help="A folder with a causal LM, or its name on the hub.")
     ],
     data: Annotated[
-        Path, typer.Option(help="A folder of `mole prepare`, made with the model's tokenizer.")
+        list[str],
+        typer.Option(
+            help="As for `mole train`: a folder of `mole prepare`, made with the model's "
+            "tokenizer, or a `stream:`, which the model's tokenizer cuts; several with shares."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The folder of the run and of the trained model.")],
     recipe: Annotated[
@@ -37,6 +41,9 @@ def upcycle(
         str | None,
         typer.Option(help="full: a complete model. experts: they alone, naming their backbone."),
     ] = None,
+    text_field: Annotated[
+        str, typer.Option(help="The field of a stream's rows with text.")
+    ] = "text",
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: cut the model over the GPUs (FSDP2).")
     ] = False,
@@ -57,6 +64,7 @@ def upcycle(
     """
     from lookup_experts.commands.train import run_training
     from lookup_experts.training.recipe import load_recipe
+    from lookup_experts.training.sources import STREAM, TrainingData
     from lookup_experts.training.upcycling import UpcycleRecipe, for_backbone
 
     console.quiet_transformers()
@@ -69,4 +77,5 @@ def upcycle(
         learning_rate=backbone_lr,
         save=save,
     )
-    run_training(settled, data, out, json, shard=shard)
+    tokenizer = model if any(name.startswith(STREAM) for name in data) else None
+    run_training(settled, TrainingData(data, tokenizer, text_field), out, json, shard=shard)

@@ -60,7 +60,10 @@ class RowStream:
                     break
                 self._row_number += 1
                 place = f"data set {self.name}, row {self._row_number}"
-                found.append(text_of_row(row, self._text_field, place))
+                text = text_of_row(row, self._text_field, place)
+                if text.strip():
+                    found.append(text)
+                    self._has_text = True
         except UserError:
             raise
         # A lost connection, a damaged file: each kind has its own classes.
@@ -69,8 +72,6 @@ class RowStream:
                 f"The data set {self.name} can't be read further: {first_line(error)} "
                 "Run the same command again to go on at the last checkpoint."
             ) from error
-        found = [text for text in found if text.strip()]
-        self._has_text = self._has_text or bool(found)
         return found
 
     def state(self) -> State:
