@@ -195,6 +195,26 @@ def test_a_template_may_refuse_a_conversation(make_client):
     assert "only users here" in error["message"]
 
 
+def test_a_template_that_fails_refuses_a_conversation(make_client):
+    client = make_client(chat_template="{{ messages[0]['content'] + 1 }}")
+    error = error_of(client.post(CHAT, json={"messages": [{"role": "user", "content": "x"}]}), 400)
+    assert "template refuses" in error["message"]
+
+
+def test_of_several_templates_the_default_one_counts(tokenizer):
+    from copy import deepcopy
+
+    from lookup_experts.serving.prompts import Prompter
+    from lookup_experts.serving.protocol import Message
+
+    several = deepcopy(tokenizer)
+    several.chat_template = {"default": "{{ messages[0]['content'] }}", "tool_use": "tools"}
+    prompter = Prompter(tiny_model("llama"), several, None)
+    messages = [Message(role="user", content="the fox")]
+    assert prompter.encode_chat(messages) == tokenizer("the fox")["input_ids"]
+    assert Prompter(tiny_model("llama"), several, "a fox").encode_chat(messages)
+
+
 def test_chat_goes_on_to_the_end_of_the_context(make_client):
     client = make_client(chat_template=PLAIN_TEMPLATE)
     body = {"messages": [{"role": "user", "content": "fox"}], "temperature": 0}
@@ -291,6 +311,38 @@ def test_bodies_that_are_too_large_or_too_slow(refusing, monkeypatch):
     assert "1 MiB" in error["message"]
     parts = (b"a" * 2**18 for _ in range(8))  # chunked: no length is stated
     assert error_of(refusing.post(COMPLETIONS, content=parts), 413)["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        (COMPLETIONS, {"prompt": [1.5] * 10_000}, "must be a string"),
+        (COMPLETIONS, {"prompt": [[1.5]] * 10_000}, "must be a string"),
+        (COMPLETIONS, {"prompt": "a", "stop": [1] * 10_000}, "up to 16"),
+        (COMPLETIONS, {"prompt": "a", **{f"a{place}": 1 for place in range(10_000)}}, "10001"),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 2}}, "not supported"),
+        (CHAT, {"messages": [{}] * 10_000}, "must be a list of messages"),
+    ],
+)
+def test_many_errors_cost_no_more_than_one(refusing, monkeypatch, path, body, words):
+    from lookup_experts.serving import app
+
+    numbers = []
+    sentence_of = app.sentence_of
+    monkeypatch.setattr(
+        app, "sentence_of", lambda errors: numbers.append(len(errors)) or sentence_of(errors)
+    )
+    assert words in error_of(refusing.post(path, json=body), 400)["message"]
+    assert numbers[0] < 10
+
+
+def test_too_many_sequences_are_refused_before_any_work(refusing, monkeypatch):
+    monkeypatch.setattr(refusing.service.prompter, "encode", lambda prompt: 1 / 0)
+    monkeypatch.setattr(refusing.service.prompter, "encode_chat", lambda messages: 1 / 0)
+    error = error_of(refusing.post(COMPLETIONS, json={"prompt": ["a"] * 7, "n": 64}), 400)
+    assert "448 sequences" in error["message"] and "at most 12" in error["message"]
+    body = {"messages": [{"role": "user", "content": "x"}], "n": 13}
+    assert "at most 12" in error_of(refusing.post(CHAT, json=body), 400)["message"]
 
 
 def test_a_body_that_does_not_come(monkeypatch):

@@ -61,16 +61,8 @@ class Call:
         """Hand everything to the engine.
 
         Raises:
-            ApiError: there is no place to wait, ever or now.
+            ApiError: there is no place to wait now.
         """
-        limits = self._engine.limits
-        most = limits.max_batch + limits.max_queue
-        if len(self._sequences) > most:
-            raise ApiError(
-                400,
-                f"The request asks for {len(self._sequences)} sequences (prompts x n); this server "
-                f"takes at most {most} at once. Send several requests.",
-            )
         try:
             self._engine.submit(self._sequences)
         except QueueFullError as error:

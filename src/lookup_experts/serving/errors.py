@@ -89,7 +89,7 @@ def sentence_of(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if error["type"] == "json_invalid":
         reason = error.get("ctx", {}).get("error", "")
         return ApiError(400, f"The body is not valid JSON: {reason}.".replace("..", "."))
-    if error["type"] == "missing" and field is not None:
+    if error["type"] == "missing" and len(place) == 1:
         return ApiError(400, f"The field {field!r} is missing.", field)
     if error["type"] == "extra_forbidden" and len(place) == 1:
         close = get_close_matches(str(field), _FIELDS, n=1)

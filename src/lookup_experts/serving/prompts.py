@@ -31,7 +31,7 @@ class Prompter:
         self._tokenizer = deepcopy(tokenizer)
         self._decoder = tokenizer
         self._lock = threading.Lock()
-        self._template = chat_template or tokenizer.chat_template
+        self._template = chat_template or _own_template(tokenizer)
         self.vocab_size = vocab_size_of(model)
         self.context = context_of(model, tokenizer)
 
@@ -58,8 +58,6 @@ class Prompter:
                 "messages",
                 "no_chat_template",
             )
-        from jinja2.exceptions import TemplateError
-
         conversation = [message.to_template() for message in messages]
         for message in conversation:
             refuse_half_characters(message["content"], "messages")
@@ -72,7 +70,7 @@ class Prompter:
                     tokenize=True,
                     return_dict=False,
                 )
-        except TemplateError as error:
+        except _template_errors() as error:
             raise ApiError(
                 400, f"The chat template refuses these messages: {error}.", "messages"
             ) from error
@@ -110,6 +108,19 @@ class Prompter:
     def text(self, ids: Sequence[int]) -> str:
         """Token ids as text."""
         return self._decoder.decode(list(ids), clean_up_tokenization_spaces=False)
+
+
+def _own_template(tokenizer: Any) -> str | None:
+    """A tokenizer's chat template: the default one, where it has several with names."""
+    own = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """What a template may raise: it is a program, and not of this server."""
+    from jinja2.exceptions import TemplateError
+
+    return (TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
 
 
 def refuse_half_characters(text: str, param: str) -> None:
@@ -158,7 +169,7 @@ def read_chat_template(given: str | None) -> str | None:
 
 def check_chat_template(tokenizer: Any, template: str | None) -> None:
     """Raise a `UserError` for a template that can't be read as one."""
-    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+    from jinja2.exceptions import TemplateSyntaxError
 
     if template is None:
         return
@@ -168,5 +179,5 @@ def check_chat_template(tokenizer: Any, template: str | None) -> None:
         )
     except TemplateSyntaxError as error:
         raise UserError(f"The chat template, line {error.lineno}: {error.message}.") from error
-    except TemplateError:
+    except _template_errors():
         pass  # it may refuse this conversation and take others

@@ -12,20 +12,31 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MOST_STOPS = 16
 MOST_CHOICES = 64
 MOST_LOG_PROBABILITIES = 20
+MOST_FIELDS = 64
+"""Of one object; more than any has."""
 
+# Lists are given up at their first wrong entry: an error for each of a million takes gigabytes.
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-Stop = StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)]
+Stop = StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS, fail_fast=True)]
 Prompt = (
     str
-    | Annotated[list[str], Field(min_length=1)]
-    | Annotated[list[TokenId], Field(min_length=1)]
-    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+    | TokenIds
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 )
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_crowds(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MOST_FIELDS:
+            raise ValueError(f"An object of {len(data)} fields is none that this server knows")
+        return data
 
 
 class StreamOptions(_Body):
@@ -50,7 +61,7 @@ class GenerationBody(_Body):
     user: str | None = Field(None, description="Taken, and not used.")
     presence_penalty: float | None = Field(None, description="Only 0 is supported.")
     frequency_penalty: float | None = Field(None, description="Only 0 is supported.")
-    logit_bias: dict[str, float] | None = Field(None, description="Only {} is supported.")
+    logit_bias: dict[str, Any] | None = Field(None, description="Only {} is supported.")
     lookup_details: bool = Field(
         False, description="Each streamed token tells what the experts did (an extension)."
     )
@@ -114,7 +125,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)]
 
     def to_template(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -132,7 +143,7 @@ class ResponseFormat(_Body):
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = False

@@ -85,12 +85,23 @@ class Service:
                 "model_not_found",
             )
 
+    def _check_number(self, sequences: int) -> None:
+        """Raise an `ApiError` for more than can ever wait, before any work is done for them."""
+        most = self.options.limits.max_batch + self.options.limits.max_queue
+        if sequences > most:
+            raise ApiError(
+                400,
+                f"The request asks for {sequences} sequences (prompts x n); this server takes at "
+                f"most {most} at once. Send several requests.",
+            )
+
     def completion(self, body: CompletionBody) -> Call:
         """The sequences that a completion asks for, not yet submitted."""
         self.check_model(body.model)
         wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         if wanted == 0 and not body.echo:
             raise ApiError(400, "max_tokens can be 0 only with echo.", "max_tokens")
+        self._check_number(len(body.prompts()) * (body.n or 1))
         requests: list[GenerationRequest] = []
         choices: list[Choice] = []
         for prompt in body.prompts():
@@ -110,6 +121,7 @@ class Service:
     def chat(self, body: ChatBody) -> Call:
         """The sequences that a chat completion asks for, not yet submitted."""
         self.check_model(body.model)
+        self._check_number(body.n or 1)
         ids = self.prompter.encode_chat(body.messages)
         room = self.prompter.room_for(ids, body.most_tokens())
         top = (body.top_logprobs or 0) if body.logprobs else None
