@@ -137,7 +137,7 @@ def test_every_way_runs_on_a_gpu(tmp_path):
             found = runner.step(ids)
         assert found.seconds > 0 and runner.memory() > 0
         if system.name in PEERS:
-            assert 0 < found.counts.experts_used
+            assert found.counts.experts_used > 0
         assert "host_copy_bytes" not in built.facts  # it isn't in the GPU's memory
 
 

@@ -1,5 +1,6 @@
 """`mole eval`."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -78,6 +79,9 @@ def eval(  # noqa: A001
     summaries = evaluate_folders(folders, request, tokenizer, loading)
     results = [summary.to_dict() for summary in summaries]
     if json:
-        console.json_result(make_report("eval", results))
+        report = make_report("eval", results)
+        if request.tasks:  # its version decides what the tasks are
+            report["machine"]["versions"]["lm-eval"] = version("lm-eval")
+        console.json_result(report)
     else:
         console.result(format_summaries(results))
