@@ -47,6 +47,18 @@ def test_commit_of_a_checkout_says_whether_files_were_changed(checkout):
     assert checkout_commit(checkout / "file.py") == f"{head}+"
 
 
+def test_what_was_changed_beside_the_package_does_not_count(checkout):
+    for folder in ("package", "docs"):
+        (checkout / folder).mkdir()
+        (checkout / folder / "file").write_text("1")
+        git(checkout, "add", folder)
+    git(checkout, "commit", "--quiet", "-m", "two")
+    (checkout / "docs" / "file").write_text("2")
+    head = git(checkout, "rev-parse", "HEAD")[:12]
+    assert checkout_commit(checkout / "package" / "file") == head
+    assert checkout_commit(checkout / "docs" / "file") == f"{head}+"
+
+
 def test_a_file_that_lies_in_a_checkout_of_something_else_has_no_commit(checkout):
     (checkout / "installed.py").write_text("")
     assert checkout_commit(checkout / "installed.py") is None

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+import lookup_experts
+
 PROGRAMS = ("torch", "transformers", "lookup-experts")
 
 
@@ -30,7 +32,8 @@ class Machine:
     system: str
     versions: dict[str, str]
     commit: str | None
-    """Of this project's checkout, with `+` where files were changed since; None outside of one."""
+    """Of this project's checkout, with `+` where the package was changed since; None outside of
+    one."""
     date: str
     """ISO 8601, UTC."""
 
@@ -52,7 +55,7 @@ def describe_machine() -> Machine:
             "python": platform.python_version(),
             **{name: version(name) for name in PROGRAMS},
         },
-        commit=checkout_commit(Path(__file__)),
+        commit=checkout_commit(Path(lookup_experts.__file__)),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -67,14 +70,18 @@ def _cpu_model() -> str:
 
 
 def checkout_commit(file: Path) -> str | None:
-    """The commit of the git checkout that `file` belongs to; None if it belongs to none."""
+    """The commit of the git checkout that `file` belongs to; None if it belongs to none.
+
+    With `+` where what lies in or below the folder of `file` was changed since: texts and results
+    elsewhere make no other program.
+    """
     # A package installed below somebody else's checkout lies in it without being part of it.
     if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
         return None
     commit = _git(file.parent, "rev-parse", "--short=12", "HEAD")
     if commit is None:
         return None
-    changed = _git(file.parent, "status", "--porcelain", "--untracked-files=no")
+    changed = _git(file.parent, "status", "--porcelain", "--untracked-files=no", "--", ".")
     return f"{commit}+" if changed else commit
 
 
