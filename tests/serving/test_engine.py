@@ -215,6 +215,24 @@ def test_what_was_read_is_told_of_each_token(table_folder):
     assert (detail.cache_hit, detail.bytes_read) == (None, 0)
 
 
+def test_a_batch_reads_each_distinct_record_once(table_folder):
+    loaded = le.load(table_folder, store="direct")
+    request = GenerationRequest(prompts_of(9)[0], 12)
+
+    def reads(bench, number):
+        before = loaded.expert_source.stats()
+        bench.run(*[request] * number)
+        after = loaded.expert_source.stats()
+        names = ("batches", "ids_asked", "ids_unique", "bytes_read")
+        return [getattr(after, name) - getattr(before, name) for name in names]
+
+    with Bench(loaded) as bench:
+        alone, together = reads(bench, 1), reads(bench, 6)
+    batches, asked, unique, num_bytes = alone
+    assert num_bytes > 0
+    assert together == [batches, 6 * asked, unique, num_bytes]
+
+
 def test_details_of_a_dense_model_have_no_weights():
     with Bench(tiny_model("llama")) as bench:
         detail = bench.run(GenerationRequest([3, 4], 1, lookup_details=True))[0].tokens[0].lookup
