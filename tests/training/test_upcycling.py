@@ -335,14 +335,29 @@ def test_choices_that_only_go_together(dense: Path) -> None:
     assert (chosen.backbone.trained, chosen.save) == ("ffn", "full")
 
 
-def test_a_quantised_backbone_is_not_saved(dense: Path, tmp_path: Path) -> None:
-    model = copied(dense, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
+def said_to_be_quantised(folder: Path) -> Path:
+    config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (model / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_quantised_backbone_is_not_saved(dense: Path, tmp_path: Path) -> None:
+    model = said_to_be_quantised(copied(dense, tmp_path / "model"))
     with pytest.raises(UserError, match="quantised, so its experts are saved without it"):
         for_backbone(recipe(), str(model))
     assert for_backbone(recipe(), str(model), save="experts").save == "experts"
+
+
+def test_the_package_of_a_quantised_backbone_is_missing(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.quantizers import quantizer_bnb_4bit
+
+    monkeypatch.setattr(quantizer_bnb_4bit, "is_bitsandbytes_available", lambda: False)
+    model = said_to_be_quantised(copied(dense, tmp_path / "model"))
+    with pytest.raises(UserError, match=r"can't be loaded.*pip install.*bitsandbytes"):
+        upcycled_model(for_backbone(recipe(), str(model), save="experts"))
 
 
 def test_recipes_of_the_other_command(

@@ -155,7 +155,8 @@ def _load_huggingface(
             ignore_mismatched_sizes=True,  # so that they are in the report
             **options,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    # An import fails where the weights need a package of their own, as quantised ones do.
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} can't be loaded as a causal LM: {_first_line(error)}") from error
