@@ -41,3 +41,38 @@ def set_scheme(browser: Any, scheme: str) -> None:
     """`light` or `dark`, as the visitor's system would say."""
     feature = {"name": "prefers-color-scheme", "value": scheme}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+
+_FAINT = """
+const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 });
+const context = canvas.getContext("2d", { willReadFrequently: true });
+function painted(colours) {
+  for (const colour of ["white", ...colours]) {
+    context.fillStyle = colour;
+    context.fillRect(0, 0, 1, 1);
+  }
+  const linear = [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map((value) =>
+    value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+}
+function behind(element) {
+  if (!element) return [];
+  return [...behind(element.parentElement), getComputedStyle(element).backgroundColor];
+}
+const faint = [];
+for (const element of document.body.querySelectorAll("*")) {
+  const own = [...element.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE);
+  const text = (own.map((node) => node.data).join("") || element.value || "").trim();
+  if (!text || element.disabled || !element.getClientRects().length) continue;
+  const ground = behind(element);
+  const lights = [painted(ground), painted([...ground, getComputedStyle(element).color])];
+  const ratio = (Math.max(...lights) + 0.05) / (Math.min(...lights) + 0.05);
+  if (ratio < 4.5) faint.push([text, ratio]);
+}
+return faint;
+"""
+
+
+def faint_texts(browser: Any) -> list[Any]:
+    """Visible texts with less contrast than 4.5:1 (WCAG 2, AA), each with its contrast."""
+    return browser.execute_script(_FAINT)

@@ -77,7 +77,7 @@ function setRunning(controller) {
   element("stop").disabled = controller === null;
 }
 
-/** Stream one answer into a turn; an interrupted one keeps what had come. */
+/** Stream one answer into a turn; an interrupted one keeps what had come. Gives whether any had. */
 async function generate(turn, route, body) {
   const controller = new AbortController();
   setRunning(controller);
@@ -96,12 +96,17 @@ async function generate(turn, route, body) {
     end = "Stopped";
     if (!controller.signal.aborted) {
       element("error").textContent = sentence(error);
-      if (error.status === 401) askForKey();
+      if (error.status === 401) {
+        askForKey();
+        element("key").focus();
+      }
     }
   }
   const seconds = (performance.now() - startedAt) / 1000;
-  element("status").textContent = `${end}: ${turn.count} tokens in ${seconds.toFixed(1)} s`;
+  const counted = `${end}: ${turn.count} tokens in ${seconds.toFixed(1)} s`;
+  element("status").textContent = turn.isShown ? counted : "";
   setRunning(null);
+  return turn.count > 0;
 }
 
 async function send(event) {
@@ -110,14 +115,18 @@ async function send(event) {
   const prompt = element("prompt").value;
   const isChat = element("mode").value === "chat";
   const turn = new Turn(prompt, isChat);
-  if (!isChat) {
-    await generate(turn, "completions", { ...settings(), prompt });
-    return;
-  }
   const asked = [...messages, { role: "user", content: prompt }];
-  element("prompt").value = "";
-  await generate(turn, "chat/completions", { ...settings(), messages: asked });
-  if (turn.count > 0) messages = [...asked, { role: "assistant", content: turn.text }];
+  if (isChat) element("prompt").value = "";
+  const hasCome = isChat
+    ? await generate(turn, "chat/completions", { ...settings(), messages: asked })
+    : await generate(turn, "completions", { ...settings(), prompt });
+  if (!turn.isShown) return; // cleared away, and a conversation with it
+  if (!hasCome) {
+    turn.remove();
+    element("prompt").value ||= prompt; // to be sent again
+  } else if (isChat) {
+    messages = [...asked, { role: "assistant", content: turn.text }];
+  }
 }
 
 element("composer").addEventListener("submit", send);

@@ -71,11 +71,26 @@ function paint(weights) {
       const target = rows[place].cells[expert + 1];
       const shade = Math.sqrt(weight);
       target.style.setProperty("--weight", shade.toFixed(3));
-      target.classList.toggle("middle", shade > 0.6);
-      target.classList.toggle("high", shade > 0.66);
+      target.classList.toggle("middle", shade > 0.59); // beyond, black is the better ink in the dark
+      target.classList.toggle("high", shade > 0.67); // beyond, white is in the light
       target.textContent = weight.toFixed(2);
     });
   });
+}
+
+/** Show no token, as before the first. */
+export function forget() {
+  element("detail-token").textContent = "No token yet";
+  element("detail-token").title = "";
+  element("detail-token").classList.remove("code");
+  element("detail-pin").textContent = "";
+  for (const id of ["detail-record", "detail-bytes", "detail-time"]) element(id).textContent = "–";
+  element("detail-input").textContent = "\u00a0";
+  for (const target of document.querySelectorAll("#heat td")) {
+    target.style.removeProperty("--weight");
+    target.classList.remove("middle", "high");
+    target.textContent = "";
+  }
 }
 
 function recordOf(lookup) {

@@ -1,6 +1,6 @@
 // The text, token by token: focus moves between tokens, one of them can be pinned.
 
-import { show } from "./details.js";
+import { forget, show } from "./details.js";
 
 const box = document.getElementById("transcript");
 const NEAR_END = 40; // pixels from the end within which the text is followed
@@ -29,6 +29,7 @@ export class Turn {
 
   /** A token with its piece of text; the piece of half a character is empty. */
   add(text, lookup) {
+    if (!this.isShown) return; // cleared away while it came
     const follows = box.scrollHeight - box.scrollTop - box.clientHeight < NEAR_END;
     const token = document.createElement("span");
     token.className = "token";
@@ -53,6 +54,17 @@ export class Turn {
     this.text += text;
     this.element.append(text);
   }
+
+  /** Whether it is on the page: not cleared away, nor removed. */
+  get isShown() {
+    return this.element.isConnected;
+  }
+
+  /** Take back a turn that nothing came of. */
+  remove() {
+    this.element.remove();
+    document.getElementById("hint").hidden = box.querySelector(".turn") !== null;
+  }
 }
 
 /** Back to an empty page. */
@@ -60,6 +72,7 @@ export function clear() {
   for (const turn of box.querySelectorAll(".turn")) turn.remove();
   document.getElementById("hint").hidden = false;
   pinned = entry = null;
+  forget();
 }
 
 function leadTo(token) {
