@@ -8,7 +8,7 @@ from result_rows import result_rows
 from typer.testing import CliRunner
 
 from lookup_experts import cli
-from lookup_experts.benchmarks import speed
+from lookup_experts.benchmarks import allocation, speed
 from lookup_experts.errors import UserError
 from lookup_experts.model import baselines
 
@@ -28,6 +28,12 @@ def ids(tmp_path):
     path = tmp_path / "ids.npy"
     np.save(path, np.random.default_rng(0).zipf(1.3, 20_000) % 5000)
     return path
+
+
+@pytest.fixture(autouse=True)
+def other_tests_keep_their_allocator(monkeypatch):
+    """These commands run in this process, where other tests measure memory."""
+    monkeypatch.setattr(allocation, "keep_freed_memory", lambda: None)
 
 
 def bench(tmp_path, what: str, *arguments: object) -> dict:

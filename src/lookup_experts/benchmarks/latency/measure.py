@@ -5,6 +5,7 @@ result. A slow system stops after `LONGEST` seconds of steps, so that it doesn't
 """
 
 import multiprocessing
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -185,13 +186,14 @@ def _measure_batch(
 ) -> None:
     """Prompts and then steps of all systems; tokens [B, prompt + rounds]."""
     batch, length = tokens.shape
+    order = random.Random(0)
     for worker in workers:
         with worker.or_failed():
             worker.taken[batch] = Taken(worker.ask("prompt", tokens[:, :prompt]))
     active = [worker for worker in workers if worker.failed is None]
     for number in range(length - prompt):
-        first = number % max(1, len(active))
-        for worker in active[first:] + active[:first]:
+        # In any order: always after the same one, a system would pay for what that leaves behind.
+        for worker in order.sample(active, len(active)):
             with worker.or_failed():
                 _step(worker, worker.taken[batch], number, tokens[:, prompt:])
             time.sleep(BREATH)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lookup_experts.benchmarks.allocation import keep_freed_memory
 from lookup_experts.benchmarks.latency.models import Built, Plan, build
 from lookup_experts.benchmarks.latency.systems import Counts, System
 from lookup_experts.benchmarks.residency import proportional_set_size
@@ -45,6 +46,7 @@ def serve(connection: Any, system: System, plan: Plan, sizes: dict[str, int]) ->
     from lookup_experts.model.baselines import SHAPES
 
     SHAPES[plan.shape] = sizes
+    keep_freed_memory()
     runner: Runner | None = None
     while True:
         try:

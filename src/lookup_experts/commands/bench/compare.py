@@ -26,6 +26,7 @@ def compare(
     graphs: bool = False,
 ) -> None:
     """Dense and MoLE side by side for each size; `graphs` decodes by CUDA graphs."""
+    from lookup_experts.benchmarks.allocation import keep_freed_memory
     from lookup_experts.benchmarks.models import Case, dense_model, random_table, table_model
     from lookup_experts.benchmarks.speed import CONTEXT, SEQUENCE_STEPS, TextWindows
     from lookup_experts.errors import UserError
@@ -33,6 +34,7 @@ def compare(
     from lookup_experts.units import parse_bytes
 
     check_device(device)
+    keep_freed_memory()
     if graphs and not device.startswith("cuda"):
         raise UserError(f"CUDA graphs need a GPU; give --device cuda instead of {device}.")
     case = Case(shape, experts, encoding, dtype_of(dtype))
