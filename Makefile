@@ -8,12 +8,16 @@ TEST_ARGS ?=
 # Where no NVIDIA GPU is found torch is held to the version tested on CPU.
 CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 
-.PHONY: demo test lint results clean
+.PHONY: demo test test-all lint results clean
 
 demo: $(VENV)/installed
 	$(BIN)/mole demo $(DEMO_ARGS)
 
 test: $(VENV)/installed $(VENV)/browser
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(TEST_ARGS)
+
+# With those that start many processes, some minutes more.
+test-all: $(VENV)/installed $(VENV)/browser
 	$(BIN)/python -m pytest -n auto --dist loadfile $(TEST_ARGS)
 
 lint: $(VENV)/installed

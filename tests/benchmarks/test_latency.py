@@ -52,6 +52,7 @@ def be_without_memory(*arguments):
     serve(*arguments)
 
 
+@pytest.mark.slow
 def test_processes_take_turns_and_go_on_when_others_fail(tmp_path, ids, monkeypatch):
     monkeypatch.setattr(bandwidth, "LARGE_READ", 2**16)
     targets = {"dense": serve, "moe-6e-disk": serve, "moe-5e": be_killed,

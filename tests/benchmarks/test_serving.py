@@ -31,6 +31,7 @@ def bench(tmp_path, *arguments: object) -> list[dict]:
     return json.loads(out.read_text())["results"]
 
 
+@pytest.mark.slow
 def test_both_systems_and_a_soak(tmp_path):
     plot = tmp_path / "plot.png"
     results = bench(tmp_path, "--streams", "1,3", "--rounds", 1, "--plot", plot)

@@ -69,6 +69,7 @@ def assert_same_run(out: Path, expected: Path, tolerance: float = 1e-5) -> None:
     assert (out / "config.json").read_text() == (expected / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_torchrun_trains_what_one_process_does(data: Path, alone: Path, tmp_path: Path) -> None:
     """The command of the documentation."""
     (tmp_path / "recipe.yaml").write_text(RECIPE.to_yaml())
@@ -83,6 +84,7 @@ def test_torchrun_trains_what_one_process_does(data: Path, alone: Path, tmp_path
     assert_same_run(out, alone)
 
 
+@pytest.mark.slow
 def test_a_configuration_for_accelerate_shards(data: Path, alone: Path, tmp_path: Path) -> None:
     """As the launcher tells it to two processes."""
     told = processes_together.told_by_accelerate(CONFIGURATIONS / "fsdp2.yaml", tmp_path)

@@ -90,6 +90,7 @@ def bench(data, base, work, *arguments):
     return done, out
 
 
+@pytest.mark.slow
 def test_runs_are_trained_once_and_added_up_over_the_seeds(data, base, tmp_path):
     plot = tmp_path / "curves.png"
     arguments = ("dense", "moe-4e", "mole-2e", "--seeds", "0,1", "--plot", str(plot))
