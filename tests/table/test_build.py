@@ -199,6 +199,13 @@ def test_a_build_that_was_killed_before_its_journal_was_written_goes_on(begun, e
     assert begun.contents() == expected
 
 
+def test_a_manifest_that_a_killed_build_left_half_written_is_removed(begun, expected):
+    begun.run_until(80)
+    (begun.folder / ".table.json-abcdefgh").write_text('{"for')
+    begun.run()
+    assert begun.contents() == expected
+
+
 @pytest.mark.parametrize("shard", [0, 1])
 @pytest.mark.parametrize("place", ["first", "last", "checksum"])
 def test_a_damaged_record_is_written_again_when_the_build_goes_on(begun, expected, shard, place):

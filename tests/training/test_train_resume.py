@@ -118,6 +118,7 @@ def test_killed_while_it_writes_a_checkpoint(
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert last_checkpoint(out / "checkpoints") is not None
+    (out / "recipe.yaml.1.tmp").write_text("mo")  # as another kill leaves it
     run_to_the_end(LONG, data, out)
     assert_same_run(out, uninterrupted)
 

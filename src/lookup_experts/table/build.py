@@ -33,6 +33,7 @@ from lookup_experts.model.fingerprint import embedding_hash, fingerprint
 from lookup_experts.table.encoding import Encoding
 from lookup_experts.table.format import (
     MANIFEST_NAME,
+    UNFINISHED_MANIFEST,
     Progress,
     RecordLayout,
     ShardInfo,
@@ -205,6 +206,8 @@ def build_table(
     """
     folder.mkdir(parents=True, exist_ok=True)
     finished = _resume(folder, plan)
+    for leftover in folder.glob(f"{UNFINISHED_MANIFEST}*"):  # of a process that was killed
+        leftover.unlink()
     _require_space(folder, plan.manifest)
     with full_disk_as_user_error(folder):
         chunks = _unwritten_chunks(folder, plan, finished)

@@ -62,6 +62,8 @@ from lookup_experts.table.encoding import Encoding, get_encoding
 FORMAT = "lookup-experts table"
 VERSION = 1
 MANIFEST_NAME = "table.json"
+UNFINISHED_MANIFEST = ".table.json-"
+"""How the name of a manifest begins that is being written; a killed process leaves one."""
 
 BLOCK = 4096
 """Bytes. What direct I/O asks offsets, lengths and addresses to be multiples of, on any disk."""
@@ -349,7 +351,9 @@ def write_manifest(folder: Path | str, manifest: TableManifest) -> None:
     folder = Path(folder)
     text = manifest.to_json()
     TableManifest.from_json(text)
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".table.json-", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=folder, prefix=UNFINISHED_MANIFEST, delete=False
+    ) as file:
         temporary = Path(file.name)
         try:
             file.write(text)

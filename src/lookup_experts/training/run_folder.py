@@ -71,6 +71,8 @@ class RunFolder:
 
     def begin(self, recipe: RecipeFile, data: dict[str, Any]) -> None:
         """Say what the folder is for, and remove what a killed run left half written."""
+        for leftover in self.path.glob("*.tmp"):
+            leftover.unlink()
         write_text(self.recipe, recipe.to_yaml())
         write_text(self.data, json.dumps(data, indent=1) + "\n")
         clear_unfinished(self.checkpoints)
