@@ -1,6 +1,7 @@
 """The tables of the README and of docs/results.md are those of the committed JSON files."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from result_rows import result_rows
 from lookup_experts.errors import UserError
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+ABSOLUTE_PATH = re.compile(r"""(?:^|[\s"'=:(,])/\w""")
 REPORTS = sorted((DOCS / "results").glob("*.json"))
 
 
@@ -49,8 +51,7 @@ def test_another_figure_gives_another_page(render_results, tmp_path):
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.name)
 def test_a_committed_file_says_how_it_was_made_and_names_no_place(path, render_results):
     text = path.read_text()
-    for place in ("/tmp/", "/home/", "/root/", "/work/"):
-        assert place not in text
+    assert not ABSOLUTE_PATH.search(text)
     line = render_results.provenance(path.name, json.loads(text))
     assert "torch" in line and "cores" in line and ("commit" in line or "version" in line)
 

@@ -1,6 +1,7 @@
 """The experts of one layer, some of them elsewhere, in place of `MoeExperts`."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -111,12 +112,10 @@ def offload_experts(
         UserError: unknown store, too little memory, or a budget too small for one expert.
     """
     check_belongs(table, model)
-    opened = open_store(table, store, notify=notify)
-    try:
+    with ExitStack() as opening:
+        opened = opening.enter_context(open_store(table, store, notify=notify))
         cache = ExpertCache(opened, len(model.moe_layers), budget_bytes, model.device)
-    except BaseException:
-        opened.close()
-        raise
+        opening.pop_all()  # the cache closes it from here on
     for layer, ffn in enumerate(model.moe_layers):
         ffn.experts = OffloadedExperts(layer, model.config.num_experts, cache)
     return cache
