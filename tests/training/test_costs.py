@@ -10,6 +10,7 @@ import torch
 from tiny_runs import tiny_recipe
 
 from lookup_experts import cli
+from lookup_experts.model.shared_outputs import shared_expert_outputs
 from lookup_experts.training.costs import (
     Costs,
     costs,
@@ -151,6 +152,62 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(
     recipe = replace(recipe, model=sizes)
     saved, ratio = saved_bytes(recipe, 512)
     assert kept_bytes(recipe, 512, ratio) == pytest.approx(saved, rel=0.35)
+
+
+def test_sharing_expert_outputs_trades_flops_for_memory() -> None:
+    batches = ("training.sequences_per_step=32", "training.sequences_per_micro_batch=8")
+    plain = of("mole-160m-16e", *batches)
+    shared = of("mole-160m-16e", *batches, "training.share_expert_outputs=true")
+    assert shared.tokens_per_unique_id == pytest.approx(
+        prose_tokens_per_unique_id(32 * 2048), rel=1e-3
+    )
+    assert shared.flops_per_token.training_experts < plain.flops_per_token.training_experts
+    assert shared.flops_per_token.training_backbone == plain.flops_per_token.training_backbone
+    assert list(shared.memory_per_gpu) == ["ddp"]  # not under FSDP
+    unique = 32 * 2048 / shared.tokens_per_unique_id - 8 * 2048 / plain.tokens_per_unique_id
+    outputs = 2 * 16 * 768 * 12 * unique  # of the step's further ids, in bfloat16
+    more = shared.memory_per_gpu["ddp"].activations - plain.memory_per_gpu["ddp"].activations
+    assert more > outputs
+    halved = of(
+        "mole-160m-16e", *batches, "training.share_expert_outputs=true", num_gpus=2
+    ).memory_per_gpu["ddp"]
+    assert halved.activations < shared.memory_per_gpu["ddp"].activations
+    # What the experts keep lies beside checkpoints too.
+    ways = (*batches, "training.gradient_checkpointing=true")
+    checkpointed = of("mole-160m-16e", *ways).memory_per_gpu["ddp"].activations
+    kept = of("mole-160m-16e", *ways, "training.share_expert_outputs=true").memory_per_gpu["ddp"]
+    assert kept.activations - checkpointed > outputs
+
+
+def test_the_estimate_with_shared_outputs_is_near_what_is_kept() -> None:
+    recipe = tiny_recipe({"num_experts": 3}, context_length=128, share_expert_outputs=True)
+    sizes = replace(recipe.model, hidden_size=64, ffn_size=256, num_layers=4)
+    recipe = replace(recipe, model=sizes)
+    model = build_model(recipe, 512).train()
+    shape = (recipe.training.sequences_per_step, 128)
+    batches = torch.randint(0, 512, shape).split(recipe.training.sequences_per_micro_batch)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        shared_expert_outputs(model, batches),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        loss = model(input_ids=batches[0], labels=batches[0], use_cache=False).loss
+        forward = sum(saved.values())
+        loss.backward()
+        for batch in batches[1:]:
+            model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+    unique = torch.cat(batches).unique().numel()
+    ratio = torch.cat(batches).numel() / unique
+    sums = 4 * unique * 4 * 3 * 64  # float32, per layer, expert and number
+    assert kept_bytes(recipe, 512, ratio) == pytest.approx(forward + sums, rel=0.35)
 
 
 # --- the command --------------------------------------------------------------------------------

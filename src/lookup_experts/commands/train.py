@@ -46,7 +46,7 @@ def train(
     tokens_per_id: Annotated[
         float | None,
         typer.Option(
-            help="With --dry-run: tokens per unique id in a micro batch.",
+            help="With --dry-run: tokens per unique id where the experts are evaluated.",
             show_default="that of English prose",
         ),
     ] = None,

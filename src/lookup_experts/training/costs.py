@@ -51,7 +51,7 @@ class Flops:
     """FLOPs per token."""
 
     training: float
-    """Forward and backward, the experts on the unique ids of a micro batch."""
+    """Forward and backward, the experts once per unique id."""
     training_backbone: float
     """Of these the backbone's, with routers and the weighted sum."""
     training_experts: float
@@ -87,7 +87,7 @@ class Costs:
     parameters: Parameters
     flops_per_token: Flops
     tokens_per_unique_id: float
-    """In a micro batch."""
+    """In a micro batch; in a process's part of a step where expert outputs are shared."""
     training_flops: float
     """Of the whole run."""
     table_bytes: dict[str, int]
@@ -96,7 +96,7 @@ class Costs:
     """Of the record that is read for a token, by encoding."""
     num_gpus: int
     memory_per_gpu: dict[str, Memory]
-    """`ddp`: each has a copy; `fsdp2`: each has a shard."""
+    """`ddp`: each has a copy; `fsdp2`: each has a shard, which rules out shared expert outputs."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -115,11 +115,12 @@ def costs(
         recipe: sizes and batches.
         vocab_size: rows of the embedding, where the recipe leaves that to the data.
         num_gpus: for the memory of each.
-        tokens_per_unique_id: in a micro batch; default: that of English prose.
+        tokens_per_unique_id: where the experts are evaluated, in a micro batch or with shared
+            expert outputs in a process's part of a step; default: that of English prose.
     """
     training = recipe.training
-    micro_batch = training.sequences_per_micro_batch * training.context_length
-    ratio = tokens_per_unique_id or prose_tokens_per_unique_id(micro_batch)
+    window = _evaluation_window(recipe, num_gpus)
+    ratio = tokens_per_unique_id or prose_tokens_per_unique_id(window)
     parameters = count(recipe.model, vocab_size)
     flops = _flops(recipe, vocab_size, ratio)
     tables = table_sizes(recipe.model, vocab_size)
@@ -133,9 +134,18 @@ def costs(
         num_gpus=num_gpus,
         memory_per_gpu={
             kind: _memory(recipe, vocab_size, parameters.total, ratio, num_gpus, kind)
-            for kind in ("ddp", "fsdp2")
+            for kind in (("ddp",) if training.share_expert_outputs else ("ddp", "fsdp2"))
         },
     )
+
+
+def _evaluation_window(recipe: Recipe, num_gpus: int) -> int:
+    """Tokens of whose unique ids a process evaluates the experts once."""
+    training = recipe.training
+    sequences = training.sequences_per_micro_batch
+    if training.share_expert_outputs:
+        sequences = max(sequences, training.sequences_per_step // num_gpus)
+    return sequences * training.context_length
 
 
 # ------------------------------------------------------------------------------- parameters
@@ -259,21 +269,24 @@ def _memory(
         gradients=held,
         optimizer=_OPTIMIZER_FLOATS * held,
         gathered=gathered,
-        activations=kept_bytes(recipe, vocab_size, ratio)
+        activations=kept_bytes(recipe, vocab_size, ratio, num_gpus)
         + _passing_bytes(recipe, vocab_size, ratio),
     )
 
 
-def kept_bytes(recipe: Recipe, vocab_size: int, ratio: float) -> int:
-    """An estimate of what autograd keeps of a micro batch for its backward pass.
+def kept_bytes(recipe: Recipe, vocab_size: int, ratio: float, num_gpus: int = 1) -> int:
+    """An estimate of what is kept of a micro batch for its backward pass.
 
-    Attention is taken to keep no scores (SDPA's kernels don't).
+    Attention is taken to keep no scores (SDPA's kernels don't). Shared expert outputs are kept
+    until the step's last backward pass.
     """
     model, training = recipe.model, recipe.training
     tokens = training.sequences_per_micro_batch * training.context_length
     kept = tokens * vocab_size * _FLOAT32  # the logits' softmax
     if training.precision == "bf16":  # autocast's copies of what is outside of the blocks
         kept += 2 * model.hidden_size * vocab_size
+    if training.share_expert_outputs:
+        kept += int(_shared_bytes(recipe, ratio, num_gpus))
     if training.gradient_checkpointing:
         return kept + model.num_layers * tokens * model.hidden_size * _FLOAT32
     return kept + int(model.num_layers * _block_bytes(recipe, vocab_size, ratio))
@@ -305,7 +318,19 @@ def _block_bytes(recipe: Recipe, vocab_size: int, ratio: float) -> float:
         outside = 2 * vocab_size * model.hidden_size
         copies = 2 * (count(model, vocab_size).total - outside) / model.num_layers
     per_token = tokens * _token_bytes(model, width)
-    return copies + per_token + _expert_bytes(model, tokens, ratio, width)
+    unique = 0.0 if training.share_expert_outputs else tokens / ratio
+    return copies + per_token + _expert_bytes(model, tokens, unique, width)
+
+
+def _shared_bytes(recipe: Recipe, ratio: float, num_gpus: int) -> float:
+    """What all layers' experts keep of a step's unique ids, and the sums of their gradients."""
+    model = recipe.model
+    if model.experts is None:
+        return 0.0
+    unique = _evaluation_window(recipe, num_gpus) / ratio
+    sums = _FLOAT32 * unique * model.experts.num_experts * model.hidden_size
+    kept = model.num_layers * _expert_bytes(model, 0, unique, _product_bytes(recipe))
+    return kept + _expert_layers(model) * sums
 
 
 def _token_bytes(model: ModelRecipe, width: int) -> float:
@@ -320,7 +345,7 @@ def _token_bytes(model: ModelRecipe, width: int) -> float:
     return norms + attention + ffn
 
 
-def _expert_bytes(model: ModelRecipe, tokens: int, ratio: float, width: int) -> float:
+def _expert_bytes(model: ModelRecipe, tokens: int, unique: float, width: int) -> float:
     """Of one block: what its lookup experts keep, per unique id, and the index of the sum."""
     if model.experts is None:
         return 0.0
@@ -329,4 +354,4 @@ def _expert_bytes(model: ModelRecipe, tokens: int, ratio: float, width: int) -> 
     hidden = experts.size or model.ffn_size
     per_id = width * experts.num_experts * (matrices * hidden + model.hidden_size)
     share = _expert_layers(model) / model.num_layers
-    return share * (tokens / ratio * per_id + tokens * experts.num_experts * (8 + 4 + width))
+    return share * (unique * per_id + tokens * experts.num_experts * (8 + 4 + width))
