@@ -54,5 +54,6 @@ def test_both_systems_and_a_soak(tmp_path):
     (soak,) = bench(tmp_path, "--streams", "2", "--soak", 0.02)
     assert soak["lost"] == 0 and soak["requests"] >= 2
     assert 0 <= soak["resident_bytes_change"] < 0.5
+    assert soak["resident_bytes_over_time"][-1][1] == soak["resident_bytes_at_end"]
     (row,) = result_rows("soak", [soak])
     assert (row["streams"], row["lost"]) == ("2", "0") and row["resident"].endswith(" MB")

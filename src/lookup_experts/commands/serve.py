@@ -52,6 +52,7 @@ def serve(
     if timeout <= 0:
         raise UserError(f"--timeout is {timeout}; it must be above 0 seconds.")
 
+    from lookup_experts.allocation import keep_freed_memory
     from lookup_experts.generation.loading import load, load_tokenizer
 
     try:
@@ -72,6 +73,7 @@ def serve(
     loaded_tokenizer = load_tokenizer(tokenizer or folder)
     check_chat_template(loaded_tokenizer, template)
     listening = open_socket(host, port)  # before the model is loaded, which may take long
+    keep_freed_memory()  # prompts of all lengths come: their tensors' pages are not taken anew
     model = load(
         folder,
         store=store,

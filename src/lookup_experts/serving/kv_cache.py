@@ -21,8 +21,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from lookup_experts.errors import UserError
 
-SLACK = 256
-"""Columns that a batch may move on before it is moved back to the left edge."""
+SLACK = (64, 256)
+"""The least and the most columns that a batch may move on before it is moved back to the left edge;
+between them half of what its longest row takes, so that memory follows what is needed."""
 PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 """Cache layers that are nothing but keys and values of past tokens."""
 
@@ -169,7 +170,7 @@ class BatchCache(Cache):
         """Before a step: see to it that there is a column for its tokens."""
         if self.frame.end >= self._limit:
             self._move_to(self.frame.width)
-            self._limit = self.frame.width + SLACK
+            self._limit = _with_slack(self.frame.width)
             self._reserve(len(self), self._limit)
 
     def advance(self) -> None:
@@ -196,9 +197,9 @@ class BatchCache(Cache):
         """Make place for a row of this length, left of the end column."""
         frame = self.frame
         if not frame.lengths:
-            frame.end, self._limit = length, length + SLACK
+            frame.end, self._limit = length, _with_slack(length)
         elif frame.end < length:
-            self._limit = max(self._limit, length + SLACK)
+            self._limit = max(self._limit, _with_slack(length))
             self._reserve(len(self), self._limit)
             self._move_to(length)
 
@@ -215,9 +216,15 @@ class BatchCache(Cache):
             return
         if rows > self._rows:
             self._rows = 1 << (rows - 1).bit_length()  # the next power of two
-        self._columns = max(self._columns, -(-columns // SLACK) * SLACK)
+        self._columns = max(self._columns, -(-columns // SLACK[0]) * SLACK[0])
         for layer in self.layers:
             layer.grow(self._rows, self._columns)
+
+
+def _with_slack(width: int) -> int:
+    """Columns for rows of this width, and for the steps until they are moved back."""
+    least, most = SLACK
+    return width + min(most, max(least, width // 2))
 
 
 def check_can_batch(model: Any) -> None:

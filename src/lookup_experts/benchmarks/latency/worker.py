@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lookup_experts.benchmarks.allocation import keep_freed_memory
+from lookup_experts.allocation import keep_freed_memory
 from lookup_experts.benchmarks.latency.models import Built, Plan, build
 from lookup_experts.benchmarks.latency.systems import Counts, System
 from lookup_experts.benchmarks.residency import proportional_set_size

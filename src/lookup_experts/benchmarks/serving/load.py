@@ -69,8 +69,19 @@ class Client:
     async def load_once(self, streams: int) -> Load:
         """So many requests at once, until all have ended."""
         started_at = time.perf_counter()
-        done = await asyncio.gather(*(self._request() for _ in range(streams)))
+        done = await asyncio.gather(*(self._next_request() for _ in range(streams)))
         return Load(list(done), time.perf_counter() - started_at)
+
+    async def send_all_prompts(self, streams: int, progress: Callable[[int, int], None]) -> None:
+        """Each prompt once, so many at a time, for a single token."""
+        prompts = iter(enumerate(self._prompts))
+
+        async def work() -> None:
+            for number, prompt in prompts:
+                progress(number, len(self._prompts))
+                await self._request(prompt, 1)
+
+        await asyncio.gather(*(work() for _ in range(streams)))
 
     async def soak(
         self, streams: int, seconds: float, progress: Callable[[int, int], None]
@@ -84,7 +95,7 @@ class Client:
 
         async def work() -> None:
             while elapsed() < seconds:
-                load.streams.append(await self._request())
+                load.streams.append(await self._next_request())
 
         async def watch() -> None:
             while elapsed() < seconds:
@@ -101,16 +112,19 @@ class Client:
         told: Any = await self._client.get("/stats", cast_to=object)
         return int(told["resident_bytes"])
 
-    async def _request(self) -> Stream:
+    async def _next_request(self) -> Stream:
         prompt = self._prompts[self._next % len(self._prompts)]
         self._next += 1
+        return await self._request(prompt, self._tokens)
+
+    async def _request(self, prompt: list[int], tokens: int) -> Stream:
         stream = Stream(time.perf_counter())
         ended = False
         try:
             chunks = await self._client.completions.create(
                 model=self._model,
                 prompt=prompt,
-                max_tokens=self._tokens,
+                max_tokens=tokens,
                 temperature=0,
                 stream=True,
             )
@@ -122,5 +136,5 @@ class Client:
         except Exception as error:  # of the client, or of what it is built on: the request is lost
             stream.error = f"{type(error).__name__}: {error}"
             return stream
-        stream.complete = ended and len(stream.token_times) == self._tokens
+        stream.complete = ended and len(stream.token_times) == tokens
         return stream

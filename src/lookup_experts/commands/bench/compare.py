@@ -26,7 +26,7 @@ def compare(
     graphs: bool = False,
 ) -> None:
     """Dense and MoLE side by side for each size; `graphs` decodes by CUDA graphs."""
-    from lookup_experts.benchmarks.allocation import keep_freed_memory
+    from lookup_experts.allocation import keep_freed_memory
     from lookup_experts.benchmarks.models import Case, dense_model, random_table, table_model
     from lookup_experts.benchmarks.speed import CONTEXT, SEQUENCE_STEPS, TextWindows
     from lookup_experts.errors import UserError

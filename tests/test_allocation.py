@@ -9,7 +9,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import numpy as np
-from lookup_experts.benchmarks.allocation import keep_freed_memory
+from lookup_experts.allocation import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
