@@ -32,8 +32,9 @@ def _add_up_system(runs: Sequence[TrainedRun]) -> dict[str, Any]:
         "tokens": summaries[0].tokens,
         "validation_loss": statistics.mean(losses),
         "validation_losses": losses,
-        "training_seconds": statistics.mean(seconds),
-        "tokens_per_second": statistics.mean(s.tokens_per_second for s in summaries),
+        # Medians: a run that was interrupted counts the pause.
+        "training_seconds": statistics.median(seconds),
+        "tokens_per_second": statistics.median(s.tokens_per_second for s in summaries),
         "parameters": summaries[0].to_dict()["parameters"],
         "curve": _mean_curve(trained),
     }
