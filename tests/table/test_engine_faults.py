@@ -394,6 +394,30 @@ def zero_table(folder: Path, shape: TableShape):
     return open_table(folder)
 
 
+TAKEN = """
+import sys
+from pathlib import Path
+import torch
+from reading import open_reader_by, resident_bytes
+from lookup_experts.table.format import open_table
+
+table = open_table(Path(sys.argv[1]))
+ids = torch.arange(table.layout.shape.vocab_size).unbind()
+with open_reader_by(sys.argv[2], table, cache_bytes=table.layout.table_bytes) as reader:
+    begun = resident_bytes()
+    reader.take_cache_memory()
+    taken = resident_bytes()
+    with torch.inference_mode():
+        for id_ in ids:
+            reader.rows(id_.view(1, 1)).mix(0, torch.ones(1, 4).half())
+        reader.take_cache_memory()  # with records in it nothing happens
+        first_read = reader.stats().bytes_read
+        for id_ in ids:
+            reader.rows(id_.view(1, 1)).mix(0, torch.ones(1, 4).half())
+        assert reader.stats().bytes_read == first_read == table.layout.table_bytes
+    print(taken - begun, resident_bytes() - taken)
+"""
+
 MEASURE = """
 import json, sys
 from pathlib import Path
@@ -449,6 +473,16 @@ def test_memory_stays_as_asked(tmp_path, run_python):
     assert 0.98 * budget < cached < 1.05 * budget + 2 * stride
     mixed = 2000 * 1024 * (4 + 2)  # a layer's sums in float32, and rounded
     assert prompt < 2 * GROUP_BYTES + 2 * mixed + SLACK
+
+
+def test_a_server_takes_the_memory_of_its_cache_at_once(tmp_path, run_python):
+    table = zero_table(tmp_path, TableShape(600, 4, 4, 2048))
+    code, out, err = run_python(TAKEN, str(tmp_path), DIRECT[0])
+    assert code == 0, err
+    taken, later = map(int, out.split())
+    budget = table.layout.table_bytes
+    assert budget <= taken < 1.05 * budget + SLACK + SLOT_BATCH * table.layout.stride
+    assert later < SLACK
 
 
 def test_a_long_prompt_takes_two_buffers(tmp_path):

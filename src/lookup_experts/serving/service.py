@@ -70,6 +70,8 @@ class Service:
     def start(self) -> None:
         """Begin to work; events are heard on the running event loop."""
         self._loop = asyncio.get_running_loop()
+        if self._table is not None:
+            self._table.take_cache_memory()
         self.engine.start()
 
     # ------------------------------------------------------------------ requests

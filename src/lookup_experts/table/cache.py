@@ -5,6 +5,7 @@ is never copied. A slot is held while a batch uses it; when nobody holds it, its
 within the budget, and the least recently used goes first.
 """
 
+import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -195,3 +196,12 @@ class RowCache(SlotCache):
         super().__init__(num_slots, cached_slots)
         # Memory that was never touched takes none, so an empty cache costs nothing.
         self.memory: np.ndarray = aligned_buffer(num_slots * stride).reshape(num_slots, stride)
+
+    def take_memory(self) -> None:
+        """Take all of it from the kernel now, before the first record comes.
+
+        A process that runs for long then has the size it will have, or fails at once.
+        """
+        with self._lock:
+            if self.cached_slots and not self._held and not self._idle:
+                self.memory.reshape(-1)[:: mmap.PAGESIZE] = 0

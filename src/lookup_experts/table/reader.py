@@ -114,6 +114,14 @@ class TableExperts:
         """Budget of the row cache; 0 where the whole table is in the memory of the model."""
         return 0 if self._whole is not None and self._on_device is None else self._budget
 
+    def take_cache_memory(self) -> None:
+        """Take the budget of the row cache from the kernel now, not record by record.
+
+        On a device it is taken in any case.
+        """
+        if self._on_device is None:
+            self._cache.take_memory()
+
     @property
     def device(self) -> torch.device:
         """Where it gives rows."""
