@@ -12,18 +12,6 @@ from bench_tables import cache_budget
 from markdown_tables import Column, Result, markdown, results_of, table
 
 
-def losses(reports: Sequence[Result]) -> str:
-    """Validation losses of several runs, a column for each."""
-    runs = results_of(reports)
-    steps = zip(*(run["validation"] for run in runs), strict=True)
-    rows = (
-        [f"{found[0]['tokens'] / 1e6:.2f} M tokens"]
-        + [f"{each['validation_loss']:.3f}" for each in found]
-        for found in steps
-    )
-    return markdown(["after", *(run["system"] for run in runs)], rows)
-
-
 def upcycling(reports: Sequence[Result]) -> str:
     """A row for each way of training on."""
 
@@ -110,16 +98,19 @@ def _speed_title(found: Sequence[Result]) -> str:
     return f"decoding, batch {' / '.join(str(result['batch']) for result in found)}, {cached}"
 
 
-def readme_beside(reports: Sequence[Result]) -> str:
-    """Dense and MoLE beside each other: resident memory, and the last validation losses."""
-    memory_report, training_report = reports
-    held = [f"{result['resident_bytes'] / 1e6:.0f} MB" for result in results_of([memory_report])]
-    runs = results_of([training_report])
-    losses = [f"{run['validation'][-1]['validation_loss']:.2f}" for run in runs]
-    after = f"validation loss of a small model, {runs[0]['tokens'] / 1e6:.1f} M tokens"
+def readme_quality(reports: Sequence[Result]) -> str:
+    """Sizes and validation losses of `mole bench quality`, a column for each system."""
+    results = results_of(reports)
+    tokens = results[0]["tokens"] / 1e6
+    rows = {
+        "parameters per token": "{parameters[active]:,}",
+        "resident while generating": "{parameters[resident]:,}",
+        f"validation loss after {tokens:.1f} M tokens": "{validation_loss:.3f} "
+        "± {validation_loss_std:.3f}",
+    }
     return markdown(
-        ["", "dense", "MoLE, table on disk"],
-        [["resident memory, no row cache", *held], [after, *losses]],
+        ["", *(result["system"] for result in results)],
+        [[name, *(form.format(**result) for result in results)] for name, form in rows.items()],
     )
 
 
@@ -131,14 +122,13 @@ RENDERERS: dict[str, Callable[[Sequence[Result]], str]] = {
     "evaluation": evaluation,
     "latency": bench.latency,
     "latency-by-batch": bench.latency_by_batch,
-    "losses": losses,
     "memory": bench.memory,
     "prefill": bench.prefill,
     "prompt-memory": bench.prompt_memory,
     "quality": bench.quality,
     "quality-curves": bench.quality_curves,
     "read": bench.read,
-    "readme-beside": readme_beside,
+    "readme-quality": readme_quality,
     "readme-speed": readme_speed,
     "serve": bench.serve,
     "soak": bench.soak,

@@ -1,7 +1,7 @@
-"""Latency at equal memory: each system in its own process, one step of each in turn.
+"""Latency at equal memory: each system in its own process, a few steps of each in turn.
 
-A step of a system and the step of dense in the same round give one ratio; medians of those are the
-result. A slow system stops after `LONGEST` seconds of steps, so that it doesn't keep the others.
+A step of a system and the same step of dense in that round of turns give one ratio; medians of
+those are the result. A slow system stops after `LONGEST` seconds of steps, so that it doesn't keep the others.
 """
 
 import multiprocessing
@@ -25,12 +25,14 @@ from lookup_experts.errors import UserError
 from lookup_experts.model.baselines import SHAPES, paper_config
 from lookup_experts.table.format import Table, open_table
 
-WARM_UP_STEPS = 3
+STEPS_PER_TURN = 4
+"""Of which the first isn't counted: the processor's caches hold what another process left, as they
+don't where one model decodes step after step. Nor is the first turn."""
 FEWEST_STEPS = 5
 LONGEST = 6.0
 """Seconds of steps at one batch size after which a system has taken part long enough."""
 BREATH = 0.004
-"""Seconds between two steps, in which the threads of the last one go to sleep."""
+"""Seconds between two turns, in which the threads of the last one go to sleep."""
 
 Advance = Callable[[int, int], None]
 
@@ -45,7 +47,7 @@ class Taken:
 
     prompt: Pass
     steps: dict[int, Pass] = field(default_factory=dict)
-    """By round; without those that warmed up."""
+    """By number; without those that warmed up."""
     digests: list[str] = field(default_factory=list)
     """Of every step."""
     resident_bytes: int = 0
@@ -136,19 +138,21 @@ def measure_latency(
     Args:
         systems: dense first; their tables are there.
         prompt: tokens before the first decoding step.
-        steps: decoding steps of each system, or fewer if it is slow.
-        advance: called with (rounds done, rounds in all).
+        steps: decoding steps of each system that count, or up to two more to fill its turns, or
+            fewer if it is slow.
+        advance: called with (rounds of turns done, rounds in all).
         keep: called with (batch size, results) as soon as they are there.
 
     Raises:
         UserError: the sequences are longer than the model's context, or dense itself failed.
     """
     context = paper_config(plan.shape).max_position_embeddings
-    rounds = WARM_UP_STEPS + steps
-    if prompt + rounds > context:
+    rounds = 1 + -(-steps // (STEPS_PER_TURN - 1))
+    taken = rounds * STEPS_PER_TURN
+    if prompt + taken > context:
         raise UserError(
-            f"A prompt of {prompt} tokens and {rounds} steps (with {WARM_UP_STEPS} to warm up) are "
-            f"more than the model's context of {context}."
+            f"A prompt of {prompt} tokens and {taken} steps (for {steps} that count) are more than "
+            f"the model's context of {context}."
         )
     workers = [Worker(system, plan) for system in systems]
     try:
@@ -156,7 +160,7 @@ def measure_latency(
         for number, batch in enumerate(batches):
             _measure_batch(
                 [worker for worker in workers if worker.failed is None],
-                windows.take(batch, prompt + rounds).numpy(),
+                windows.take(batch, prompt + taken).numpy(),
                 prompt,
                 partial(_advance_from, advance, number * rounds, rounds * len(batches)),
             )
@@ -184,21 +188,21 @@ def _start(workers: Sequence[Worker]) -> None:
 def _measure_batch(
     workers: list[Worker], tokens: np.ndarray, prompt: int, advance: Callable[[int], None]
 ) -> None:
-    """Prompts and then steps of all systems; tokens [B, prompt + rounds]."""
+    """Prompts and then the turns of all systems; tokens [B, prompt + steps]."""
     batch, length = tokens.shape
     order = random.Random(0)
     for worker in workers:
         with worker.or_failed():
             worker.taken[batch] = Taken(worker.ask("prompt", tokens[:, :prompt]))
     active = [worker for worker in workers if worker.failed is None]
-    for number in range(length - prompt):
+    for turn in range((length - prompt) // STEPS_PER_TURN):
         # In any order: always after the same one, a system would pay for what that leaves behind.
         for worker in order.sample(active, len(active)):
             with worker.or_failed():
-                _step(worker, worker.taken[batch], number, tokens[:, prompt:])
+                _take_turn(worker, worker.taken[batch], turn, tokens[:, prompt:])
             time.sleep(BREATH)
         active = [worker for worker in active if _goes_on(worker, batch)]
-        advance(number + 1)
+        advance(turn + 1)
     for worker in workers:
         if worker.failed is None:
             with worker.or_failed():
@@ -206,11 +210,13 @@ def _measure_batch(
                 worker.ask("forget")
 
 
-def _step(worker: Worker, taken: Taken, number: int, columns: np.ndarray) -> None:
-    found: Pass = worker.ask("step", columns[:, number, None])
-    taken.digests.append(found.digest)
-    if number >= WARM_UP_STEPS:
-        taken.steps[number] = found
+def _take_turn(worker: Worker, taken: Taken, turn: int, columns: np.ndarray) -> None:
+    first = turn * STEPS_PER_TURN
+    for number in range(first, first + STEPS_PER_TURN):
+        found: Pass = worker.ask("step", columns[:, number, None])
+        taken.digests.append(found.digest)
+        if turn > 0 and number > first:
+            taken.steps[number] = found
 
 
 def _goes_on(worker: Worker, batch: int) -> bool:

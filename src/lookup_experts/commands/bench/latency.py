@@ -23,7 +23,7 @@ def latency(
     batch: bench_options.Counts = "1,8,32",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens before the first step.")] = 512,
     steps: Annotated[
-        int, typer.Option(min=1, help="Decoding steps; slow systems take fewer.")
+        int, typer.Option(min=1, help="Decoding steps that count; slow systems take fewer.")
     ] = 60,
     cache: Annotated[
         str,
