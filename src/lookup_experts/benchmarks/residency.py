@@ -1,7 +1,5 @@
 """Resident memory: what a process of its own holds after a prompt and some decoding."""
 
-import multiprocessing
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import numpy as np
 import torch
 
 from lookup_experts.benchmarks.models import Case, dense_model, table_model
+from lookup_experts.benchmarks.processes import in_fresh_process
 from lookup_experts.errors import UserError
 from lookup_experts.table.format import open_table
 from lookup_experts.table.reader import TableExperts
@@ -41,8 +40,8 @@ def measure_memory(
 ) -> list[MemoryResult]:
     """Run the dense model and the table model in fresh processes, one after the other."""
     sample = ids[: PROMPT_TOKENS + DECODING_STEPS * 64]
-    dense = _in_fresh_process(_resident_bytes, case, None, store, cache_bytes, sample)
-    mole = _in_fresh_process(_resident_bytes, case, table_folder, store, cache_bytes, sample)
+    dense = in_fresh_process("Resident memory", _resident_bytes, case, None, store, cache_bytes, sample)
+    mole = in_fresh_process("Resident memory", _resident_bytes, case, table_folder, store, cache_bytes, sample)
     return [
         MemoryResult("memory", "dense", dense, 0),
         MemoryResult("memory", "mole", mole, mole - dense, store, cache_bytes),
@@ -82,17 +81,11 @@ def measure_prompt_memory(
         what="memory",
         tokens=tokens,
         unique_ids=unique_ids,
-        peak_bytes=_in_fresh_process(_peak_of_prompt, case, table_folder, store, prompt),
+        peak_bytes=in_fresh_process("A prompt's memory", _peak_of_prompt, case, table_folder, store, prompt),
         rows_bytes=unique_ids * shape.num_layers * row_bytes,
         store=store,
         encoding=case.encoding,
     )
-
-
-def _in_fresh_process(measure: Callable[..., int], *arguments: Any) -> int:
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(measure, arguments)
 
 
 def _peak_of_prompt(case: Case, table_folder: Path, store: str, prompt: np.ndarray) -> int:

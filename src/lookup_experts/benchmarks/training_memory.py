@@ -1,12 +1,12 @@
 """Peak memory of a training step, in a process of its own."""
 
-import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lookup_experts.benchmarks.processes import in_fresh_process
 from lookup_experts.benchmarks.training import Key, Systems, TrainingCase
 
 
@@ -17,9 +17,13 @@ def peak_bytes(
 
     On a CPU the whole process counts, programs included, by the kernel's own high-water mark; on a
     GPU what torch allocated.
+
+    Raises:
+        UserError: there is not enough memory.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_of_a_step, (case, (system, num_experts), list(batches)))
+    experts = "" if num_experts is None else f", {num_experts} experts"
+    what = f"Peak memory of {system}{experts}, {sum(b[:, 1:].numel() for b in batches):,} tokens,"
+    return in_fresh_process(what, _peak_of_a_step, case, (system, num_experts), list(batches))
 
 
 def _peak_of_a_step(case: TrainingCase, key: Key, batches: list[Tensor]) -> int:

@@ -1,5 +1,6 @@
 """`mole bench train`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,27 +92,23 @@ def _steps(
 
     names = ("unique", "per_position") if accumulate == 1 else ("unique", "shared")
     keys = [("dense", None), *((name, count) for count in numbers for name in names)]
-    results = []
+    results: list[dict[str, Any]] = []
+    peaks: dict[Any, int] = {}
+    if peak:  # first, while this process holds little
+        measured = [(size, key) for size in sizes for key in keys]
+        with console.progress_bar("Peak memory") as advance:
+            for number, (size, key) in enumerate(measured):
+                rows = size // case.context
+                batches = [windows.take(rows, case.context + 1) for _ in range(accumulate)]
+                peaks[size, key] = peak_bytes(case, *key, batches)
+                advance(number + 1, len(measured))
     for size in sizes:
         systems = Systems(case, keys)
         with console.progress_bar(f"{accumulate} x {size} tokens") as advance:
             found = measure_training(systems, windows, size, rounds, accumulate, advance)
-        del systems  # a process beside it is to have the memory
-        for measured in found:
-            results.append(measured.to_dict())
+        for key, result in zip(keys, found, strict=True):
+            results.append(replace(result, peak_bytes=peaks.get((size, key))).to_dict())
             console.say(line(results[-1]))
-    if peak:
-        with console.progress_bar("Peak memory") as advance:
-            for number, result in enumerate(results):
-                batches = [
-                    windows.take(result["tokens"] // case.context, case.context + 1)
-                    for _ in range(accumulate)
-                ]
-                key = result["system"], result.get("num_experts")
-                result["peak_bytes"] = peak_bytes(case, *key, batches)
-                advance(number + 1, len(results))
-                told = ("system", "num_experts", "tokens", "peak_bytes")
-                console.say(line({name: result[name] for name in told if name in result}))
     return results
 
 
