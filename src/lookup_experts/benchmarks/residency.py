@@ -40,8 +40,12 @@ def measure_memory(
 ) -> list[MemoryResult]:
     """Run the dense model and the table model in fresh processes, one after the other."""
     sample = ids[: PROMPT_TOKENS + DECODING_STEPS * 64]
-    dense = in_fresh_process("Resident memory", _resident_bytes, case, None, store, cache_bytes, sample)
-    mole = in_fresh_process("Resident memory", _resident_bytes, case, table_folder, store, cache_bytes, sample)
+    dense = in_fresh_process(
+        "Resident memory", _resident_bytes, case, None, store, cache_bytes, sample
+    )
+    mole = in_fresh_process(
+        "Resident memory", _resident_bytes, case, table_folder, store, cache_bytes, sample
+    )
     return [
         MemoryResult("memory", "dense", dense, 0),
         MemoryResult("memory", "mole", mole, mole - dense, store, cache_bytes),
@@ -81,7 +85,9 @@ def measure_prompt_memory(
         what="memory",
         tokens=tokens,
         unique_ids=unique_ids,
-        peak_bytes=in_fresh_process("A prompt's memory", _peak_of_prompt, case, table_folder, store, prompt),
+        peak_bytes=in_fresh_process(
+            "A prompt's memory", _peak_of_prompt, case, table_folder, store, prompt
+        ),
         rows_bytes=unique_ids * shape.num_layers * row_bytes,
         store=store,
         encoding=case.encoding,

@@ -1,7 +1,8 @@
 """Latency at equal memory: each system in its own process, a few steps of each in turn.
 
 A step of a system and the same step of dense in that round of turns give one ratio; medians of
-those are the result. A slow system stops after `LONGEST` seconds of steps, so that it doesn't keep the others.
+those are the result. A slow system stops after `LONGEST` seconds of steps, so that it doesn't keep
+the others.
 """
 
 import multiprocessing

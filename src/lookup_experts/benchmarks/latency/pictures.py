@@ -90,14 +90,15 @@ def draw_memory(results: Sequence[dict[str, Any]], quality: dict[str, Any], path
             f"{', '.join(losses) or 'none'}."
         )
     figure, axes = _new_figure(7, 4.5)
-    labels: Counter[float] = Counter()
+    together, labels = Counter(loss for _, loss in points), Counter[float]()
     for result, loss in sorted(points, key=lambda point: -_megabytes(point[0])):
         place = (_megabytes(result), loss)
         axes.scatter(*place, s=70, color=_color(result["system"]), zorder=3)
-        # Systems of one model have one loss: their labels stand above each other.
+        # Systems of one model have one loss: their labels stand below each other.
+        height = 8 if together[loss] == 1 else -22 - 13 * labels[loss]
         axes.annotate(
             f"{result['system']}, {result['ms_per_step']:.0f} ms",
-            place, xytext=(8, 8 + 13 * labels[loss]), textcoords="offset points", fontsize=8,
+            place, xytext=(8, height), textcoords="offset points", fontsize=8,
             arrowprops={"arrowstyle": "-", "linewidth": 0.5, "relpos": (0, 0.3)},
         )  # fmt: skip
         labels[loss] += 1
