@@ -14,7 +14,8 @@ def keep_freed_memory() -> None:
     glibc gives large blocks back to the kernel and takes them anew, page fault by page fault,
     depending on what sizes were freed before. A GELU on a prompt then takes twice as long in one
     model as in another for no reason of its own, so what is to be compared must not leave it to
-    chance. Other C libraries are left as they are.
+    chance; and a server, whose prompts come again and again, takes the pages once. Other C
+    libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

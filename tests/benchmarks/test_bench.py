@@ -7,8 +7,8 @@ import pytest
 from result_rows import result_rows
 from typer.testing import CliRunner
 
-from lookup_experts import cli
-from lookup_experts.benchmarks import allocation, speed
+from lookup_experts import allocation, cli
+from lookup_experts.benchmarks import speed
 from lookup_experts.errors import UserError
 from lookup_experts.model import baselines
 

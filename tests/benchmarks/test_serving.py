@@ -24,7 +24,7 @@ def tiny_shape(monkeypatch):
 
 def bench(tmp_path, *arguments: object) -> list[dict]:
     ids, out = tmp_path / "ids.npy", tmp_path / "serve.json"
-    np.save(ids, np.random.default_rng(0).zipf(1.3, 2_000) % 5000)
+    np.save(ids, np.random.default_rng(0).zipf(1.3, 100) % 5000)
     common = (*SIZES, "--work", tmp_path / "work", "--ids", ids, "--json", out)
     done = CliRunner().invoke(cli.app, ["bench", "serve", *map(str, (*common, *arguments))])
     assert done.exit_code == 0, done.output

@@ -25,5 +25,5 @@ def in_fresh_process(what: str, measure: Callable[..., int], *arguments: Any) ->
         except BrokenProcessPool as error:
             raise UserError(
                 f"{what} can't be measured: its process was killed, as when memory runs out. "
-                "Measure a smaller case."
+                "Measure a smaller case, or leave this out."
             ) from error

@@ -327,8 +327,11 @@ def _shared_bytes(recipe: Recipe, ratio: float, num_gpus: int) -> float:
     model = recipe.model
     if model.experts is None:
         return 0.0
-    unique = _evaluation_window(recipe, num_gpus) / ratio
-    sums = _FLOAT32 * unique * model.experts.num_experts * model.hidden_size
+    training = recipe.training
+    window = _evaluation_window(recipe, num_gpus)
+    unique, sums = window / ratio, 0.0
+    if window > training.sequences_per_micro_batch * training.context_length:
+        sums = _FLOAT32 * unique * model.experts.num_experts * model.hidden_size
     kept = model.num_layers * _expert_bytes(model, 0, unique, _product_bytes(recipe))
     return kept + _expert_layers(model) * sums
 

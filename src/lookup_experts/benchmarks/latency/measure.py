@@ -30,6 +30,8 @@ STEPS_PER_TURN = 4
 """Of which the first isn't counted: the processor's caches hold what another process left, as they
 don't where one model decodes step after step. Nor is the first turn."""
 FEWEST_STEPS = 5
+DISK_PASSES = 3
+"""The fastest counts: a virtual disk is slowed down at times."""
 LONGEST = 6.0
 """Seconds of steps at one batch size after which a system has taken part long enough."""
 BREATH = 0.004
@@ -202,13 +204,21 @@ def _measure_batch(
             with worker.or_failed():
                 _take_turn(worker, worker.taken[batch], turn, tokens[:, prompt:])
             time.sleep(BREATH)
+        if turn == 1:  # of all after as many tokens: slow systems take fewer turns
+            _note_memory(active, batch)
         active = [worker for worker in active if _goes_on(worker, batch)]
         advance(turn + 1)
     for worker in workers:
         if worker.failed is None:
             with worker.or_failed():
-                worker.taken[batch].resident_bytes = worker.ask("memory")
                 worker.ask("forget")
+
+
+def _note_memory(workers: Sequence[Worker], batch: int) -> None:
+    for worker in workers:
+        if worker.failed is None:
+            with worker.or_failed():
+                worker.taken[batch].resident_bytes = worker.ask("memory")
 
 
 def _take_turn(worker: Worker, taken: Taken, turn: int, columns: np.ndarray) -> None:
@@ -259,7 +269,7 @@ def result_of(
     system = worker.system
     result: dict[str, Any] = {"what": "latency", "system": system.name, "batch": batch}
     taken = worker.taken.get(batch)
-    if taken is None or not taken.steps or (worker.failed and not taken.resident_bytes):
+    if taken is None or worker.failed:
         return {**result, "failed": worker.failed or "not measured"}
     baseline = dense.taken[batch]
     steps = list(taken.steps.values())
@@ -295,7 +305,8 @@ def result_of(
 
 def _disk_floor(result: dict[str, Any], table: Table) -> dict[str, float]:
     """What no prefetching can beat: the time that the disk takes to give so many bytes."""
-    speed = disk_bytes_per_second(table.path(table.shards[0]))
+    path = table.path(table.shards[0])
+    speed = max(disk_bytes_per_second(path) for _ in range(DISK_PASSES))
     return {
         "disk_bytes_per_second": speed,
         "disk_floor_ms": result["bytes_per_step"] / speed * 1e3,

@@ -73,13 +73,19 @@ class Client:
         return Load(list(done), time.perf_counter() - started_at)
 
     async def send_all_prompts(self, streams: int, progress: Callable[[int, int], None]) -> None:
-        """Each prompt once, so many at a time, for a single token."""
+        """Each prompt once, so many at a time, for a single token.
+
+        Raises:
+            UserError: one of them failed.
+        """
         prompts = iter(enumerate(self._prompts))
 
         async def work() -> None:
             for number, prompt in prompts:
                 progress(number, len(self._prompts))
-                await self._request(prompt, 1)
+                stream = await self._request(prompt, 1)
+                if stream.error:
+                    raise UserError(f"A request before the soak failed: {stream.error}")
 
         await asyncio.gather(*(work() for _ in range(streams)))
 

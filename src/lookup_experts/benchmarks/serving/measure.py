@@ -58,7 +58,7 @@ async def measure_soak(
 ) -> Result:
     """One system under steady load: requests lost, growth of memory, drift of latency.
 
-    It has seen every prompt before, so the row cache holds what it will hold.
+    It has seen every prompt before, so what the first requests of each kind take is there.
     """
     await client.send_all_prompts(streams, progress)
     load = await client.soak(streams, minutes * 60, progress)

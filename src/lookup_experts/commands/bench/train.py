@@ -102,8 +102,8 @@ def _steps(
                 batches = [windows.take(rows, case.context + 1) for _ in range(accumulate)]
                 peaks[size, key] = peak_bytes(case, *key, batches)
                 advance(number + 1, len(measured))
+    systems = Systems(case, keys)
     for size in sizes:
-        systems = Systems(case, keys)
         with console.progress_bar(f"{accumulate} x {size} tokens") as advance:
             found = measure_training(systems, windows, size, rounds, accumulate, advance)
         for key, result in zip(keys, found, strict=True):
