@@ -89,7 +89,8 @@ def test_a_long_prompt_goes_through_in_parts(model, monkeypatch):
 def test_a_batch_that_moves_back_to_the_left_edge_goes_on_as_before(model, monkeypatch):
     from lookup_experts.serving import kv_cache
 
-    monkeypatch.setattr(kv_cache, "SLACK", (4, 4))
+    monkeypatch.setattr(kv_cache, "LEAST_SLACK", 4)
+    monkeypatch.setattr(kv_cache, "MOST_SLACK", 4)
     prompts = prompts_of(9, 3, 16)
     with Bench(model, max_batch=4) as bench:
         done = bench.run(*(GenerationRequest(prompt, 30) for prompt in prompts))

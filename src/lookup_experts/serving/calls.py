@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -162,17 +163,16 @@ async def _unless_gone(work: Any, call: Call, request: Request) -> Any:
     """Await the work, but stop and cancel everything when the client disconnects."""
     working = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
-    try:
+    with ExitStack() as ending, ExitStack() as failing:
+        ending.callback(working.cancel)
+        ending.callback(gone.cancel)
+        failing.callback(call.cancel)
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientGoneError
-        return working.result()
-    except BaseException:
-        call.cancel()
-        raise
-    finally:
-        working.cancel()
-        gone.cancel()
+        result = working.result()
+        failing.pop_all()
+        return result
 
 
 async def _disconnected(request: Request) -> None:

@@ -21,9 +21,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from lookup_experts.errors import UserError
 
-SLACK = (64, 256)
-"""The least and the most columns that a batch may move on before it is moved back to the left edge;
-between them half of what its longest row takes, so that memory follows what is needed."""
+LEAST_SLACK, MOST_SLACK = 64, 256
+"""Columns that a batch may move on before it is moved back to the left edge: half of what its
+longest row takes, within these, so that memory follows what is needed."""
 PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 """Cache layers that are nothing but keys and values of past tokens."""
 
@@ -216,15 +216,14 @@ class BatchCache(Cache):
             return
         if rows > self._rows:
             self._rows = 1 << (rows - 1).bit_length()  # the next power of two
-        self._columns = max(self._columns, -(-columns // SLACK[0]) * SLACK[0])
+        self._columns = max(self._columns, -(-columns // LEAST_SLACK) * LEAST_SLACK)
         for layer in self.layers:
             layer.grow(self._rows, self._columns)
 
 
 def _with_slack(width: int) -> int:
     """Columns for rows of this width, and for the steps until they are moved back."""
-    least, most = SLACK
-    return width + min(most, max(least, width // 2))
+    return width + min(MOST_SLACK, max(LEAST_SLACK, width // 2))
 
 
 def check_can_batch(model: Any) -> None:

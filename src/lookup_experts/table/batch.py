@@ -107,7 +107,7 @@ class SlotBatch:
         """
         try:
             self._taken.arrival.wait()
-        except Exception:
+        except Exception:  # passed on; not Ctrl-C, after which the read goes on
             self._open = False
             self._cache.forget(self._taken)
             raise

@@ -14,6 +14,7 @@ were they one tensor for all batches, rows that somebody still holds would turn 
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from typing import Any
 from weakref import finalize
 
@@ -216,15 +217,14 @@ class DeviceReader:
         if taken is None:
             return None
         batch = SlotBatch(self._transfers, self._cache, taken)
-        try:
+        with ExitStack() as failing:
+            failing.callback(batch.abandon)
             self._count(len(index), len(unique_ids), batch.missing_ids)
             batch.begin()
             rows = self._rows_of_batch(batch, index, shape)
             if ready:
                 rows.wait()
-        except BaseException:
-            batch.abandon()
-            raise
+            failing.pop_all()
         finalize(rows, self._dropped.append, (batch, self._lane.model_queue())).atexit = False
         return rows
 

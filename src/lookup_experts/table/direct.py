@@ -105,11 +105,10 @@ class RingRead:
         base, stride = memory.ctypes.data, memory.shape[1]
         addresses = [base + slot * stride for slot in slots.tolist()]
         self._ring: Ring | None = store.take_ring()
-        try:
+        with ExitStack() as failing:
+            failing.callback(store.give_ring_back, self._ring)
             self._ring.start(fds, offsets, addresses, stride)
-        except BaseException:
-            store.give_ring_back(self._ring)
-            raise
+            failing.pop_all()
 
     def wait(self) -> None:
         """See `PendingRead.wait`."""
@@ -189,15 +188,14 @@ class DirectStore(RecordStore):
 
     def _probed_ring(self) -> Ring:
         """A ring that has read a block; an `OSError` where that doesn't work."""
-        ring = Ring()
-        try:
+        with ExitStack() as failing:
+            ring = Ring()
+            failing.callback(ring.close)
             target = self._bounce[:1, :BLOCK]
             result = int(ring.read_rows(self._fds[:1], np.array([DATA_START]), target)[0])
             if result < 0:
                 raise OSError(-result, os.strerror(-result))
-        except BaseException:
-            ring.close()
-            raise
+            failing.pop_all()
         return ring
 
     def begin(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> PendingRead:
