@@ -72,6 +72,10 @@ def binary(*arguments: object, **options) -> subprocess.CompletedProcess:
 # ---------------------------------------------------------------------------------------- help
 
 
+def test_the_version_is_told(mole):
+    assert mole("--version") == (0, f"mole {le.__version__}\n", "")
+
+
 def test_help_lists_every_command():
     done = binary("--help")
     assert done.returncode == 0

@@ -8,11 +8,12 @@ is written here, because reading it from the module would import it.
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from lookup_experts import __version__
 from lookup_experts.errors import UserError, unknown_name
 
 COMMANDS = {
@@ -28,7 +29,7 @@ COMMANDS = {
     "chat": "Talk to a model.",
     "serve": "Serve a model by OpenAI's API, with a page that shows what its experts do.",
     "eval": "Score models: the paper's tasks, perplexity of a text, recall.",
-    "bench": "Measure decoding, prefill, reading and building on this machine.",
+    "bench": "Measure decoding, prompts, disk, training, quality, latency and serving here.",
 }
 
 EXIT_BAD_INPUT = 2
@@ -73,8 +74,19 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mole {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
     """Language models with lookup experts: train, fold into a table, read it from disk."""
 
 
