@@ -32,7 +32,7 @@ don't where one model decodes step after step. Nor is the first turn."""
 FEWEST_STEPS = 5
 DISK_PASSES = 3
 """The fastest counts: a virtual disk is slowed down at times."""
-LONGEST = 6.0
+LONGEST = 20.0
 """Seconds of steps at one batch size after which a system has taken part long enough."""
 BREATH = 0.004
 """Seconds between two turns, in which the threads of the last one go to sleep."""
