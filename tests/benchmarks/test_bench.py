@@ -94,6 +94,7 @@ def test_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bandwidth, "LARGE_READ", 2**20)
     monkeypatch.setattr(reading, "DISK_SAMPLE_BYTES", 4 * 2**20)
+    monkeypatch.setattr(reading, "SECONDS", 0.1)
     plot = tmp_path / "read.png"
     results = bench(tmp_path, "read", "--batch", "4", "--plot", plot)["results"]
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -102,6 +103,7 @@ def test_read(tmp_path, monkeypatch):
     for result in results:
         share = result["gb_per_second"] / result["disk_gb_per_second"]
         assert result["share_of_disk_bandwidth"] == pytest.approx(share, rel=2)
+        assert result["plain_gb_per_second"] > 0 and result["share_of_plain_reads"] > 0
     rows = result_rows("read", results)
     assert [row["batches under way"] for row in rows] == ["1", "8", "1", "8"]
 

@@ -1,23 +1,30 @@
 """Reading records: how much of the disk's bandwidth a store reaches."""
 
 import itertools
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lookup_experts.benchmarks.bandwidth import disk_bytes_per_second
 from lookup_experts.benchmarks.timing import median
+from lookup_experts.table.direct import ThreadedReads
 from lookup_experts.table.format import Table
 from lookup_experts.table.store import PendingRead, RecordStore, aligned_buffer
 
 DISK_SAMPLE_BYTES = 256 * 2**20
 NUM_RANDOM_BATCHES = 512
+PLAIN_THREADS = 64
+ROUNDS = 5
+SECONDS = 0.5
+"""Of each way of reading, in each round."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,10 @@ class ReadResult:
     gb_per_second: float
     disk_gb_per_second: float
     share_of_disk_bandwidth: float
+    plain_gb_per_second: float
+    """As many random reads of the same size at once, by `preadv` in threads of their own and
+    without a table: what the disk gives for such reads."""
+    share_of_plain_reads: float
     ms_per_batch: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,33 +62,32 @@ def measure_read(
     batch: int,
     *,
     under_way: int = 1,
-    rounds: int = 5,
-    seconds: float = 0.5,
     busy_thread: bool = False,
 ) -> ReadResult:
-    """Read batches of random records for a while, and the disk in large blocks, in turn.
+    """Read batches of random records for a while, the disk in large blocks, and places of the
+    records' size by plain reads, in turn.
 
     Args:
         table: whose records to read.
         store: what reads them.
         batch: records per call.
         under_way: calls at once; more than one for small batches only (`Store.begin`).
-        rounds: how often to take turns.
-        seconds: of reading records per round.
         busy_thread: let another Python thread compute while records are read.
     """
     layout = table.layout
     random = np.random.default_rng(0)
     memory = aligned_buffer(under_way * batch * layout.stride).reshape(under_way, batch, -1)
-    rates, disk_rates = [], []
+    rates, disk_rates, plain_rates = [], [], []
     path = table.path(table.shards[0])
     largest_start = max(0, table.shards[0].bytes - DISK_SAMPLE_BYTES)
-    for _ in range(rounds):
-        start = int(random.integers(0, largest_start + 1)) // 4096 * 4096
-        disk_rates.append(disk_bytes_per_second(path, DISK_SAMPLE_BYTES, start))
-        ids = _random_batches(random, layout.shape.vocab_size, batch)
-        with _busy(busy_thread):
-            rates.append(_bytes_per_second(store, ids, memory, seconds))
+    with _plain_reads(path, memory.reshape(under_way * batch, -1), random) as plain:
+        for _ in range(ROUNDS):
+            start = int(random.integers(0, largest_start + 1)) // 4096 * 4096
+            disk_rates.append(disk_bytes_per_second(path, DISK_SAMPLE_BYTES, start))
+            plain_rates.append(plain(SECONDS))
+            ids = _random_batches(random, layout.shape.vocab_size, batch)
+            with _busy(busy_thread):
+                rates.append(_bytes_per_second(store, ids, memory, SECONDS))
     return ReadResult(
         what="read",
         store=store.name,
@@ -91,6 +101,10 @@ def measure_read(
         disk_gb_per_second=median(disk_rates) / 1e9,
         share_of_disk_bandwidth=median(
             [rate / disk for rate, disk in zip(rates, disk_rates, strict=True)]
+        ),
+        plain_gb_per_second=median(plain_rates) / 1e9,
+        share_of_plain_reads=median(
+            [rate / plain for rate, plain in zip(rates, plain_rates, strict=True)]
         ),
         ms_per_batch=batch * layout.stride / median(rates) * 1e3,
     )
@@ -138,6 +152,33 @@ def _bytes_per_second_in_turn(
         store.read(next(ids), out)
         batches += 1
     return batches * out.nbytes / (time.perf_counter() - started_at)
+
+
+@contextmanager
+def _plain_reads(
+    path: Path, target: np.ndarray, random: np.random.Generator
+) -> Iterator[Callable[[float], float]]:
+    """A function that fills `target`, uint8 [n, bytes], from random blocks of a file again and
+    again for so many seconds, a thread for each row up to `PLAIN_THREADS`: bytes per second."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    threads = ThreadedReads(min(len(target), PLAIN_THREADS))
+    fds = np.full(len(target), fd, np.int32)
+    num_places = (os.fstat(fd).st_size - target.shape[1]) // 4096 + 1
+
+    def measure(seconds: float) -> float:
+        batches = 0
+        started_at = time.perf_counter()
+        while time.perf_counter() - started_at < seconds:
+            offsets = random.integers(0, num_places, len(target)) * 4096
+            threads.read_rows(fds, offsets, target)
+            batches += 1
+        return batches * target.nbytes / (time.perf_counter() - started_at)
+
+    try:
+        yield measure
+    finally:
+        threads.close()
+        os.close(fd)
 
 
 @contextmanager
