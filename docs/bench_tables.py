@@ -76,7 +76,7 @@ def read(reports: Sequence[Result]) -> str:
         "ms": "{ms_per_batch:.2f}",
         "GB/s": "{gb_per_second:.2f}",
         "of large reads": "{share_of_disk_bandwidth:.0%}",
-        "of plain random reads": "{share_of_plain_reads:.0%}",
+        "of plain random reads?": "{share_of_plain_reads:.0%}",
     }
     return table(results_of(reports), columns)
 
