@@ -13,6 +13,7 @@ from tiny_models import (
 )
 
 import lookup_experts as le
+from lookup_experts.model.cache_names import cache_argument, cache_of
 
 NEW = 10
 PROMPT = token_ids(1, 12, seed=3)
@@ -83,9 +84,9 @@ def test_a_cache_gives_the_logits_of_the_whole(model):
     with torch.no_grad():
         start = model(input_ids=ids[:, :7], use_cache=True)
         steps = [start.logits]
-        cache = start.past_key_values
+        cache = {cache_argument(model): cache_of(start)}
         for position in range(7, 12):
-            step = model(input_ids=ids[:, position : position + 1], past_key_values=cache)
+            step = model(input_ids=ids[:, position : position + 1], **cache)
             steps.append(step.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
 

@@ -11,6 +11,7 @@ from reading import Expected, open_by
 from tiny_models import attached_model, greedy, logits_of, tiny_model, token_ids
 
 import lookup_experts as le
+from lookup_experts.model.cache_names import cache_argument, cache_of
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
 from lookup_experts.table.mixing import decode_and_mix, decode_and_mix_reference
 from lookup_experts.table.reader import SLOT_BATCH, TableExperts
@@ -283,13 +284,14 @@ def test_a_models_step_waits_for_nothing_but_the_ids(folded):
     steps = [token_ids(1, 1, seed=seed).cuda() for seed in range(8)]
     with torch.inference_mode():
         for each in (tiny_model("llama").to("cuda", torch.bfloat16), model):
-            cache = each(token_ids(1, 8).cuda(), use_cache=True).past_key_values
+            prompt = each(token_ids(1, 8).cuda(), use_cache=True)
+            cache = {cache_argument(each): cache_of(prompt)}
             for ids in steps[:4]:
-                each(ids, past_key_values=cache, use_cache=True)
+                each(ids, use_cache=True, **cache)
             try:
                 with waiting_is_an_error():
                     for ids in steps[4:]:
-                        each(ids, past_key_values=cache, use_cache=True)
+                        each(ids, use_cache=True, **cache)
             except RuntimeError as error:
                 if each is model:
                     raise

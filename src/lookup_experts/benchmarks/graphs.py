@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from lookup_experts.model.cache_names import cache_argument
+
 
 class DecodingByGraphs:
     """A model whose steps with a cache are compiled and replayed as CUDA graphs.
@@ -22,17 +24,19 @@ class DecodingByGraphs:
 
     def __init__(self, model: Any, most_tokens: int, options: dict[str, Any] | None = None) -> None:
         self._model, self._most_tokens = model, most_tokens
+        self._cache_argument = cache_argument(model)
         self._step = torch.compile(model, **(options or {"mode": "reduce-overhead"}))
         self._caches: dict[int, StaticCache] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def __call__(self, tokens: Tensor, past_key_values: Any = None, **arguments: Any) -> Any:
-        if past_key_values is not None:
+    def __call__(self, tokens: Tensor, **arguments: Any) -> Any:
+        if self._cache_argument in arguments:
             torch.compiler.cudagraph_mark_step_begin()
-            return self._step(tokens, past_key_values=past_key_values, **arguments)
-        return self._model(tokens, past_key_values=self._cache(len(tokens)), **arguments)
+            return self._step(tokens, **arguments)
+        arguments[self._cache_argument] = self._cache(len(tokens))
+        return self._model(tokens, **arguments)
 
     def _cache(self, batch: int) -> StaticCache:
         if batch in self._caches:

@@ -10,6 +10,7 @@ import torch
 from lookup_experts.benchmarks.models import Case, dense_model, table_model
 from lookup_experts.benchmarks.processes import in_fresh_process
 from lookup_experts.errors import UserError
+from lookup_experts.model.cache_names import cache_argument, cache_of
 from lookup_experts.table.format import open_table
 from lookup_experts.table.reader import TableExperts
 from lookup_experts.table.store import open_store
@@ -133,12 +134,11 @@ def _resident_bytes(
         model = table_model(case, open_table(table_folder), store, cache_bytes)
     tokens = torch.from_numpy(ids)
     with torch.inference_mode():
-        cache = model(
-            tokens[None, :PROMPT_TOKENS], use_cache=True, logits_to_keep=1
-        ).past_key_values
+        cache = cache_of(model(tokens[None, :PROMPT_TOKENS], use_cache=True, logits_to_keep=1))
+        past = {cache_argument(model): cache}
         for step in range(DECODING_STEPS):
             column = tokens[None, PROMPT_TOKENS + step, None]
-            model(column, past_key_values=cache, use_cache=True)
+            model(column, use_cache=True, **past)
     return proportional_set_size()
 
 

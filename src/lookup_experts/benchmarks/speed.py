@@ -20,6 +20,7 @@ from lookup_experts.benchmarks.bandwidth import (
 )
 from lookup_experts.benchmarks.timing import median, pair_ratios, spread
 from lookup_experts.errors import UserError
+from lookup_experts.model.cache_names import cache_argument, cache_of
 from lookup_experts.table.reader import ReaderStatistics, TableExperts
 
 SEQUENCE_STEPS = 64
@@ -145,7 +146,11 @@ def _decode_sequences(
     """Adds the seconds of each step to `times`; what the steps asked of the reader."""
     models = {"dense": dense, "mole": mole}
     caches = {
-        name: model(tokens[:, :CONTEXT], use_cache=True, logits_to_keep=1).past_key_values
+        name: {
+            cache_argument(model): cache_of(
+                model(tokens[:, :CONTEXT], use_cache=True, logits_to_keep=1)
+            )
+        }
         for name, model in models.items()
     }
     mole.expert_source.reset_stats()
@@ -153,7 +158,7 @@ def _decode_sequences(
         column = tokens[:, CONTEXT + step, None]
         for name in ("dense", "mole") if step % 2 else ("mole", "dense"):
             started_at = time_now(column.device)
-            models[name](column, past_key_values=caches[name], use_cache=True)
+            models[name](column, use_cache=True, **caches[name])
             seconds = time_now(column.device) - started_at
             if step >= WARM_UP_STEPS:
                 times[name].append(seconds)

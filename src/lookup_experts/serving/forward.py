@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from lookup_experts.model.cache_names import cache_argument
 from lookup_experts.serving.kv_cache import BatchCache, check_can_batch
 
 
@@ -25,6 +26,7 @@ class Forward:
         check_can_batch(model)
         self._model = model
         self._takes = set(inspect.signature(model.forward).parameters)
+        self._cache_argument = cache_argument(model)
 
     @property
     def device(self) -> torch.device:
@@ -47,11 +49,12 @@ class Forward:
         }
         return self._call(part.ids.to(self.device), cache, inputs, int(not all_logits))
 
-    def _call(self, ids: Tensor, cache: Any, inputs: dict[str, Tensor], logits_to_keep: int) -> Any:
+    def _call(self, ids: Tensor, cache: Any, inputs: dict[str, Any], logits_to_keep: int) -> Any:
         inputs = {name: value for name, value in inputs.items() if name in self._takes}
         if "logits_to_keep" in self._takes:
-            inputs["logits_to_keep"] = logits_to_keep  # type: ignore[assignment]
-        return self._model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs).logits
+            inputs["logits_to_keep"] = logits_to_keep
+        inputs[self._cache_argument] = cache
+        return self._model(input_ids=ids, use_cache=True, **inputs).logits
 
 
 class PromptPart:

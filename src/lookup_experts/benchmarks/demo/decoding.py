@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lookup_experts.benchmarks.demo.systems import SYSTEMS, load_system
 from lookup_experts.benchmarks.timing import interleave, median, pair_ratios, spread
+from lookup_experts.model.cache_names import cache_argument, cache_of
 from lookup_experts.table.reader import TableExperts
 from lookup_experts.training.data import TokenShards
 
@@ -35,12 +36,12 @@ class Decoding:
         self._tokens = iter(passage[PROMPT_TOKENS:].view(-1, 1, 1))
         with torch.inference_mode():
             prompt = passage[None, :PROMPT_TOKENS]
-            self._cache = model(prompt, use_cache=True).past_key_values
+            self._cache = {cache_argument(model): cache_of(model(prompt, use_cache=True))}
 
     def __call__(self) -> None:
         with torch.inference_mode():
             token = next(self._tokens)
-            logits = self._model(token, past_key_values=self._cache, use_cache=True).logits
+            logits = self._model(token, use_cache=True, **self._cache).logits
             int(logits[0, -1].argmax())
 
 

@@ -17,6 +17,7 @@ from lookup_experts.benchmarks.latency.models import Built, Plan, build
 from lookup_experts.benchmarks.latency.systems import Counts, System
 from lookup_experts.benchmarks.residency import proportional_set_size
 from lookup_experts.errors import UserError
+from lookup_experts.model.cache_names import cache_argument, cache_of
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Runner:
 
     def __init__(self, built: Built, device: str) -> None:
         self._built, self._device = built, torch.device(device)
+        self._cache_argument = cache_argument(built.model)
         self._past: Any = None
 
     def facts(self) -> dict[str, Any]:
@@ -110,12 +112,12 @@ class Runner:
         self._synchronize()
         started_at = time.perf_counter()
         output = self._built.model(
-            tokens, past_key_values=self._past, use_cache=True, logits_to_keep=1
+            tokens, use_cache=True, logits_to_keep=1, **{self._cache_argument: self._past}
         )
         self._synchronize()
         seconds = time.perf_counter() - started_at
         counts = self._built.take_counts()
-        self._past = output.past_key_values
+        self._past = cache_of(output)
         self._built.between_steps()
         logits = output.logits.float().cpu().numpy()
         return Pass(seconds, counts, hashlib.sha256(logits.tobytes()).hexdigest())
