@@ -121,9 +121,11 @@ def test_a_quantised_backbone_under_trained_experts(tmp_path, kind):
     model = AutoModelForCausalLM.from_pretrained(folder, **load)
     with pytest.raises(UserError, match="is quantised: its experts are saved without it"):
         le.attach(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        before = logits_of(model, IDS)
     le.attach(model, 2, train_backbone=False, save="experts")
+    with torch.autocast("cpu", torch.bfloat16):
+        # Where AVX512-BF16 is, 4-bit layers take another kernel in evaluation mode.
+        plain = AutoModelForCausalLM.from_pretrained(folder, **load).train(kind == "nf4")
+        before = logits_of(plain, IDS)
     for module in model.lookup_attachment.modules:
         module.float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -154,6 +156,23 @@ def test_a_quantised_backbone_under_trained_experts(tmp_path, kind):
     assert not hasattr(le.load(tmp_path / "experts").config, "quantization_config")
 
 
+def test_layers_packed_for_inference_are_refused(tmp_path):
+    """No gradient would pass through them; only processors with AVX512-BF16 pack."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import has_avx512bf16
+    from transformers import BitsAndBytesConfig
+
+    if not has_avx512bf16():
+        pytest.skip("needs a processor with AVX512-BF16")
+    folder = saved_backbone(tmp_path / "backbone", hidden_size=64, intermediate_size=128)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)
+    before = logits_of(model, IDS)
+    with pytest.raises(UserError, match=r"evaluated before.*Load the model anew"):
+        le.attach(model, 2, train_backbone=False, save="experts")
+    assert torch.equal(logits_of(model, IDS), before)
+
+
 def test_a_backbone_that_comes_quantised_is_folded_and_stays_where_it_is(tmp_path):
     pytest.importorskip("bitsandbytes")
     from bitsandbytes.nn import Linear4bit
@@ -174,6 +193,7 @@ def test_a_backbone_that_comes_quantised_is_folded_and_stays_where_it_is(tmp_pat
     torch.testing.assert_close(logits_of(folded, IDS), logits_of(model.eval(), IDS))
     folded.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(logits_of(le.load(tmp_path / "again"), IDS), logits_of(folded, IDS))
+    torch.testing.assert_close(logits_of(folded, IDS), logits_of(model, IDS))
     (tmp_path / "backbone").rename(tmp_path / "moved")
     with pytest.raises(UserError, match="no folder here"):
         le.load(tmp_path / "folded")

@@ -151,6 +151,7 @@ def attach(
         freeze_backbone,
         refer_to,
         require_reference,
+        require_unpacked,
     )
     from lookup_experts.model.huggingface import become_attached
 
@@ -162,6 +163,7 @@ def attach(
         raise UserError(f"This {type(model).__name__} has lookup experts already.")
     settings = settings_for(model, num_experts, expert_size, expert_kind, layers)
     require_reference(model, save, train_backbone)
+    require_unpacked(model)
     if save == "experts":
         settings = replace(settings, backbone=refer_to(model.name_or_path))
     install(model, settings)
