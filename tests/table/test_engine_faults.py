@@ -436,6 +436,7 @@ def grown(folder, way, cache_bytes, length):
             ids = torch.zeros(1, 300 if length > 64 else 1, dtype=torch.int64)
             if first is not None:
                 ids = torch.arange(first, min(shape.vocab_size, first + length)).view(1, -1)
+            rows = None  # as a model does: the slots of a batch are free before the next
             rows = reader.rows(ids)
             for layer in range(shape.num_layers):
                 rows.mix(layer, torch.rand(ids.numel(), shape.num_experts).half())

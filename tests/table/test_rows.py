@@ -175,16 +175,39 @@ def test_a_reader_opened_in_inference_mode_serves_training(tmp_path, way):
     context.__exit__(None, None, None)
 
 
-def test_buffers_of_a_prompt_are_given_back(tmp_path):
+@pytest.mark.parametrize("kept", [True, False])
+def test_buffers_of_a_prompt_are_given_back(tmp_path, monkeypatch, kept):
+    """One pair is kept for the next prompt, unless it is larger than what may be kept."""
+    monkeypatch.setattr(reader_module, "KEPT_BYTES", 2**20 if kept else 2**16)
     table, _ = make_table(tmp_path, vocab_size=100, **ONE_BLOCK)
+    ids = torch.arange(100).view(1, -1)
     with open_reader_by("mmap", table) as reader, torch.no_grad():
-        rows = reader.rows(torch.arange(100).view(1, -1))
-        rows.mix(1, torch.rand(100, 2).half())
-        buffers = [weakref.ref(buffer) for buffer in rows._buffers]
+        both = [reader.rows(ids), reader.rows(ids)]
+        for rows in both:
+            rows.mix(1, torch.rand(100, 2).half())
+        buffers = [weakref.ref(buffer.base) for rows in both for buffer in rows._buffers]
+        assert len({buffer().ctypes.data for buffer in buffers}) == 4
         del rows
+        both.clear()
         reader._thread.submit(int).result()  # what was read ahead is over
         gc.collect()
-        assert [buffer() for buffer in buffers] == [None, None]
+        assert [buffer() is not None for buffer in buffers].count(True) == (2 if kept else 0)
+        left = {id(buffer()) for buffer in buffers if buffer() is not None}
+        again = reader.rows(ids)
+        assert left == ({id(buffer.base) for buffer in again._buffers} if kept else set())
+
+
+def test_prompts_one_after_the_other_and_at_once_share_no_rows(tmp_path):
+    """Kept buffers hold what an earlier prompt read."""
+    table, records = make_table(tmp_path, vocab_size=400, **ONE_BLOCK)
+    expected = Expected(table, records)
+    generator = torch.Generator().manual_seed(0)
+    with open_reader_by("mmap", table) as reader, torch.no_grad():
+        for _ in range(4):
+            several = [torch.randperm(400, generator=generator)[:200].view(1, -1) for _ in range(2)]
+            both = [reader.rows(ids) for ids in several]
+            for rows, ids in zip(both, several, strict=True):
+                expected.assert_right(rows, ids)
 
 
 # ------------------------------------------------------------------------- groups of layers

@@ -24,7 +24,13 @@ from lookup_experts.table.cache import RowCache
 from lookup_experts.table.device import DeviceReader
 from lookup_experts.table.format import Table, TableShape, open_table
 from lookup_experts.table.lanes import Lane, open_lane
-from lookup_experts.table.rows import Decoding, MemoryRows, StreamedRows, WaitClock
+from lookup_experts.table.rows import (
+    Decoding,
+    MemoryRows,
+    PromptBuffers,
+    StreamedRows,
+    WaitClock,
+)
 from lookup_experts.table.store import (
     Store,
     ThreadedRead,
@@ -38,6 +44,9 @@ SLOT_BATCH = 64
 are prompts, whose records are streamed."""
 GROUP_BYTES = 16 * 2**20
 """What each of the two buffers of a streamed prompt takes, unless one layer is larger."""
+KEPT_BYTES = 24 * 2**20
+"""Buffers of a streamed prompt up to this size are kept for the next one: a group's bytes and the
+blocks at its ends."""
 
 
 @dataclass
@@ -99,6 +108,7 @@ class TableExperts:
         self._cache = RowCache(table.layout.stride, useful_bytes, SLOT_BATCH)
         self._filling = FillingFromStore(store, self._cache.memory)
         self._slots = torch.from_numpy(self._cache.memory)
+        self._prompt_buffers = PromptBuffers(KEPT_BYTES)
         self._dropped: deque[SlotBatch] = deque()
         """Batches whose rows nobody holds any more. Noted here and given back by the next batch:
         the garbage collector drops rows at any moment, even while this thread holds a lock."""
@@ -235,6 +245,7 @@ class TableExperts:
             index,
             self._clock,
             GROUP_BYTES,
+            self._prompt_buffers,
         )
 
     def _unique(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ the others are decoded layer by layer, once per unique id.
 
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -245,6 +246,38 @@ def plan_groups(
     return groups
 
 
+class PromptBuffers:
+    """The two buffers of a streamed prompt, kept for the next one.
+
+    Memory that the kernel hands out anew is zeroed page by page, which takes about as much of the
+    processor's time as the reading itself. One pair is kept; prompts at the same time get pairs of
+    their own.
+
+    Args:
+        most_bytes: of each buffer that is kept. So much is asked for in any case, but pages that
+            nothing is read into take no memory.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._kept: deque[list[np.ndarray]] = deque(maxlen=1)
+
+    def take(self, num_bytes: int) -> list[np.ndarray]:
+        """Two buffers, uint8, of at least so many bytes each; nobody else has them."""
+        try:
+            buffers = self._kept.pop()
+        except IndexError:
+            buffers = []
+        if buffers and num_bytes <= len(buffers[0]):
+            return buffers
+        return [aligned_buffer(max(num_bytes, self._most_bytes)) for _ in range(2)]
+
+    def give_back(self, buffers: list[np.ndarray]) -> None:
+        """Whoever took them is done. Takes no lock: garbage collection may come here anywhere."""
+        if len(buffers[0]) <= self._most_bytes:
+            self._kept.append(buffers)
+
+
 class StreamedRows:
     """Rows of a long prompt: groups of layers are read ahead of the compute into two buffers.
 
@@ -258,6 +291,7 @@ class StreamedRows:
         index: int64 [B, T], position -> place in `ids`.
         clock: counts the waiting.
         group_bytes: what each of the two buffers may take.
+        buffers: where they come from, and go when nobody holds the rows any more.
     """
 
     def __init__(
@@ -269,6 +303,7 @@ class StreamedRows:
         index: Tensor,
         clock: WaitClock,
         group_bytes: int,
+        buffers: PromptBuffers,
     ) -> None:
         self.index = index
         self._decoding = decoding
@@ -279,7 +314,10 @@ class StreamedRows:
         self._groups = plan_groups(decoding.layout, len(ids), group_bytes, store.reads_parts)
         self._group_of = [number for number, group in enumerate(self._groups) for _ in group.layers]
         widest = max(group.stop - group.start for group in self._groups)
-        self._buffers = [aligned_buffer(len(ids) * widest) for _ in range(2)]
+        pair = buffers.take(len(ids) * widest)
+        self._buffers = [buffer[: len(ids) * widest] for buffer in pair]
+        # A read under way holds the rows, so it is over by then.
+        weakref.finalize(self, buffers.give_back, pair).atexit = False
         self._reading: dict[int, Future[np.ndarray]] = {}
         self._start_from(0)
 
