@@ -32,7 +32,13 @@ SPEED: dict[str, Column] = {
 
 def decode(reports: Sequence[Result]) -> str:
     """A row for each batch size and cache of `mole bench decode`."""
-    columns = {"batch": "{batch}", "cache?": cache_budget, **SPEED}
+    columns = {
+        "batch": "{batch}",
+        "cache?": cache_budget,
+        **SPEED,
+        "at the entrance, ms?": "{entrance_ms:.2f}",
+        "in the blocks, ms?": "{blocks_ms:.2f}",
+    }
     return table(results_of(reports, system="mole"), columns)
 
 

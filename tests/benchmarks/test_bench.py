@@ -59,6 +59,8 @@ def test_decode(tmp_path, ids, encoding):
     assert mole["ratio_to_dense"] > 0 and mole["spread"][0] <= mole["spread"][1]
     assert 0 < mole["hit_rate"] <= 1
     assert dense["share_of_memory_bandwidth"] > 0 and mole["share_of_disk_bandwidth"] > 0
+    assert "entrance_ms" not in dense
+    assert 0 < mole["entrance_ms"] + mole["blocks_ms"] < mole["ms_per_step"]
     rows = result_rows("decode", report["results"])
     assert [row["batch"] for row in rows] == ["1", "3"]
     assert rows[0]["× dense"] == f"{mole['ratio_to_dense']:.3f}"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lookup_experts.benchmarks.added_time import added_time
 from lookup_experts.benchmarks.bandwidth import (
     DiskCounter,
     disk_bytes_per_second,
@@ -54,6 +55,10 @@ class SpeedResult:
     bytes_per_step: float | None = None
     hit_rate: float | None = None
     wait_ms: float | None = None
+    entrance_ms: float | None = None
+    """Of a decoding step on a CPU: asking for the records, before the first block."""
+    blocks_ms: float | None = None
+    """Likewise: what attaching added to all blocks, waiting included."""
     device: str | None = None
     """The GPU's name; None on a CPU."""
     page_cache_bypassed: bool | None = None
@@ -128,11 +133,23 @@ def measure_decode(
         total = _sum(total, _decode_sequences(dense, mole, tokens, times))
         advance(min(len(times["dense"]), pairs), pairs)
     dense_result, result = _results("decode", times, total, disk, reader, ceilings, batch=batch)
+    if reader.device.type == "cpu":
+        result = _with_added_time(
+            result, dense, mole, windows.take(batch, CONTEXT + SEQUENCE_STEPS)
+        )
     rows = total.ids_unique / total.batches * reader.table.layout.record_bytes
     return [
         _with_memory_share(dense_result, weight_bytes(dense, batch), ceilings),
         _with_memory_share(result, weight_bytes(mole, batch) + rows, ceilings),
     ]
+
+
+def _with_added_time(result: SpeedResult, dense: Any, mole: Any, tokens: Tensor) -> SpeedResult:
+    """Apart from the steps that are compared: looking at the clock takes time as well."""
+    with added_time(mole) as added:
+        _decode_sequences(dense, mole, tokens, {"dense": [], "mole": []})
+    entrance_ms, blocks_ms = added.medians_ms(skip=1 + WARM_UP_STEPS)  # the first is the prompt
+    return replace(result, entrance_ms=entrance_ms, blocks_ms=blocks_ms)
 
 
 def _with_memory_share(result: SpeedResult, num_bytes: float, ceilings: Ceilings) -> SpeedResult:
