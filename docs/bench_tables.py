@@ -204,6 +204,7 @@ def latency(reports: Sequence[Result]) -> str:
         "weights?": "{dtype}",
         "ms per step": _milliseconds,
         "× dense?": "{ratio_to_dense:.2f}",
+        "× MoLE?": "{ratio_to_mole:.2f}",
         "10–90 % of pairs?": "{spread[0]:.2f}–{spread[1]:.2f}",
         "tokens/s?": "{tokens_per_second:.1f}",
         "prompt, ms?": "{prefill_ms:,.0f}",

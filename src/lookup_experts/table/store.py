@@ -45,6 +45,9 @@ from lookup_experts.units import format_bytes, parse_bytes
 STORES = ("memory", "mmap", "direct")
 
 _LOAD_BYTES = 2**24
+_COPIED_AT_ONCE = 2**21
+"""Records of the memory store beyond these bytes (experts, not a step's records) are copied by a
+thread, beside the caller's work."""
 
 Notify = Callable[[str], None]
 
@@ -413,7 +416,9 @@ class MemoryStore(RecordStore):
         return out.nbytes
 
     def begin(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> PendingRead:
-        """See `Store.begin`: copied at once, which takes less than asking a thread to."""
+        """See `Store.begin`: copied at once if small, which takes less than asking a thread to."""
+        if len(ids) * self.layout.stride > _COPIED_AT_ONCE:
+            return super().begin(ids, memory, slots)
         self._check_ids(ids)
         started_at = time.perf_counter()
         for token_id, slot in zip(ids.tolist(), slots.tolist(), strict=True):

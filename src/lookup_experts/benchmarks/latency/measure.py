@@ -30,6 +30,8 @@ STEPS_PER_TURN = 4
 """Of which the first isn't counted: the processor's caches hold what another process left, as they
 don't where one model decodes step after step. Nor is the first turn."""
 FEWEST_STEPS = 5
+PROMPT_PASSES = 3
+"""Times that each system reads the prompts of a batch size, in turn."""
 DISK_PASSES = 3
 """The fastest counts: a virtual disk is slowed down at times."""
 LONGEST = 20.0
@@ -48,7 +50,8 @@ class SystemFailedError(Exception):
 class Taken:
     """What a system did at one batch size."""
 
-    prompt: Pass
+    prompts: list[Pass] = field(default_factory=list)
+    """The same prompt, read again from its beginning."""
     steps: dict[int, Pass] = field(default_factory=dict)
     """By number; without those that warmed up."""
     digests: list[str] = field(default_factory=list)
@@ -195,8 +198,12 @@ def _measure_batch(
     batch, length = tokens.shape
     order = random.Random(0)
     for worker in workers:
-        with worker.or_failed():
-            worker.taken[batch] = Taken(worker.ask("prompt", tokens[:, :prompt]))
+        worker.taken[batch] = Taken()
+    for _ in range(PROMPT_PASSES):
+        for worker in order.sample(workers, len(workers)):
+            if worker.failed is None:
+                with worker.or_failed():
+                    worker.taken[batch].prompts.append(worker.ask("prompt", tokens[:, :prompt]))
     active = [worker for worker in workers if worker.failed is None]
     for turn in range((length - prompt) // STEPS_PER_TURN):
         # In any order: always after the same one, a system would pay for what that leaves behind.
@@ -273,16 +280,15 @@ def result_of(
         return {**result, "failed": worker.failed or "not measured"}
     baseline = dense.taken[batch]
     steps = list(taken.steps.values())
-    ratios = pair_ratios(
-        [step.seconds for step in steps],
-        [baseline.steps[number].seconds for number in taken.steps],
-    )
-    seconds = median([step.seconds for step in steps])
+    ratios = _ratios(taken, baseline)
+    seconds = median(_seconds(steps))
     result |= {
         "prompt": prompt,
-        "prefill_ms": taken.prompt.seconds * 1e3,
-        "prefill_ratio_to_dense": taken.prompt.seconds / baseline.prompt.seconds,
-        "prefill_bytes_loaded": taken.prompt.counts.bytes_loaded,
+        "prefill_ms": median(_seconds(taken.prompts)) * 1e3,
+        "prefill_ratio_to_dense": median(
+            pair_ratios(_seconds(taken.prompts), _seconds(baseline.prompts))
+        ),
+        "prefill_bytes_loaded": taken.prompts[-1].counts.bytes_loaded,
         "ms_per_step": seconds * 1e3,
         "ratio_to_dense": median(ratios),
         "spread": list(spread(ratios)),
@@ -296,11 +302,32 @@ def result_of(
     if system.way not in PEERS:
         result["stall_ms"] = _mean(steps, lambda counts: counts.stall_seconds) * 1e3
     if system.family == "moe":
+        result |= _against_mole(taken, workers, batch)
         result |= _routing(worker, plan, steps, batch)
         result |= _agreement(worker, workers, batch)
     if system.family == "mole":
         result["cache_bytes"] = plan.cache_bytes
     return result
+
+
+def _seconds(passes: Sequence[Pass]) -> list[float]:
+    return [one.seconds for one in passes]
+
+
+def _ratios(taken: Taken, baseline: Taken) -> list[float]:
+    """How many times another system's time each step took; of the steps that both have."""
+    shared = [number for number in taken.steps if number in baseline.steps]
+    return pair_ratios(
+        *(_seconds([one.steps[number] for number in shared]) for one in (taken, baseline))
+    )
+
+
+def _against_mole(taken: Taken, workers: Sequence[Worker], batch: int) -> dict[str, float]:
+    """How many times the time of MoLE, where that was measured, a step of a mixture takes."""
+    for worker in workers:
+        if worker.system.family == "mole" and worker.failed is None and batch in worker.taken:
+            return {"ratio_to_mole": median(_ratios(taken, worker.taken[batch]))}
+    return {}
 
 
 def _disk_floor(result: dict[str, Any], table: Table) -> dict[str, float]:
