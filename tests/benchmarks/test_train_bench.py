@@ -98,6 +98,19 @@ def test_peak_memory_is_of_a_process_of_its_own():
     assert 100e6 < peak < held.nbytes
 
 
+@pytest.mark.slow
+def test_every_row_has_its_peak_memory(tmp_path):
+    """Of ten ids in all: what per-position keeps of its experts tells it from unique."""
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.arange(20_000) % 10)
+    arguments = ("--tokens", 4096, "--experts", 4, "--rounds", 1, "--no-head")
+    dense, unique, position = bench(tmp_path, ids, *arguments)
+    peaks = [row["peak_bytes"] for row in (dense, unique, position)]
+    assert all(100e6 < peak < 10e9 for peak in peaks)
+    hidden_bytes = 2 * 4 * 4096 * 128 * 4  # of the experts' hidden states, in two layers
+    assert position["peak_bytes"] > unique["peak_bytes"] + hidden_bytes
+
+
 def test_the_steps_gradients_are_those_of_the_model_s_own_loss():
     """The head in chunks of positions, with and without a rest."""
     case = training.case_of_shape("tiny", 1, context=32)

@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from run_command import run_command
 from safetensors.torch import load_file
 from tiny_runs import make_data, tiny_recipe
 
 from lookup_experts.errors import UserError
 from lookup_experts.model.experts import LayerExperts
 from lookup_experts.training.accumulation import SharesExpertOutputs
+from lookup_experts.training.recipe import load_recipe
 from lookup_experts.training.train import train
+from lookup_experts.training.upcycling import UpcycleRecipe
 
 EXPERTS = {"num_experts": 3}
 
@@ -63,9 +66,39 @@ def test_checkpointed_runs_share_too(data: Path, tmp_path: Path, evaluations: li
     assert len(evaluations) == 2 * 2
 
 
-def test_a_model_without_experts_is_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="with no experts"):
-        train(tiny_recipe(share_expert_outputs=True), data, tmp_path / "out", progress=False)
+@pytest.mark.parametrize("name", ["dense-tiny", "moe-tiny-10e"])
+def test_a_recipe_without_lookup_experts_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Also where only the cost is asked for."""
+    arguments = ["train", name, "--set", "training.share_expert_outputs=true"]
+    out = tmp_path / "out"
+    for options in (["--data", data, "--out", out], ["--dry-run"]):
+        code, _, errors = run_command(capsys, *arguments, *options)
+        assert code == 2
+        assert "has no lookup experts whose outputs could be shared" in errors
+        assert len(errors.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_an_upcycled_model_without_experts_is_refused() -> None:
+    sharing = ["training.share_expert_outputs=true", "backbone.trained=all"]
+    with pytest.raises(UserError, match="has no lookup experts whose outputs could be shared"):
+        load_recipe("upcycle", [*sharing, "experts=null"], kind=UpcycleRecipe)
+
+
+def test_sharding_is_refused_before_anything_is_built(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    code, _, errors = run_command(
+        *(capsys, "train", "mole-tiny-4e", "--data", data, "--out", out, "--shard"),
+        *("--set", "training.share_expert_outputs=true"),
+    )
+    assert code == 2
+    assert "needs a whole copy of the experts in each process" in errors
+    assert len(errors.splitlines()) == 1
+    assert not out.exists()
 
 
 class Steps:

@@ -99,6 +99,15 @@ def test_three_processes_train_what_one_does(data: Path, alone: Path, tmp_path: 
     assert_same_run(tmp_path / "out", alone)
 
 
+def test_copies_that_share_expert_outputs_train_what_one_process_does(
+    data: Path, alone: Path, tmp_path: Path
+) -> None:
+    """Each evaluates its experts once for its three micro batches of a step."""
+    recipe = replace(RECIPE, training=replace(RECIPE.training, share_expert_outputs=True))
+    processes_together.run(recipe, data, tmp_path / "out", 2)
+    assert_same_run(tmp_path / "out", alone)
+
+
 def test_mixed_precision_and_recomputation_over_shards(data: Path, tmp_path: Path) -> None:
     """bfloat16 rounds each micro batch's sum differently, so the curves agree less."""
     recipe = tiny_recipe(
@@ -117,29 +126,51 @@ def wait_for_line(out: Path, step: int, started: list[Any]) -> None:
         time.sleep(0.005)
 
 
+LONGER = tiny_recipe(EXPERTS, sequences_per_step=12, steps=14, log_every=1, checkpoint_every=3)
+
+
+@pytest.fixture(scope="module")
+def longer_alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The longer run of one process. Tests only read it."""
+    out = tmp_path_factory.mktemp("longer-alone") / "out"
+    train(LONGER, data, out, progress=False)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("shard", "rank", "goes_on_as"),
+    [
+        (True, 1, [(3, True), (2, False), (1, False)]),
+        (False, 0, [(1, False)]),
+        pytest.param(True, 0, [(1, False)], marks=pytest.mark.slow),
+        pytest.param(False, 1, [(2, True)], marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_process_ends_the_others_and_any_number_goes_on(
-    data: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    data: Path,
+    longer_alone: Path,
+    tmp_path: Path,
+    shard: bool,
+    rank: int,
+    goes_on_as: list[tuple[int, bool]],
 ) -> None:
-    """From shards of two to shards of three, to copies of two, and to one."""
-    recipe = tiny_recipe(EXPERTS, sequences_per_step=12, steps=14, log_every=1, checkpoint_every=3)
-    train(recipe, data, tmp_path / "alone", progress=False)
+    """One of two, shards or copies; the run goes on as so many processes, shards or copies."""
     killed = tmp_path / "killed"
-    started = processes_together.start(recipe, data, killed, 2, shard=True)
+    started = processes_together.start(LONGER, data, killed, 2, shard=shard)
     wait_for_line(killed, 4, started)
-    os.kill(started[1].pid, signal.SIGKILL)
-    assert started.wait(30) == [1, -signal.SIGKILL]
-    last = last_checkpoint(killed / "checkpoints")
-    assert last is not None
+    os.kill(started[rank].pid, signal.SIGKILL)
+    assert started.wait(30) == ([-signal.SIGKILL, 1] if rank == 0 else [1, -signal.SIGKILL])
+    assert last_checkpoint(killed / "checkpoints") is not None
     assert not (killed / "summary.json").exists()
 
-    for name, number, shard in (("three", 3, True), ("copies", 2, False), ("one", 1, False)):
-        out = tmp_path / name
+    for number, shards in goes_on_as:
+        out = tmp_path / f"{number}-{shards}"
         shutil.copytree(killed, out)
         if number == 1:
-            train(recipe, data, out, progress=False)
+            train(LONGER, data, out, progress=False)
         else:
-            processes_together.run(recipe, data, out, number, shard=shard)
-        assert_same_run(out, tmp_path / "alone", tolerance=1e-4)
+            processes_together.run(LONGER, data, out, number, shard=shards)
+        assert_same_run(out, longer_alone, tolerance=1e-4)
 
 
 def test_a_run_of_one_process_on_a_stream_goes_on_in_shards(data: Path, tmp_path: Path) -> None:

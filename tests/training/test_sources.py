@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from run_command import run_command
 from tiny_runs import make_data, make_text, tiny_recipe
 
 from lookup_experts.errors import UserError
 from lookup_experts.training import order, streams
 from lookup_experts.training.order import MixedSequences, share_out
+from lookup_experts.training.prepare import prepare
 from lookup_experts.training.sources import SourceName, TrainingData
+from lookup_experts.training.tokenizer import load_tokenizer
 from lookup_experts.training.train import train
 
 RECIPE = tiny_recipe({"num_experts": 2})
@@ -149,13 +152,15 @@ def test_keys_that_change_no_result_may_change_when_a_run_goes_on(
 
 @pytest.fixture(scope="module")
 def other_tokenizer(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of the same text whose tokenizer has another hash."""
-    folder = tmp_path_factory.mktemp("other") / "data"
-    shutil.copytree(data, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["tokenizer"]["hash"] = "0" * 64
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+    """A folder of the same text, prepared with another tokenizer."""
+    folder = tmp_path_factory.mktemp("other")
+    tokenizer = load_tokenizer(str(data / "tokenizer"))
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    options: dict[str, Any] = {"validation": 0.2, "num_workers": 1}
+    texts = data.parent / "texts"
+    prepare([texts], tokenizer=folder / "tokenizer", out=folder / "data", **options)
+    return folder / "data"
 
 
 def test_tokenizers_that_differ_are_refused(
@@ -164,11 +169,31 @@ def test_tokenizers_that_differ_are_refused(
     with pytest.raises(UserError, match="different tokenizers"):
         TrainingData([f"{data}=1", f"{other_tokenizer}=1"])
     with pytest.raises(UserError, match="different tokenizers"):
-        TrainingData([f"{other_tokenizer}=1", f"stream:{rows}=1"])
+        TrainingData([f"{other_tokenizer}=1", f"stream:{rows}=1"], data / "tokenizer")
     # A run that goes on with the text of another tokenizer.
     train(tiny_recipe(steps=1), data, tmp_path / "out", progress=False)
     with pytest.raises(UserError, match="another data: tokenizer was"):
         train(tiny_recipe(steps=1), other_tokenizer, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_shards_whose_tokenizer_was_swapped_or_removed_are_refused(
+    data: Path,
+    other_tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    swapped: bool,
+) -> None:
+    folder = shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(folder / "tokenizer")
+    if swapped:
+        shutil.copytree(other_tokenizer / "tokenizer", folder / "tokenizer")
+    out = tmp_path / "out"
+    code, _, errors = run_command(capsys, "train", "mole-tiny-4e", "--data", folder, "--out", out)
+    assert code == 2
+    assert len(errors.splitlines()) == 1
+    assert ("is not the one" if swapped else "is missing") in errors
+    assert not out.exists()
 
 
 def test_what_else_is_refused(data: Path, rows: Path) -> None:

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import subprocess
-import sys
 from collections import namedtuple
 from dataclasses import replace
 from itertools import pairwise
@@ -13,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from run_command import run_command
 from safetensors.torch import load_file
 from tiny_runs import CONTEXT, make_data, tiny_recipe
 
-from lookup_experts import cli
 from lookup_experts.errors import DiskFullError, UserError
 from lookup_experts.training import disk_space
 from lookup_experts.training.checkpoints import list_checkpoints
@@ -56,20 +55,6 @@ def history(out: Path) -> list[dict[str, Any]]:
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model.safetensors")
-
-
-def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """`mole` with these arguments, in this process: exit code, stdout, stderr."""
-    before, sys.argv = sys.argv, ["mole", *map(str, arguments)]
-    try:
-        cli.main()
-        code: Any = 0
-    except SystemExit as leaving:
-        code = leaving.code or 0
-    finally:
-        sys.argv = before
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 # --- what comes out -----------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from run_command import run_command
 from safetensors.torch import load_file
 from tiny_models import logits_of, tiny_model, token_ids
 from tiny_runs import CONTEXT, make_data, make_text, tiny_recipe
 
 import lookup_experts as le
-from lookup_experts import cli
 from lookup_experts.errors import UserError
 from lookup_experts.training.checkpoints import last_checkpoint
 from lookup_experts.training.recipe import load_recipe
@@ -80,20 +80,6 @@ def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[torch.optim.Optimizer]:
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model.safetensors")
-
-
-def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """`mole` with these arguments, in this process: exit code, stdout, stderr."""
-    before, sys.argv = sys.argv, ["mole", *map(str, arguments)]
-    try:
-        cli.main()
-        code: Any = 0
-    except SystemExit as leaving:
-        code = leaving.code or 0
-    finally:
-        sys.argv = before
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 # --- the beginning ------------------------------------------------------------------------------

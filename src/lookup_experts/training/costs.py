@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from math import exp, log
 from typing import Any
 
+from lookup_experts.model.offloaded import offloaded_mixture, offloaded_table
 from lookup_experts.training.recipe import ModelRecipe, Recipe
 
 BACKWARD = 2
@@ -159,12 +160,12 @@ def count(model: ModelRecipe, vocab_size: int) -> Parameters:
     ffns = layers * 2 * d * model.ffn_size
     if model.moe is not None:
         moe = model.moe
-        expert = 2 * d * (moe.size or model.ffn_size // 2)
+        size = moe.size or model.ffn_size // 2
         shared = layers * 2 * d * (moe.shared_size or 0)
-        routed = layers * moe.num_experts * expert
         routers = layers * moe.num_experts * d
+        mixture = offloaded_mixture(layers, moe.num_experts, moe.experts_per_token, d, size)
+        routed, loaded = mixture.parameters, mixture.loaded_per_token
         total = outside + attention_and_norms + shared + routed + routers
-        loaded = layers * moe.experts_per_token * expert
         return Parameters(total, total, routed, routers, total - routed + loaded, routed, loaded)
     backbone = outside + attention_and_norms + ffns
     if model.experts is None:
@@ -172,10 +173,17 @@ def count(model: ModelRecipe, vocab_size: int) -> Parameters:
     with_experts, experts = _expert_layers(model), model.experts
     routed = with_experts * (experts.num_experts * _expert_size(model) + d)
     routers = with_experts * experts.num_experts * d
-    loaded = with_experts * experts.num_experts * d
+    table = offloaded_table(with_experts, experts.num_experts, d, vocab_size)
     active = backbone + routers
-    total = active + routed
-    return Parameters(total, backbone, routed, routers, active, vocab_size * loaded, loaded)
+    return Parameters(
+        active + routed,
+        backbone,
+        routed,
+        routers,
+        active,
+        table.parameters,
+        table.loaded_per_token,
+    )
 
 
 def _expert_layers(model: ModelRecipe) -> int:

@@ -273,6 +273,18 @@ class Recipe(RecipeFile):
 
     subject = "model"
 
+    def __post_init__(self) -> None:
+        require_experts_to_share(self.training, self.model.experts)
+
+
+def require_experts_to_share(training: TrainingRecipe, experts: ExpertsRecipe | None) -> None:
+    """Refuse to share the outputs of lookup experts that aren't there."""
+    if training.share_expert_outputs and experts is None:
+        raise UserError(
+            "training.share_expert_outputs is true, but the recipe has no lookup experts whose "
+            "outputs could be shared. Give it some, or set it to false."
+        )
+
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RecipeFile)
 

@@ -26,7 +26,13 @@ from lookup_experts.training.prepare import TOKENIZER_NAME
 from lookup_experts.training.recipe import TrainingRecipe
 from lookup_experts.training.run_folder import identify_data
 from lookup_experts.training.streams import RowStream, StreamedSequences
-from lookup_experts.training.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
+from lookup_experts.training.tokenizer import (
+    TOKENIZER_FILE,
+    load_tokenizer,
+    saved_tokenizer_hash,
+    tokenizer_hash,
+    vocabulary_size,
+)
 
 STREAM = "stream:"
 
@@ -74,10 +80,22 @@ class PreparedSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = Manifest.load(folder)
+        self._check_tokenizer()
         self.vocabulary = Vocabulary(
             self.manifest.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_id
         )
         self.identity: dict[str, Any] = identify_data(self.manifest)
+
+    def _check_tokenizer(self) -> None:
+        """The trained model gets a copy of it, so it must be the one that made the shards."""
+        found = saved_tokenizer_hash(self.folder / TOKENIZER_NAME)
+        if found != self.manifest.tokenizer["hash"]:
+            what = "is missing" if found is None else "is not the one that the shards were made by"
+            raise UserError(
+                f"The tokenizer {self.folder / TOKENIZER_NAME / TOKENIZER_FILE} {what} "
+                f"({self.manifest.tokenizer['name']}). Copy the folder again, or delete "
+                f"{self.folder} and prepare the text again."
+            )
 
     def sequences(self, training: TrainingRecipe, seed: int) -> SequenceSource:
         tokens = TokenDataset(TokenShards(self.folder), training.context_length)

@@ -84,4 +84,14 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
     """SHA-256, in hexadecimal, of the `tokenizer.json` that `save_tokenizer` writes."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str(pretty=True).encode()).hexdigest()
+    return _sha256(tokenizer.backend_tokenizer.to_str(pretty=True).encode())
+
+
+def saved_tokenizer_hash(folder: Path) -> str | None:
+    """The `tokenizer_hash` of what `save_tokenizer` wrote to `folder`; None without the file."""
+    path = folder / TOKENIZER_FILE
+    return _sha256(path.read_bytes()) if path.is_file() else None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

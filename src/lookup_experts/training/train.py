@@ -142,7 +142,7 @@ def train(
     shard = take_over_from_launcher() or shard
     if not isinstance(data, TrainingData):
         data = TrainingData([data])
-    recipe = _settled(recipe, data.vocabulary)
+    recipe = _settled(recipe, data.vocabulary, shard)
     sequences = data.sequences(recipe.training)
     held_out = data.held_out(recipe.training)
     run = RunFolder(out)
@@ -169,8 +169,13 @@ def _require_accelerate() -> None:
         )
 
 
-def _settled(recipe: RecipeFile, vocabulary: Vocabulary) -> RecipeFile:
+def _settled(recipe: RecipeFile, vocabulary: Vocabulary, shard: bool) -> RecipeFile:
     """The recipe with what the data decides, and refused where they don't go together."""
+    if shard and recipe.training.share_expert_outputs:
+        raise UserError(
+            "training.share_expert_outputs needs a whole copy of the experts in each process, and "
+            "sharding (--shard, FSDP) cuts them. Train without --shard, or set it to false."
+        )
     if isinstance(recipe, UpcycleRecipe):
         check_data(recipe, vocabulary)
         return recipe

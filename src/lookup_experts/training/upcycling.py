@@ -5,7 +5,6 @@ differs: the model is loaded, not drawn, and its tokenizer must be the one that 
 prepared with; and the end: what is saved may be the experts alone.
 """
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,18 @@ from lookup_experts.model.attach import SAVES, attach, parse_layers
 from lookup_experts.model.backbone import is_attached, refer_to, set_backbone_reference
 from lookup_experts.model.blocks import find_ffns
 from lookup_experts.model.checkpoint import read_config
-from lookup_experts.training.recipe import ExpertsRecipe, RecipeFile, TrainingRecipe
+from lookup_experts.training.recipe import (
+    ExpertsRecipe,
+    RecipeFile,
+    TrainingRecipe,
+    require_experts_to_share,
+)
 from lookup_experts.training.sources import Vocabulary
-from lookup_experts.training.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_hash
+from lookup_experts.training.tokenizer import (
+    load_tokenizer,
+    saved_tokenizer_hash,
+    tokenizer_hash,
+)
 
 TRAINED = ("nothing", "ffn", "all")
 
@@ -73,6 +81,7 @@ class UpcycleRecipe(RecipeFile):
                 "save: experts leaves the backbone out, so there must be experts and nothing of "
                 "the backbone may be trained. Take save: full."
             )
+        require_experts_to_share(self.training, self.experts)
 
     @property
     def backbone_learning_rate(self) -> float | None:
@@ -156,8 +165,7 @@ def check_data(recipe: UpcycleRecipe, manifest: Vocabulary) -> None:
 
 def _check_tokenizer(folder: Path, manifest: Vocabulary) -> None:
     expected = manifest.tokenizer["hash"]
-    path = folder / TOKENIZER_FILE
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == expected:
+    if saved_tokenizer_hash(folder) == expected:
         return
     # The same tokenizer can be written in several ways; what `mole prepare` would have made of it?
     eos_token = _token(folder, manifest.eos_token_id)
