@@ -6,12 +6,15 @@ import shutil
 import pytest
 from random_tables import flip_bit
 from safetensors.torch import load_file, save_file
-from tiny_models import attached_model, gateless_model, tiny_model
+from tiny_models import attached_model, gateless_model, moe_model, tiny_model
 
 import lookup_experts as le
 from lookup_experts.commands.inspect import format_description
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.generation.inspection import inspect_folder, verify_folder
+from lookup_experts.training.costs import count
+from lookup_experts.training.models import build_without_weights
+from lookup_experts.training.recipe import load_recipe
 
 
 @pytest.fixture
@@ -27,7 +30,13 @@ def test_training_form(training_folder):
     assert described["lookup_experts"]["num_experts"] == 4
     total = sum(weight.numel() for weight in attached_model("llama").parameters())
     counts = described["parameters"]
-    assert counts == {"resident": total - counts["experts"], "experts": 3 * (4 * 2 * 32 * 16 + 32)}
+    experts = 3 * (4 * 2 * 32 * 16 + 32)
+    assert counts == {
+        "resident": total - experts,
+        "experts": experts,
+        "offloaded": 97 * 3 * 4 * 32,  # V ids, 3 layers, 4 experts, d 32
+        "loaded_per_token": 3 * 4 * 32,
+    }
     json.dumps(described)
 
 
@@ -41,6 +50,72 @@ def test_table_form(table_folder):
     assert (table["encoding"], table["record_bytes"], table["shards"]) == ("float32", 1536, 1)
     assert table["fingerprint"] == described["lookup_experts"]["fingerprint"]
     json.dumps(described)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gateless_llama"])
+def test_training_form_foretells_its_table(family, tmp_path):
+    """Every second layer, and a family whose configuration has names of its own for the sizes."""
+    attached_model(family, layers="every:2").save_pretrained(tmp_path / "experts")
+    le.reparameterize(tmp_path / "experts", tmp_path / "folded", encoding="nf4")
+    before, after = (
+        inspect_folder(tmp_path / name)["parameters"] for name in ("experts", "folded")
+    )
+    assert (before["offloaded"], before["resident"]) == (after["table"], after["resident"])
+    assert before["loaded_per_token"] == after["loaded_per_token"] == 2 * 4 * 32
+
+
+def test_a_mixture_of_experts(tmp_path):
+    """2 layers of 6 experts of size 24 with d 32, of which a token selects 2."""
+    model = moe_model()
+    model.save_pretrained(tmp_path)
+    described = inspect_folder(tmp_path)
+    total = sum(weight.numel() for weight in model.parameters())
+    assert described["parameters"] == {
+        "resident": total,
+        "experts": 2 * 6 * 2 * 32 * 24,
+        "active": total - 2 * 4 * 2 * 32 * 24,
+        "offloaded": 2 * 6 * 2 * 32 * 24,
+        "loaded_per_token": 2 * 2 * 2 * 32 * 24,
+    }
+    lines = format_description(described).splitlines()
+    assert "  offloaded       18,432 parameters" in lines
+    assert "  loaded per token 6,144 parameters" in lines
+
+
+def write_headers(model, folder):
+    """A model folder with headers that tell the shapes of a model without weights, and no data.
+
+    Of a sparse file only the header takes space, and reading headers is all that is looked at.
+    """
+    model.config.save_pretrained(folder)
+    entries, end = {}, 0
+    for name, weight in model.state_dict().items():
+        begin, end = end, end + 4 * weight.numel()
+        entries[name] = {
+            "dtype": "F32",
+            "shape": list(weight.shape),
+            "data_offsets": [begin, end],
+        }
+    header = json.dumps(entries).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+
+
+# arXiv 2503.15798, table 2.
+@pytest.mark.parametrize(
+    ("name", "offloaded", "loaded"),
+    [("moe-160m-10e", 0.3e9, 57e6), ("mole-160m-4e", 1.8e9, 0.037e6)],
+)
+def test_what_is_offloaded_is_what_the_paper_says(name, offloaded, loaded, tmp_path):
+    write_headers(build_without_weights(load_recipe(name), 50304), tmp_path)
+    found = inspect_folder(tmp_path)["parameters"]
+    assert found["offloaded"] == pytest.approx(offloaded, rel=0.06)  # it rounds to a digit
+    assert found["loaded_per_token"] == pytest.approx(loaded, rel=0.025)
+    counted = count(load_recipe(name).model, 50304)
+    assert found["offloaded"] == counted.offloaded_experts
+    assert found["loaded_per_token"] == counted.loaded_per_token
+    assert found["experts"] == counted.routed_experts
 
 
 def test_resident_parameters_are_those_of_the_running_model(table_folder):
@@ -80,8 +155,11 @@ def test_the_authors_checkpoints(official_oracles, name, form):
     assert (described["form"], described["format"]) == (form, "official")
     if name == "mole-4e":
         assert described["parameters"]["experts"] == 2 * (4 * 2 * 48 * 96 + 48)
+        assert described["parameters"]["loaded_per_token"] == 2 * 4 * 48
     if form == "moe":
         assert described["parameters"]["experts"] == 2 * 10 * 2 * 48 * 48
+        assert described["parameters"]["offloaded"] == 2 * 10 * 2 * 48 * 48
+        assert described["parameters"]["loaded_per_token"] == 2 * 2 * 2 * 48 * 48
         assert described["moe"]["num_experts_per_tok"] == 2
         assert "2 of 10 experts of size 48 per token" in format_description(described)
 
@@ -93,6 +171,15 @@ def test_a_folder_without_settings_is_an_error(own_folder):
     for look in (inspect_folder, verify_folder):
         with pytest.raises(UserError, match="doesn't say what was attached"):
             look(own_folder)
+
+
+def test_a_backbone_that_transformers_does_not_know_is_an_error(training_folder, tmp_path):
+    folder = shutil.copytree(training_folder, tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    config["backbone_type"] = "lama"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"transformers can't read its config\.json .*lama"):
+        inspect_folder(folder)
 
 
 def test_no_model_is_an_error(tmp_path):

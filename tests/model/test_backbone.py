@@ -115,7 +115,11 @@ def test_inspecting_them_counts_their_backbone(saved, tmp_path):
     model = le.load(folder)
     routed = sum(p.numel() for n, p in model.named_parameters() if ".routed." in n)
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert described["parameters"] == {"experts": routed, "resident": total - routed}
+    counts = described["parameters"]
+    assert (counts["experts"], counts["resident"]) == (routed, total - routed)
+    per_token = 2 * 2 * model.config.hidden_size  # 2 experts in 2 layers
+    assert counts["loaded_per_token"] == per_token
+    assert counts["offloaded"] == per_token * model.config.vocab_size
     assert f"  on              {tmp_path / 'backbone'}\n" in format_description(described)
 
 

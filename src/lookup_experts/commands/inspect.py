@@ -9,7 +9,9 @@ from lookup_experts.commands import options
 def inspect(folder: options.ModelFolder, json: options.Json = False) -> None:
     """Tell what is in a model folder or a table.
 
-    Reads headers alone, so it is quick for any size.
+    Reads headers alone, so it is quick for any size. `offloaded` is what generating would keep
+    outside of the GPU: the table that experts become, or a mixture's experts; `loaded per token`
+    is what each token needs of it.
 
     Example: `mole inspect out/ --json`
     """

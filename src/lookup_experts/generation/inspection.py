@@ -21,6 +21,7 @@ from lookup_experts.model.checkpoint import (
 )
 from lookup_experts.model.configuration import LookupExpertsConfig, MoeGatelessLlamaConfig
 from lookup_experts.model.fingerprint import embedding_hash
+from lookup_experts.model.offloaded import offloaded_mixture, offloaded_table
 from lookup_experts.table.format import (
     MANIFEST_NAME,
     Progress,
@@ -45,10 +46,13 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
 
     Keys: `folder`, `form` (`experts`, `table`, `dense`, `moe`, or `bare table`), `format`
     (`lookup-experts`, `official` or `huggingface`), `backbone`, `lookup_experts` (the settings),
-    `parameters` (`resident`: what a running model in table form holds; `experts`: routed experts
-    in training form; `table`: numbers that the table stands for, `loaded_per_token` of them for
-    each token; of a mixture of experts, `active`: those that a token uses), `table`, and `moe`
-    (the settings) for the paper's mixture of experts.
+    `parameters`, `table`, and `moe` (the settings) for the paper's mixture of experts.
+
+    Of `parameters`, `resident` is what a running model holds, in table form or as a mixture;
+    `experts`: routed experts in training form; `table`: numbers that the table stands for, or
+    `offloaded`: those that it will stand for once the experts are folded, or a mixture's routed
+    experts outside of the GPU; `loaded_per_token`: of either, what each token needs, of a mixture
+    in the worst case; `active`: those of a mixture that a token uses.
     """
     path = local_folder(folder)
     if (path / MANIFEST_NAME).exists():
@@ -91,6 +95,8 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     if settings is not None and settings.backbone is not None:
         backbone = count_parameters(backbone_folder(path, settings), ())
         described["parameters"]["resident"] += backbone["resident"]
+    if settings is not None and settings.form == "experts":
+        described["parameters"] |= future_table_parameters(path, settings)
     if settings is not None and settings.form == "table":
         table = open_table(path / "table")
         described["table"] = describe_table(table)
@@ -119,18 +125,46 @@ def count_parameters(folder: Path, expert_marks: tuple[str, ...]) -> dict[str, i
 def moe_parameters(folder: Path, settings: dict[str, int]) -> dict[str, int]:
     """Those of a mixture of experts: all are resident; a token uses those of its experts."""
     counts = count_parameters(folder, (MOE_MARK,))
-    experts = counts["experts"]
-    num_experts = settings["num_experts"]
-    unused = experts // num_experts * (num_experts - settings["num_experts_per_tok"])
-    total = counts["resident"] + experts
-    return {"resident": total, "experts": experts, "active": total - unused}
+    outside = offloaded_mixture(
+        settings["num_layers"],
+        settings["num_experts"],
+        settings["num_experts_per_tok"],
+        settings["hidden_size"],
+        settings["expert_size"],
+    )
+    total = counts["resident"] + counts["experts"]
+    return {
+        "resident": total,
+        "experts": counts["experts"],
+        "active": total - outside.parameters + outside.loaded_per_token,
+        "offloaded": outside.parameters,
+        "loaded_per_token": outside.loaded_per_token,
+    }
+
+
+def future_table_parameters(folder: Path, settings: LookupSettings) -> dict[str, int]:
+    """Numbers that the table of experts in training form will stand for, and a token's share."""
+    from transformers import AutoConfig
+
+    try:
+        sizes = AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: transformers can't read its config.json ({error}).") from error
+    table = offloaded_table(
+        len(settings.layers), settings.num_experts, sizes.hidden_size, sizes.vocab_size
+    )
+    return {"offloaded": table.parameters, "loaded_per_token": table.loaded_per_token}
 
 
 def table_parameters(table: Table) -> dict[str, int]:
-    """Numbers that a table stands for: in all, and brought for each token (dN per layer)."""
+    """Numbers that a table stands for, and a token's share."""
     shape = table.layout.shape
-    per_token = shape.num_layers * shape.num_experts * shape.hidden_size
-    return {"table": per_token * shape.vocab_size, "loaded_per_token": per_token}
+    numbers = offloaded_table(
+        shape.num_layers, shape.num_experts, shape.hidden_size, shape.vocab_size
+    )
+    return {"table": numbers.parameters, "loaded_per_token": numbers.loaded_per_token}
 
 
 def describe_table(table: Table) -> dict[str, Any]:

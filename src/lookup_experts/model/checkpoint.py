@@ -177,13 +177,14 @@ def moe_settings(folder: Path, config: dict[str, Any]) -> dict[str, int]:
     """What the `config.json` of a mixture of experts, the authors' or ours, says of its experts.
 
     Keys: `num_experts` (per layer), `num_experts_per_tok` (the paper's 2 where nothing is said),
-    `expert_size`, `num_layers`.
+    `expert_size`, `hidden_size`, `num_layers`.
     """
     default = MoeGatelessLlamaConfig.num_experts_per_tok
     return {
         "num_experts": _whole_number(folder, config, "num_experts"),
         "num_experts_per_tok": config.get("num_experts_per_tok", default),
         "expert_size": _whole_number(folder, config, "intermediate_size"),
+        "hidden_size": _whole_number(folder, config, "hidden_size"),
         "num_layers": _whole_number(folder, config, "num_hidden_layers"),
     }
 
