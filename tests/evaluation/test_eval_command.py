@@ -9,6 +9,8 @@ from tiny_models import gateless_model, moe_model
 from tiny_tasks import write_tasks
 
 from lookup_experts import cli
+from lookup_experts.errors import UserError
+from lookup_experts.evaluation import run as evaluation
 from lookup_experts.evaluation.summary import format_summaries
 
 pytestmark = pytest.mark.usefixtures("brief_harness")
@@ -128,7 +130,6 @@ def own_words(table_folder, tmp_path):
         (("--limit", "0"), "--limit is 0; it must be at least 1."),
         (("--batch-size", "-1"), "--batch-size is -1; it must be at least 1."),
         (("--recall",), "words that are one token each"),
-        (("--perplexity", "nowhere.txt"), "nowhere.txt is no file"),
     ],
 )
 def test_refused(mole, table_folder, arguments, message):
@@ -137,14 +138,92 @@ def test_refused(mole, table_folder, arguments, message):
     assert message in stderr.splitlines()[-1]
 
 
-def test_refused_folders(mole, table_folder, data, tmp_path):
-    bare = shutil.copytree(table_folder, tmp_path / "bare")
-    (bare / "tokenizer.json").unlink()
+@pytest.fixture
+def loaded(monkeypatch):
+    """The folders whose weights were loaded, none of which is then evaluated."""
+    folders: list[str] = []
+
+    def load(folder, **options):
+        folders.append(folder)
+        raise UserError("Nothing is to be loaded in this test.")
+
+    monkeypatch.setattr(evaluation, "load", load)
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "can't be read"),
+        (lambda folder: (folder / "config.json").unlink(), "not a model folder"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "not a model folder"),
+        (lambda folder: shutil.rmtree(folder / "table"), "table"),
+        (shutil.rmtree, "No such folder"),
+    ],
+    ids=["no tokenizer", "damaged tokenizer", "no config", "no weights", "no table", "no folder"],
+)
+def test_the_second_folder_is_looked_at_before_the_first_is_evaluated(
+    mole, loaded, table_folder, data, tmp_path, spoil, message
+):
+    spoil(second := shutil.copytree(table_folder, tmp_path / "second"))
+    code, stdout, stderr = mole(table_folder, second, "--data-dir", data)
+    assert (code, stdout, loaded) == (2, "", []), stderr
+    assert message in stderr.splitlines()[-1]
+
+
+def test_a_bare_table_is_no_model(mole, loaded, table_folder, data):
+    code, _, stderr = mole(table_folder, table_folder / "table", "--data-dir", data)
+    assert (code, loaded) == (2, [])
+    assert "table is not a model folder" in stderr.splitlines()[-1]
+
+
+def test_the_tokenizer_of_another_folder_is_looked_at_in_place_of_theirs(
+    mole, loaded, table_folder, training_folder, data, tmp_path
+):
+    without = shutil.copytree(table_folder, tmp_path / "without")
+    (without / "tokenizer.json").unlink()
+    arguments = (without, "--data-dir", data, "--tokenizer")
+    code, _, stderr = mole(*arguments, without)
+    assert (code, loaded) == (2, []) and "has no tokenizer" in stderr.splitlines()[-1]
+    mole(*arguments, training_folder)
+    assert loaded == [str(without)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nowhere.txt", None, "is no file"),
+        ("text.csv", b"one, two", "unknown file type"),
+        ("text.txt", b"caf\xe9 " * 9, "is not UTF-8 text"),
+        ("text.txt.gz", b"no gzip", "text.txt.gz"),
+        ("text.jsonl", b'{"words": "one two"}', "no field 'text'"),
+        ("empty.txt", b"", "has 0 tokens"),
+    ],
+)
+def test_the_text_is_read_before_anything_is_evaluated(
+    mole, loaded, table_folder, data, tmp_path, name, content, message
+):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    text = ("--perplexity", tmp_path / name)
+    code, stdout, stderr = mole(table_folder, "--tasks", "piqa", "--data-dir", data, *text)
+    assert (code, stdout, loaded) == (2, "", []), stderr
+    assert message in stderr.splitlines()[-1]
+
+
+def test_words_for_recall_are_looked_for_before_anything_is_evaluated(
+    mole, loaded, own_words, training_folder
+):
+    code, stdout, stderr = mole(own_words, training_folder, "--recall")
+    assert (code, stdout, loaded) == (2, "", []), stderr
+    assert "words that are one token each" in stderr.splitlines()[-1]
+
+
+def test_refused_folders(mole, table_folder, data):
     for arguments, message in (
-        ((bare, "--data-dir", data), "has no tokenizer"),
         ((table_folder, table_folder, "--data-dir", data), "is given twice"),
-        ((tmp_path / "none", "--data-dir", data), "No such folder"),
-        ((table_folder, "--data-dir", data, "--out", bare / "config.json"), "is a file"),
+        ((table_folder, "--data-dir", data, "--out", table_folder / "config.json"), "is a file"),
     ):
         code, stdout, stderr = mole(*arguments)
         assert (code, stdout) == (2, ""), stderr

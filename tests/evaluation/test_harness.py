@@ -107,17 +107,24 @@ def test_a_row_by_hand(model, tokenizer, undisturbed):
 
 
 def test_a_table_on_disk_scores_what_its_experts_do(training_folder, table_folder, tokenizer, data):
-    tasks = parse_tasks("arc_easy,boolq,race,lambada")
+    """All eight tasks: each accuracy exactly, log-likelihoods nearly.
+
+    Where a matrix product sums in another order for another number of ids, as MKL's does with
+    `MKL_CBWR=COMPATIBLE`, the last bits differ; elsewhere these are equal too.
+    """
     experts, table = (
-        evaluate_tasks(loaded, tokenizer, tasks, data_dir=data)
+        evaluate_tasks(loaded, tokenizer, parse_tasks("all"), data_dir=data)
         for loaded in (le.load(training_folder), le.load(table_folder, store="direct"))
     )
-    assert [each.metrics["acc"] for each in table.scores] == [
-        each.metrics["acc"] for each in experts.scores
-    ]
+    for one, other in zip(experts.scores, table.scores, strict=True):
+        for metric, value in one.metrics.items():
+            if metric == "perplexity":
+                assert other.metrics[metric] == pytest.approx(value, rel=1e-5)
+            else:
+                assert other.metrics[metric] == value
     for task, rows in answers_of(experts).items():
         for row, found in zip(rows, answers_of(table)[task], strict=True):
-            assert found == pytest.approx(row, abs=1e-4)
+            assert found == pytest.approx(row, rel=1e-6, abs=1e-5)
 
 
 def test_a_limit_takes_the_first_rows(model, tokenizer, data, undisturbed):

@@ -20,9 +20,10 @@ from lookup_experts.evaluation.perplexity import Perplexity, perplexity, window_
 from lookup_experts.evaluation.recall import Recall, measure_recall, word_ids
 from lookup_experts.evaluation.summary import ModelSummary
 from lookup_experts.evaluation.tasks import EvaluationTask, local_file
-from lookup_experts.evaluation.text import read_token_ids
+from lookup_experts.evaluation.text import find_text, read_token_ids
 from lookup_experts.generation.inspection import inspect_folder
 from lookup_experts.generation.loading import load, load_tokenizer, local_folder
+from lookup_experts.model.checkpoint import read_config
 from lookup_experts.table.reader import TableExperts
 
 
@@ -42,8 +43,11 @@ class Request:
     out: Path | None = None
     """Where the harness's results are written; None for nowhere."""
 
-    def check(self, folders: Sequence[str]) -> None:
-        """Raise a `UserError` for what can be known to fail before a model is loaded."""
+    def check(self, folders: Sequence[str], tokenizer_folder: Path | None = None) -> None:
+        """Raise a `UserError` for what can be known to fail before a model is loaded.
+
+        Of the models, headers and tokenizers are read; those on the hub are fetched.
+        """
         check_counts(self.limit, self.batch_size)
         if self.tasks:
             check_harness()
@@ -56,6 +60,21 @@ class Request:
         for position, name in enumerate(names):
             if name in names[:position]:
                 raise UserError(f"The model {folders[position]} is given twice.")
+        if self.text is not None:
+            find_text(self.text)
+        for folder in folders:
+            read_config(local_folder(folder))  # a bare table has none, and can be inspected
+            inspect_folder(folder)
+        for folder in folders if tokenizer_folder is None else [str(tokenizer_folder)]:
+            self._check_tokenizer(folder)
+
+    def _check_tokenizer(self, folder: str) -> None:
+        """Read what the tokenizer is needed for, once before it is needed."""
+        tokenizer = load_tokenizer(folder)
+        if self.text is not None:
+            read_token_ids(self.text, tokenizer)
+        if self.recall:
+            word_ids(tokenizer)
 
 
 def evaluate_folders(
@@ -75,7 +94,7 @@ def evaluate_folders(
     Raises:
         UserError: no such model; no tokenizer; rows or a text that can't be read.
     """
-    request.check(folders)
+    request.check(folders, tokenizer_folder)
     found = [_evaluate(folder, request, tokenizer_folder, loading) for folder in folders]
     # Kept up to here: interrupted at the last model, the others needn't be asked again.
     for folder in folders:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lookup_experts.errors import UserError
 from lookup_experts.training.documents import read_documents
-from lookup_experts.training.inputs import find_inputs
+from lookup_experts.training.inputs import Input, find_inputs
 
 MAX_TOKENS = 2**15
 """What a file is read up to: enough for two digits of a perplexity in minutes on a CPU."""
@@ -30,17 +30,26 @@ def read_token_ids(file: str | Path, tokenizer: Any, max_tokens: int = MAX_TOKEN
     Raises:
         UserError: no such file, or it can't be read, or has not two tokens in it.
     """
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise UserError(f"{file} is no file; give a text to evaluate on (.txt, .jsonl, .txt.gz).")
-    ids = list(itertools.islice(_token_ids(path, tokenizer), max_tokens))
+    ids = list(itertools.islice(_token_ids(find_text(file), tokenizer), max_tokens))
     if len(ids) < 2:
         raise UserError(f"{file} has {len(ids)} tokens; at least 2 are needed to predict any.")
     return torch.tensor(ids)
 
 
-def _token_ids(path: Path, tokenizer: Any) -> Iterator[int]:
-    (source,) = find_inputs([str(path)], out=Path())
+def find_text(file: str | Path) -> Input:
+    """The text in a file, not yet read.
+
+    Raises:
+        UserError: no such file, or it is of no kind that can be read.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"{file} is no file; give a text to evaluate on (.txt, .jsonl, .txt.gz).")
+    (source,) = find_inputs([str(path)])
+    return source
+
+
+def _token_ids(source: Input, tokenizer: Any) -> Iterator[int]:
     is_empty = True
     for chunk in read_documents(source, text_field="text"):
         # A chunk is a million characters, so the words that are cut between two are very few.
