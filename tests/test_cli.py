@@ -131,7 +131,15 @@ def test_chat_answers_what_is_piped_in(table_folder):
     done = binary("chat", table_folder, "-n", "5", "--seed", "1", input="the fox\nthe dog\n\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") == 3
-    assert "no chat template" in done.stderr
+    assert "no chat template" in done.stderr and "new tokens" not in done.stderr
+
+
+def test_chat_tells_what_each_answer_took(table_folder):
+    arguments = ("-n", "5", "--seed", "1", "--store", "direct", "--stats")
+    done = binary("chat", table_folder, *arguments, input="the fox\nthe dog\n\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("new tokens") == done.stderr.count("table: direct (") == 2
+    assert "new tokens" not in done.stdout
 
 
 # -------------------------------------------------------------------------------- each command

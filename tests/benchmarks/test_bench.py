@@ -151,9 +151,27 @@ def test_rows_of_a_prompt_take_less_than_all_layers_at_once(tmp_path, ids):
         patch.setattr(baselines, "PAPER_VOCAB_SIZE", 1500)
         table = random_table(case, tmp_path)
         prompt = np.arange(3000) % 1500
-        peak = residency._peak_of_prompt(case, table.folder, "direct", prompt)
+        peak, reader = residency._peak_of_prompt(case, table.folder, "auto:0", prompt)
+    assert reader.store == "direct" and reader.backend
     all_at_once = 1500 * 24 * 4 * 512 * 2
     assert 1500 * 4 * 512 * 2 < peak < all_at_once
+
+
+def test_memory_tells_how_the_table_was_read(tmp_path, ids, monkeypatch):
+    """What was really opened, not what was asked for; in this process, see above."""
+    from lookup_experts.benchmarks import residency
+
+    def in_this_process(what, measure, *arguments):
+        return measure(*arguments)
+
+    monkeypatch.setattr(residency, "in_fresh_process", in_this_process)
+    for store, name, backend in (("auto:0", "direct", None), ("auto:8GB", "memory", "ram")):
+        dense, mole = bench(tmp_path, "memory", "--ids", ids, "--store", store)["results"]
+        assert "store" not in dense and "backend" not in dense
+        assert mole["store"] == name and mole["backend"] == (backend or mole["backend"])
+    arguments = ("--ids", ids, "--store", "auto:0", "--prompt", 300)
+    (prompt,) = bench(tmp_path, "memory", *arguments)["results"]
+    assert prompt["store"] == "direct" and prompt["backend"] in ("io_uring", "preadv x8 threads")
 
 
 @pytest.mark.timeout(90)

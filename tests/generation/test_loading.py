@@ -1,16 +1,20 @@
 """Loading a folder: every form of it, and a plain word where it can't be."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, attached_model, logits_of, tiny_model, token_ids
+from transformers import AutoModelForCausalLM
 
 import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.generation.loading import load_tokenizer, local_folder
+from lookup_experts.table import uring
 
 IDS = token_ids(2, 7)
 
@@ -34,6 +38,44 @@ def test_the_chosen_store_is_told(table_folder):
     model = le.load(table_folder, notify=said.append)
     assert model.expert_source.stats().store == "memory"
     assert len(said) == 1 and said[0].startswith("Store: memory, because")
+
+
+@pytest.mark.parametrize("load", [le.load, AutoModelForCausalLM.from_pretrained])
+def test_what_was_chosen_is_told_where_nobody_asked(table_folder, caplog, monkeypatch, load):
+    load(table_folder)
+    (chosen,) = caplog.messages
+    assert chosen.startswith("Store: memory, because the table (")
+    caplog.clear()
+    refuse_ring(monkeypatch)
+    load(table_folder, store="direct")
+    assert caplog.messages == [
+        f"No io_uring here ({os.strerror(errno.EPERM)}): reading with 8 threads."
+    ]
+    assert {(record.name, record.levelname) for record in caplog.records} == {
+        ("lookup_experts", "WARNING")
+    }
+
+
+def refuse_ring(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(uring, "_syscall", refuse)
+
+
+def test_python_prints_it(table_folder, run_python):
+    code, out, err = run_python(
+        "import sys, lookup_experts as le; le.load(sys.argv[1], store='auto:0')", table_folder
+    )
+    assert (code, out) == (0, ""), err
+    assert "Store: direct, because the table (" in err
+
+
+def test_who_wants_silence_has_it(table_folder, caplog, monkeypatch):
+    refuse_ring(monkeypatch)
+    model = le.load(table_folder, store="auto:0", notify=lambda message: None)
+    assert model.expert_source.stats().backend == "preadv x8 threads"
+    assert caplog.messages == []
 
 
 def test_the_dtype_can_be_chosen(training_folder, table_folder):

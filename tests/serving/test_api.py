@@ -450,6 +450,9 @@ def test_what_the_server_tells_of_itself(client):
     assert (stats["layers"], stats["experts"], stats["store"]) == (3, 4, "direct")
     assert stats["tokens_per_second"] == pytest.approx(9 / 5)
     assert stats["bytes_read"] > 0 and 0 <= stats["hit_rate"] <= 1
+    assert stats["ids_asked"] >= stats["ids_unique"] >= 9 > 0 <= stats["cache_hits"]
+    assert stats["hit_rate"] == stats["cache_hits"] / stats["ids_unique"]
+    assert stats["read_seconds"] > 0
     assert stats["resident_bytes"] > 10**7
     metrics = client.get("/metrics").text
     assert "mole_generated_tokens_total 9.0" in metrics
@@ -463,6 +466,8 @@ def test_a_dense_model_has_no_table_to_tell_of(make_client):
     client = make_client(model=tiny_model("llama"))
     stats = client.get("/v1/stats").json()
     assert (stats["kind"], stats["experts"], stats["store"]) == ("dense", 0, None)
+    counted = ("ids_asked", "ids_unique", "cache_hits", "read_seconds")
+    assert [stats[name] for name in counted] == [0, 0, 0, 0]
     chunks = events_of(
         complete(client, prompt="the", max_tokens=1, stream=True, lookup_details=True)
     )

@@ -326,6 +326,35 @@ def test_a_fault_is_an_error_and_leaves_no_wrong_rows(wide, monkeypatch, length,
         assert not cache._held
 
 
+@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize("length", [5, 64, 200])
+def test_a_thread_that_ends_while_it_reads(wide, monkeypatch, length, ready):
+    def end(*_):
+        raise SystemExit
+
+    table, records = wide
+    ids = torch.arange(length).view(1, -1)
+    with open_on(LateLane(5e-4), table, cache_bytes=2**20) as reader, torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(reader._store, "_fetch", end)
+            for _ in range(2):
+                with pytest.raises(TableError, match="thread that reads the table has ended"):
+                    reader.rows(ids, ready=ready).layer(0)
+        for _ in range(2):
+            Expected(table, records).assert_right(reader.rows(ids, ready=ready), ids)
+
+
+def test_the_thread_of_prompts_is_gone(wide):
+    table, _ = wide
+    ids = torch.arange(200).view(1, -1)
+    with open_on(HostLane(), table) as reader, torch.no_grad():
+        reader._thread.shutdown()
+        rows = reader.rows(ids)
+        for layer in (0, 1, 0):
+            with pytest.raises(TableError, match="thread that reads the table has ended"):
+                rows.layer(layer)
+
+
 def test_a_read_that_cannot_begin(wide, monkeypatch):
     table, records = wide
     expected = Expected(table, records)

@@ -12,7 +12,7 @@ from lookup_experts.benchmarks.processes import in_fresh_process
 from lookup_experts.errors import UserError
 from lookup_experts.model.cache_names import cache_argument, cache_of
 from lookup_experts.table.format import open_table
-from lookup_experts.table.reader import TableExperts
+from lookup_experts.table.reader import ReaderStatistics, TableExperts
 from lookup_experts.table.store import open_store
 
 PROMPT_TOKENS = 512
@@ -29,6 +29,9 @@ class MemoryResult:
     """Proportional set size, as the kernel counts it."""
     beyond_dense_bytes: int
     store: str | None = None
+    """Where the table was read from, as opened."""
+    backend: str | None = None
+    """What did the reading."""
     cache_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,15 +44,18 @@ def measure_memory(
 ) -> list[MemoryResult]:
     """Run the dense model and the table model in fresh processes, one after the other."""
     sample = ids[: PROMPT_TOKENS + DECODING_STEPS * 64]
-    dense = in_fresh_process(
+    dense, _ = in_fresh_process(
         "Resident memory", _resident_bytes, case, None, store, cache_bytes, sample
     )
-    mole = in_fresh_process(
+    mole, reader = in_fresh_process(
         "Resident memory", _resident_bytes, case, table_folder, store, cache_bytes, sample
     )
+    assert reader is not None
     return [
         MemoryResult("memory", "dense", dense, 0),
-        MemoryResult("memory", "mole", mole, mole - dense, store, cache_bytes),
+        MemoryResult(
+            "memory", "mole", mole, mole - dense, reader.store, reader.backend, cache_bytes
+        ),
     ]
 
 
@@ -65,6 +71,9 @@ class PromptMemoryResult:
     rows_bytes: int
     """What the rows of all its layers would take at once."""
     store: str
+    """Where the table was read from, as opened."""
+    backend: str
+    """What did the reading."""
     encoding: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,20 +91,25 @@ def measure_prompt_memory(
     shape = case.layout.shape
     unique_ids = len(np.unique(prompt))
     row_bytes = shape.num_experts * shape.hidden_size * case.dtype.itemsize
+    peak, reader = in_fresh_process(
+        "A prompt's memory", _peak_of_prompt, case, table_folder, store, prompt
+    )
     return PromptMemoryResult(
         what="memory",
         tokens=tokens,
         unique_ids=unique_ids,
-        peak_bytes=in_fresh_process(
-            "A prompt's memory", _peak_of_prompt, case, table_folder, store, prompt
-        ),
+        peak_bytes=peak,
         rows_bytes=unique_ids * shape.num_layers * row_bytes,
-        store=store,
+        store=reader.store,
+        backend=reader.backend,
         encoding=case.encoding,
     )
 
 
-def _peak_of_prompt(case: Case, table_folder: Path, store: str, prompt: np.ndarray) -> int:
+def _peak_of_prompt(
+    case: Case, table_folder: Path, store: str, prompt: np.ndarray
+) -> tuple[int, ReaderStatistics]:
+    """Bytes, and what the reader did."""
     table = open_table(table_folder)
     opened = open_store(table, store, notify=lambda message: None)
     reader = TableExperts(table, opened, case.dtype)
@@ -105,8 +119,9 @@ def _peak_of_prompt(case: Case, table_folder: Path, store: str, prompt: np.ndarr
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
         _mix_all_layers(reader, prompt)
         peak = _status_bytes("VmHWM")
+    statistics = reader.stats()
     reader.close()
-    return peak - before
+    return peak - before, statistics
 
 
 def _mix_all_layers(reader: TableExperts, prompt: np.ndarray) -> None:
@@ -127,7 +142,8 @@ def _status_bytes(name: str) -> int:
 
 def _resident_bytes(
     case: Case, table_folder: Path | None, store: str, cache_bytes: int, ids: np.ndarray
-) -> int:
+) -> tuple[int, ReaderStatistics | None]:
+    """Bytes, and what the reader did; None for the dense model."""
     if table_folder is None:
         model = dense_model(case)
     else:
@@ -139,7 +155,8 @@ def _resident_bytes(
         for step in range(DECODING_STEPS):
             column = tokens[None, PROMPT_TOKENS + step, None]
             model(column, use_cache=True, **past)
-    return proportional_set_size()
+    resident = proportional_set_size()
+    return resident, None if table_folder is None else model.expert_source.stats()
 
 
 def proportional_set_size() -> int:

@@ -19,6 +19,7 @@ def chat(
     tokenizer: options.Tokenizer = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    stats: options.Stats = False,
 ) -> None:
     """Talk to a model, turn by turn; an empty line or Ctrl-D ends.
 
@@ -43,17 +44,20 @@ def chat(
     )
     if loaded_tokenizer.chat_template is None:
         console.say("The tokenizer has no chat template: the model continues the text as it is.")
-    converse(model, loaded_tokenizer, sampling)
+    converse(model, loaded_tokenizer, sampling, stats)
 
 
-def converse(model: Any, tokenizer: Any, sampling: Any) -> None:
-    """Read turns from stdin until an empty one, and answer each."""
+def converse(model: Any, tokenizer: Any, sampling: Any, stats: bool = False) -> None:
+    """Read turns from stdin until an empty one, and answer each; `stats`: tell what it took."""
     from lookup_experts.generation.conversation import Conversation
+    from lookup_experts.generation.text import format_statistics
 
     conversation = Conversation(model, tokenizer, sampling)
     while turn := _read_turn():
-        conversation.answer(turn, on_text=_write_now)
+        generation = conversation.answer(turn, on_text=_write_now)
         console.result("")
+        if stats:
+            console.say(format_statistics(generation))
 
 
 def _read_turn() -> str:

@@ -29,7 +29,7 @@ def generate(
     tokenizer: options.Tokenizer = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
-    stats: Annotated[bool, typer.Option("--stats", help="Tell what it took, on stderr.")] = False,
+    stats: options.Stats = False,
     json: options.Json = False,
 ) -> None:
     """Continue a prompt, token by token.

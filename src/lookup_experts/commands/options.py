@@ -18,8 +18,9 @@ Store = Annotated[
 Cache = Annotated[
     str,
     typer.Option(
-        help="Budget for records of recent tokens, e.g. 256MB; 0 is off. RAM, or the GPU's memory "
-        "where the model runs on one."
+        help="Budget for records of recent tokens, e.g. 256MB; 0 is off. RAM, with the "
+        "records of the batch under way (up to 64) beside it, or the GPU's memory where the model "
+        "runs on one."
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ...")]
@@ -27,6 +28,7 @@ Dtype = Annotated[str, typer.Option(help="Weights: float32, bfloat16, float16, o
 Checksums = Annotated[
     bool, typer.Option("--checksums", help="Compare every record that is read with its checksum.")
 ]
+Stats = Annotated[bool, typer.Option("--stats", help="Tell what it took, on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Tokenizer = Annotated[
     Path | None,

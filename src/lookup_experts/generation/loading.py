@@ -1,7 +1,6 @@
 """From a folder to a model that is ready to generate."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from lookup_experts.model.configuration import (
 )
 from lookup_experts.model.huggingface import LookupExpertsMixin
 from lookup_experts.table.lanes import check_device
+from lookup_experts.table.store import Notify, log
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,7 +38,7 @@ def load(
     dtype: str = "auto",
     verify_checksums: bool = False,
     num_experts_per_tok: int | None = None,
-    notify: Callable[[str], None] = lambda message: None,
+    notify: Notify = log,
 ) -> Any:
     """The model in a folder, in evaluation mode.
 
@@ -56,7 +56,8 @@ def load(
         verify_checksums: compare every record that is read with its checksum.
         num_experts_per_tok: of the paper's mixture-of-experts baseline, how many experts each token
             selects; default: what the folder says, else 2.
-        notify: told which store was chosen and why.
+        notify: told which store was chosen and why, and what could not be had; default: a warning
+            of the logger `lookup_experts`.
 
     Raises:
         UserError: no such folder, no model in it, or one that can't be loaded; a table that is

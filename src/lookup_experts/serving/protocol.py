@@ -210,10 +210,18 @@ class Stats(BaseModel):
     experts: int
     tokens_per_second: float
     """Over the last 5 seconds."""
+    ids_asked: int
+    ids_unique: int
+    """Summed over batches."""
+    cache_hits: int
+    """Of the unique ids."""
     hit_rate: float
     """Of the distinct ids that were looked up, those found in the row cache."""
     bytes_read: int
+    read_seconds: float
+    """From asking the store to having the records, beside the model's work."""
     wait_seconds: float
+    """Spent by the model, waiting for records."""
     resident_bytes: int
     running: int
     waiting: int

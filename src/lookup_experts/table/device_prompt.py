@@ -16,7 +16,7 @@ from lookup_experts.model.experts import mix
 from lookup_experts.table.lanes import Lane, Mark
 from lookup_experts.table.mixing import decode_and_mix
 from lookup_experts.table.rows import Decoding, LayerGroup, WaitClock, plan_groups
-from lookup_experts.table.store import Store
+from lookup_experts.table.store import Store, submit_read
 
 Piece = tuple[Tensor, Mark]
 """uint8 [U, width] on the device, and the mark to wait for."""
@@ -71,7 +71,7 @@ class PromptRows:
         if number < len(self._groups):
             queue = self._lane.model_queue()
             done = self._lane.mark_of(queue)
-            self._reading[number] = self._thread.submit(self._reader.read, number, done)
+            self._reading[number] = submit_read(self._thread, self._reader.read, number, done)
 
     def _records(self, layer: int) -> Tensor:
         """The layer's group, uint8 [U, width], which the model's queue waits for."""

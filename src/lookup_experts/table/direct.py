@@ -25,6 +25,7 @@ from lookup_experts.table.store import (
     aligned_buffer,
     open_shards,
     say_why,
+    submit_read,
 )
 from lookup_experts.table.uring import Ring
 
@@ -69,7 +70,7 @@ class ThreadedReads:
         waiting: list[Future[None]] = []
         try:
             for part in parts[1:]:
-                waiting.append(self._threads.submit(read_slice, part))
+                waiting.append(submit_read(self._threads, read_slice, part))
             read_slice(parts[0])
         finally:
             wait(waiting)  # no thread may write into `target` after this call, interrupted or not

@@ -7,7 +7,6 @@ needs them, after its attention.
 
 import threading
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,10 +31,13 @@ from lookup_experts.table.rows import (
     WaitClock,
 )
 from lookup_experts.table.store import (
+    Notify,
     Store,
     ThreadedRead,
     aligned_buffer,
+    log,
     open_store,
+    submit_read,
 )
 from lookup_experts.units import parse_bytes
 
@@ -231,7 +233,7 @@ class TableExperts:
             torch.arange(len(unique_ids)),
             index,
             self._clock,
-            ThreadedRead(self._thread.submit(self._store.read, unique_ids.numpy(), records)),
+            ThreadedRead(submit_read(self._thread, self._store.read, unique_ids.numpy(), records)),
         )
 
     def _streamed_rows(self, token_ids: Tensor) -> StreamedRows:
@@ -337,7 +339,7 @@ def open_reader(
     store: str = "auto",
     cache: int | str = 0,
     verify_checksums: bool = False,
-    notify: Callable[[str], None] = lambda message: None,
+    notify: Notify = log,
 ) -> TableExperts:
     """Open the table of an inference folder for the model that was loaded from it.
 
@@ -346,9 +348,11 @@ def open_reader(
         model: an attached model in table form.
         store: `memory`, `mmap`, `direct`, `auto` or `auto:8GB`, see `open_store`.
         cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off. It is
-            memory of the device that the model runs on: RAM, or the GPU's.
+            memory of the device that the model runs on: RAM, with the records of the batch under
+            way (up to `SLOT_BATCH`) beside it, or the GPU's.
         verify_checksums: compare every record that is read with its checksum.
-        notify: told which store was chosen and why.
+        notify: told which store was chosen and why, and what could not be had; default: a warning
+            of the logger `lookup_experts`.
 
     Raises:
         TableError: the table is missing, damaged, or of another model.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lookup_experts.model.experts import mix
 from lookup_experts.table.format import BLOCK, RecordLayout
-from lookup_experts.table.store import PendingRead, Store, aligned_buffer
+from lookup_experts.table.store import PendingRead, Store, aligned_buffer, submit_read
 
 PRECOMPUTED_POSITIONS = 256
 """Batches up to this size have the places of all their rows computed at once for all layers."""
@@ -332,7 +332,7 @@ class StreamedRows:
 
     def _read_ahead(self, number: int) -> None:
         if number < len(self._groups):
-            self._reading[number] = self._thread.submit(self._read, number)
+            self._reading[number] = submit_read(self._thread, self._read, number)
 
     def _read(self, number: int) -> np.ndarray:
         group = self._groups[number]

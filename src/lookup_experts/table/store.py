@@ -16,16 +16,17 @@ over) while open goes on being read in its old state; one that is truncated give
 """
 
 import errno
+import logging
 import mmap
 import os
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -50,6 +51,10 @@ _COPIED_AT_ONCE = 2**21
 thread, beside the caller's work."""
 
 Notify = Callable[[str], None]
+log: Notify = logging.getLogger("lookup_experts").warning
+"""Tells those who didn't say how they want to be told: Python prints it to stderr."""
+
+_Result = TypeVar("_Result")
 
 
 class Store(Protocol):
@@ -188,6 +193,39 @@ def aligned_buffer(num_bytes: int) -> np.ndarray:
 # ------------------------------------------------------------------------------- common to all
 
 
+def submit_read(
+    thread: Executor, read: Callable[..., _Result], *arguments: Any
+) -> "Future[_Result]":
+    """What a thread of ours reads; a `TableError` in it where that thread has ended.
+
+    It is in the future in any case, so a read that can't begin fails like one that breaks off:
+    when its records are needed, and the same each time.
+    """
+    try:
+        return thread.submit(_read_in_thread, read, arguments)
+    except RuntimeError as error:
+        failed: Future[_Result] = Future()
+        failed.set_exception(_ended(error))
+        return failed
+
+
+def _read_in_thread(read: Callable[..., _Result], arguments: tuple[Any, ...]) -> _Result:
+    try:
+        return read(*arguments)
+    except Exception:
+        raise
+    except BaseException as error:  # it is for the thread that it reached, not for the model's
+        raise _ended(error) from error
+
+
+def _ended(error: BaseException) -> TableError:
+    why = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return TableError(
+        f"The thread that reads the table has ended ({why}). Try again; if it stays so, load the "
+        "model again."
+    )
+
+
 class ThreadedRead:
     """A `PendingRead` that a thread of ours carries out."""
 
@@ -236,7 +274,7 @@ class RecordStore(ABC):
     def begin(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> PendingRead:
         """See `Store.begin`; here by a thread that reads beside the caller."""
         self._check_ids(ids)
-        return ThreadedRead(self._background().submit(self._read_into, ids, memory, slots))
+        return ThreadedRead(submit_read(self._background(), self._read_into, ids, memory, slots))
 
     def _read_into(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> None:
         if len(ids) == 1:  # no copy in between; a record may be megabytes

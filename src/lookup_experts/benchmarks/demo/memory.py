@@ -50,7 +50,7 @@ def main(folder: str, store: str) -> None:
     quiet_transformers()
     _generate(_smallest_model(), WARM_UP_TOKENS)
     before = resident_bytes()
-    model = load(folder, store=store)
+    model = load(folder, store=store, notify=lambda message: None)
     _generate(model, NEW_TOKENS)
     json_result({"before": before, "after": resident_bytes()})
 

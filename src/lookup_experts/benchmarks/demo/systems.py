@@ -33,7 +33,7 @@ def load_system(system: System, demo: Path) -> Any:
     """
     from lookup_experts.generation.loading import load
 
-    return load(demo / system.folder, store=system.store)
+    return load(demo / system.folder, store=system.store, notify=lambda message: None)
 
 
 def count_parameters(demo: Path) -> list[tuple[System, dict[str, int]]]:
