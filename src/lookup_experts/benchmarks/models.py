@@ -13,6 +13,7 @@ from lookup_experts.errors import DiskFullError
 from lookup_experts.model.attach import LookupSettings, install
 from lookup_experts.model.baselines import GatelessLlamaForCausalLM, paper_config
 from lookup_experts.model.huggingface import become_attached
+from lookup_experts.model.joint_router import join_routers
 from lookup_experts.table.encoding import get_encoding
 from lookup_experts.table.format import (
     MANIFEST_NAME,
@@ -95,6 +96,7 @@ def table_model(
     for module in model.lookup_attachment.modules:
         torch.nn.init.normal_(module.router.weight, 0.0, SPREAD)
     opened = open_store(table, store, notify=notify)
+    join_routers(model)
     model.set_expert_source(TableExperts(table, opened, case.dtype, device, cache_bytes))
     return model
 

@@ -276,6 +276,9 @@ class LookupExperts(nn.Module):
         self.layer = layer
         self.context = context
         self.router = nn.Linear(hidden_size, num_experts, bias=False)
+        self.joined: tuple[Any, ...] = ()
+        """The `JointLinear` that computes the router's logits for short steps, if there is one; in
+        a tuple, so that it is no child of this module."""
         if experts is not None:
             # Not named `experts`: the weight conversions of transformers take any `.experts.` in a
             # checkpoint of a mixture-of-experts backbone for that backbone's own.
@@ -316,7 +319,13 @@ class LookupExperts(nn.Module):
                 f"Hidden states of shape {tuple(hidden_states.shape)} don't belong to the "
                 f"token ids of shape {tuple(rows.index.shape)} that entered the model."
             )
-        weights = self.router_weights(hidden_states.reshape(num_positions, hidden_size))
+        logits = None
+        if self.joined:
+            logits = self.joined[0].logits_of(hidden_states, self._modules["router"])
+        if logits is None:
+            weights = self.router_weights(hidden_states.reshape(num_positions, hidden_size))
+        else:
+            weights = logits.softmax(dim=-1).view(num_positions, -1)
         if self.context.observe is not None:
             self.context.observe(self.layer, weights)
         return rows.mix(self.layer, weights)

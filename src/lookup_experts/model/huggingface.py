@@ -34,6 +34,7 @@ from lookup_experts.model.configuration import (
     attached_config_class,
 )
 from lookup_experts.model.experts import ExpertSource
+from lookup_experts.model.joint_router import join_routers
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 
 TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
@@ -170,6 +171,7 @@ class LookupExpertsMixin:
 
             folder = _local_folder(pretrained_model_name_or_path, kwargs)
             model.set_expert_source(open_reader(folder, model, **options))
+            join_routers(model)
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
