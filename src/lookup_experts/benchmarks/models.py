@@ -62,6 +62,11 @@ class Case:
         """For files: `160m-4e-bfloat16`."""
         return f"{self.shape}-{self.num_experts}e-{self.encoding}"
 
+    @property
+    def built_name(self) -> str:
+        """The same for the table that `mole bench build` made."""
+        return f"{self.name}-built"
+
 
 def dense_model(case: Case, seed: int = 0, device: str = "cpu") -> Any:
     """The backbone alone, with random weights."""
@@ -102,14 +107,16 @@ def table_model(
 
 
 def random_table(case: Case, folder: Path, progress: Progress | None = None) -> Table:
-    """A table of the case's layout in `folder`; made if it isn't there.
+    """A table of the case's layout in `folder`, built from experts or made up; made if it isn't
+    there.
 
     A few hundred distinct records are encoded and repeated over the vocabulary: as many bytes
     lie on the disk, and reading one tells nothing about the next.
     """
     target = folder / case.name
-    if (target / MANIFEST_NAME).exists():
-        return open_table(target)
+    for made in (folder / case.built_name, target):
+        if (made / MANIFEST_NAME).exists():
+            return open_table(made)
     layout = case.layout
     free = shutil.disk_usage(_existing(folder)).free
     if layout.table_bytes > free:

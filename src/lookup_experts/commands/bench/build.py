@@ -26,7 +26,7 @@ def build(
     from lookup_experts.errors import UserError
 
     case = Case(shape, experts, encoding)
-    folder = work / f"{case.name}-built"
+    folder = work / case.built_name
     if folder.exists():
         raise UserError(f"{folder} exists already; delete it, or give another --work.")
     with console.progress_bar("Building") as progress:
