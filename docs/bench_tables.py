@@ -246,9 +246,15 @@ def quality(reports: Sequence[Result]) -> str:
         spread = result.get("validation_loss_std")
         return f"{result['validation_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
 
+    def seeds(result: Result) -> str:
+        if "failed" in result:
+            return str(len(result["seeds"]))
+        failures = [f"seed {f['seed']}: {f['why']}" for f in result.get("failures", [])]
+        return "; ".join([str(len(result["seeds"])), *failures])
+
     columns: dict[str, Column] = {
         "system": "{system}",
-        "seeds": lambda result: str(len(result["seeds"])),
+        "seeds": seeds,
         "tokens?": "{tokens:,}",
         "parameters, trained?": "{parameters[trained]:,}",
         "active?": "{parameters[active]:,}",

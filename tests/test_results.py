@@ -10,6 +10,7 @@ import pytest
 from result_rows import result_rows
 
 from lookup_experts.errors import UserError
+from lookup_experts.evaluation.tasks import TASKS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 ABSOLUTE_PATH = re.compile(r"""(?:^|[\s"'=:(,])/\w""")
@@ -54,6 +55,22 @@ def test_a_committed_file_says_how_it_was_made_and_names_no_place(path, render_r
     assert not ABSOLUTE_PATH.search(text)
     line = render_results.provenance(path.name, json.loads(text))
     assert "torch" in line and "cores" in line and ("commit" in line or "version" in line)
+
+
+def test_a_table_scores_exactly_what_its_experts_do():
+    """In float32, on all rows of the eight tasks, the text and the recall."""
+    (experts,), (table,) = (
+        json.loads((DOCS / "results" / f"{name}.json").read_text())["results"]
+        for name in ("eval-mole-4e", "eval-mole-4e-table")
+    )
+    assert (experts.pop("form"), table.pop("form")) == ("experts", "table")
+    assert (experts.pop("model"), table.pop("model")) == ("mole-4e", "mole-4e-table")
+    assert experts["dtype"] == "float32"
+    scores = experts["tasks"]["scores"]
+    assert [score["task"] for score in scores] == list(TASKS)
+    assert all(score["num_rows"] == score["official_rows"] for score in scores)
+    assert experts["perplexity"] and experts["recall"]
+    assert table == experts
 
 
 def test_a_gpu_is_named(render_results):
@@ -130,7 +147,9 @@ def test_what_failed_has_a_row_as_well():
 def test_rows_of_a_prompt():
     from lookup_experts.benchmarks.residency import PromptMemoryResult
 
-    found = PromptMemoryResult("memory", 2048, 700, 16_000_000, 48_000_000, "direct", "nf4")
+    found = PromptMemoryResult(
+        "memory", 2048, 700, 16_000_000, 48_000_000, "direct", "io_uring", "nf4"
+    )
     (row,) = result_rows("prompt-memory", [found.to_dict()])
     assert (row["prompt"], row["peak"]) == ("2,048 tokens", "16 MB")
 

@@ -1,15 +1,34 @@
-"""A measurement in a process of its own, which nothing measured before has touched."""
+"""Work in a process of its own: which nothing before has touched, and whose end is its own.
 
+`in_own_process` runs anything and tells how its process ended; `in_fresh_process` is for a
+measurement without which nothing else makes sense.
+"""
+
+import _thread
 import multiprocessing
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from types import FrameType
+from typing import Any, TypeVar
 
 from lookup_experts.errors import UserError
 
+Answer = TypeVar("Answer")
 
-def in_fresh_process(what: str, measure: Callable[..., int], *arguments: Any) -> int:
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class ProcessFailedError(Exception):
+    """A process ended without an answer, or says that it can't go on; why, in a few words."""
+
+
+def in_fresh_process(what: str, measure: Callable[..., Answer], *arguments: Any) -> Answer:
     """What a function of some module gives in a new process.
 
     Args:
@@ -18,12 +37,105 @@ def in_fresh_process(what: str, measure: Callable[..., int], *arguments: Any) ->
     Raises:
         UserError: the process was killed. Exceptions of `measure` pass.
     """
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    try:
+        return in_own_process(measure, *arguments)
+    except ProcessFailedError as error:
+        raise UserError(
+            f"{what} can't be measured: its process was killed, as when memory runs out. "
+            "Measure a smaller case, or leave this out."
+        ) from error
+
+
+def in_own_process(work: Callable[..., Answer], *arguments: Any) -> Answer:
+    """What a function of some module gives in a new process, which doesn't outlive this one.
+
+    A SIGINT or SIGTERM that comes meanwhile is a SIGINT there, and `work` says how it stops. To be
+    called in the main thread, which alone may have handlers of signals.
+
+    Raises:
+        ProcessFailedError: the process ended without an answer, as when it is killed.
+        KeyboardInterrupt: a signal came. Exceptions of `work` pass, also one of this class.
+    """
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=_answer, args=(theirs, work, arguments)
+    )
+    with _passing_on_signals(ours) as received:
+        with _signals_blocked():
+            process.start()
+        theirs.close()
         try:
-            return pool.submit(measure, *arguments).result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"{what} can't be measured: its process was killed, as when memory runs out. "
-                "Measure a smaller case, or leave this out."
-            ) from error
+            answer, error = ours.recv()
+        except (EOFError, OSError):
+            answer, error = None, ProcessFailedError()
+    process.join()
+    ours.close()
+    if isinstance(error, ProcessFailedError) and not error.args:
+        error = ProcessFailedError(_ending(process.exitcode))
+    if received and not isinstance(error, KeyboardInterrupt):
+        raise KeyboardInterrupt
+    if error is not None:
+        raise error
+    return answer
+
+
+def _ending(code: int | None) -> str:
+    # The kernel kills (signal 9) who takes the machine's last memory.
+    if code == -signal.SIGKILL:
+        return "killed, as when memory runs out"
+    return f"ended with code {code}"
+
+
+@contextmanager
+def _passing_on_signals(pipe: Connection) -> Iterator[list[int]]:
+    """Tell the other end of a pipe of every signal; gives those that came."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        with suppress(OSError):  # it has ended
+            pipe.send(number)
+
+    before = {number: signal.signal(number, pass_on) for number in _SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Have a process that is started here begin, and stay, with the signals blocked.
+
+    A terminal and a service manager send them to all processes, and it would get them twice: from
+    there and from us. Twice means at once.
+    """
+    resource_tracker.ensure_running()  # it unblocks them where it is started later
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _answer(pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """In the new process: send (answer, None), or (None, exception)."""
+    # Where the parent ignores it, a new process does, too, and there is no handler to call.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=_listen, args=(pipe,), daemon=True).start()
+        pipe.send((work(*arguments), None))
+    except BaseException as error:  # an interruption is the parent's to tell, as all else
+        error.add_note(f"In a process of its own:\n{traceback.format_exc()}")
+        pipe.send((None, error))
+
+
+def _listen(pipe: Connection) -> None:
+    """Interrupt the main thread whenever the parent says so; end with the parent."""
+    while True:
+        try:
+            pipe.recv()
+        except (EOFError, OSError):
+            os._exit(1)
+        _thread.interrupt_main()

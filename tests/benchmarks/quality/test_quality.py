@@ -3,6 +3,16 @@
 import errno
 import json
 import math
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from result_rows import result_rows
@@ -10,13 +20,25 @@ from tiny_runs import make_data, tiny_recipe
 from typer.testing import CliRunner
 
 from lookup_experts import cli
-from lookup_experts.benchmarks.quality import runs as quality_runs
 from lookup_experts.benchmarks.quality.report import add_up, in_words
-from lookup_experts.benchmarks.quality.runs import TrainedRun, is_out_of_memory, train_one
+from lookup_experts.benchmarks.quality.runs import (
+    Pace,
+    TrainedRun,
+    is_out_of_memory,
+    train_all,
+    train_one,
+)
 from lookup_experts.benchmarks.quality.systems import System, ablation_systems
 from lookup_experts.errors import UserError
+from lookup_experts.training.checkpoints import checkpoint_step, last_checkpoint
 
 run = CliRunner().invoke
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """In the processes of the runs, too: tiny products only wait for a second one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +113,7 @@ def bench(data, base, work, *arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # starts twelve processes
 def test_runs_are_trained_once_and_added_up_over_the_seeds(data, base, tmp_path):
     plot = tmp_path / "curves.png"
     arguments = ("dense", "moe-4e", "mole-2e", "--seeds", "0,1", "--plot", str(plot))
@@ -143,19 +166,128 @@ def test_without_held_out_text_nothing_is_trained(base, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_system_without_enough_memory_is_reported_as_such(monkeypatch, data, tmp_path):
-    def exhaust(*_):
-        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 byte")
-
-    monkeypatch.setattr(quality_runs, "train", exhaust)
+def test_a_system_without_enough_memory_is_reported_as_such(data, tmp_path):
     said = []
-    system = System.parse("moe-4e")
+    system = System.parse("moe-4e:size=10000000000000")
     recipe = system.recipe(tiny_recipe(), tokens=1000, seed=0, points=2)
     failed = train_one(system, recipe, data, tmp_path / "run", said.append)
     assert failed.summary is None
-    assert "not enough memory" in said[0]
+    assert said == [f"{system.name}, seed 0: out of memory. The others go on."]
     (result,) = add_up([failed])
-    assert in_words(result) == "  moe-4e: out of memory"
+    assert in_words(result) == f"  {system.name}: out of memory"
+    (row,) = result_rows("quality", [result])
+    assert (row["seeds"], row["validation loss"]) == ("1", "out of memory")
+
+
+@contextmanager
+def killing(*occasions):
+    """Kill our only child, once for each occasion: when the function of it says so."""
+    done = []
+
+    def kill_all():
+        for occasion in occasions:
+            while not occasion():
+                time.sleep(0.002)
+                if done:
+                    return
+            (child,) = multiprocessing.active_children()
+            child.kill()
+
+    thread = threading.Thread(target=kill_all)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.append(True)
+        thread.join()
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_reported_and_the_rest_goes_on(data, tmp_path):
+    work, said = tmp_path / "runs", []
+    base = tiny_recipe(log_every=1)
+    everything = [System.parse(name) for name in ("moe-4e", "mole-2e")]
+
+    def compare(seeds):
+        return list(train_all(everything, seeds, base, data, 2000, work, said.append))
+
+    training = work / "moe-4e-seed0"
+    with killing(
+        lambda: any((training / "checkpoints").glob("checkpoint-*")),
+        (work / "mole-2e-seed0/summary.json").exists,
+    ):
+        runs = compare([0, 1])
+    killed = "killed, as when memory runs out"
+    assert [(run.system, run.seed, run.failure) for run in runs] == [
+        ("moe-4e", 0, killed),
+        ("mole-2e", 0, f"the check of its table: {killed}"),
+        ("moe-4e", 1, None),
+        ("mole-2e", 1, None),
+    ]
+    assert said[:2] == [
+        "Run 1 of 4: moe-4e, seed 0",
+        f"moe-4e, seed 0: {killed}. The others go on.",
+    ]
+    assert re.fullmatch(r"Run 2 of 4: mole-2e, seed 0  ETA of all runs \d:\d\d:\d\d", said[2])
+    routed, lookup = add_up(runs)
+    assert (routed["seeds"], lookup["seeds"]) == ([1], [0, 1])
+    assert routed["failures"] == [{"seed": 0, "why": killed}]
+    assert routed["validation_loss"] == runs[2].summary.validation_loss
+    assert in_words(routed).endswith(f"s each); seed 0: {killed}")
+    assert lookup["table_difference"] < 1e-6
+    rows = result_rows("quality", [routed, lookup])
+    assert rows[0]["seeds"] == f"1; seed 0: {killed}"
+    assert rows[1]["seeds"] == f"2; seed 0: the check of its table: {killed}"
+
+    # The next call takes up what failed, and nothing else.
+    trained_at = (work / "mole-2e-seed0/model.safetensors").stat().st_mtime_ns
+    assert last_checkpoint(training / "checkpoints") is not None
+    assert not any("failures" in result for result in add_up(compare([0])))
+    assert (work / "mole-2e-seed0/model.safetensors").stat().st_mtime_ns == trained_at
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_comparison_with_a_checkpoint_and_the_next_call_goes_on(
+    data, base, tmp_path
+):
+    work = tmp_path / "runs"
+    command = [
+        *(str(Path(sys.executable).with_name("mole")), "bench", "quality", "dense"),
+        *("--data", str(data), "--recipe", str(base), "--tokens", "3e3", "--seeds", "0"),
+        *("--work", str(work), "--set", "training.log_every=1"),
+    ]
+    # As in a terminal: the signal goes to all processes of the command.
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0)
+    history = work / "dense-seed0/history.jsonl"
+    while not (history.exists() and history.read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    stopped = re.search(
+        r"^Stopped after step (\d+) of 47, with a checkpoint. Run the same command again",
+        stderr,
+        re.M,
+    )
+    assert stopped and "Traceback" not in stderr
+    step = checkpoint_step(last_checkpoint(work / "dense-seed0/checkpoints"))
+    assert step == int(stopped[1]) < 47
+    again = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0, again.stderr
+    assert f"Going on after step {step}." in again.stderr
+    assert json.loads(again.stdout)["results"][0]["seeds"] == [0]
+
+
+def test_time_left_is_that_of_the_same_system_or_else_of_all():
+    pace = Pace()
+    assert pace.seconds_left([("dense", 1.0)]) is None
+    pace.add("dense", 0.0, 5.0)  # was trained before: says nothing
+    assert pace.seconds_left([("dense", 1.0)]) is None
+    pace.add("dense", 0.5, 5.0)
+    pace.add("moe", 1.0, 40.0)
+    assert pace.seconds_left([("dense", 1.0), ("moe", 0.25), ("mole", 1.0)]) == 10 + 10 + 25
+    assert pace.seconds_left([("dense", 0.0)]) == 0
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory():

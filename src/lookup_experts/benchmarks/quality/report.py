@@ -7,14 +7,13 @@ from typing import Any
 
 from lookup_experts.benchmarks.quality.runs import TrainedRun
 
-OUT_OF_MEMORY = "out of memory"
-
 
 def add_up(runs: Sequence[TrainedRun]) -> list[dict[str, Any]]:
     """One object per system, in the order of the runs.
 
     Losses are nats per token on held-out text; `validation_loss_std` is the sample's standard
-    deviation over the seeds, and absent for a single one.
+    deviation over the seeds, and absent for a single one. `seeds` are those that were trained, or
+    all where none was; `failures` tells what failed, `failed` why nothing was trained.
     """
     names = list(dict.fromkeys(run.system for run in runs))
     return [_add_up_system([run for run in runs if run.system == name]) for name in names]
@@ -22,9 +21,13 @@ def add_up(runs: Sequence[TrainedRun]) -> list[dict[str, Any]]:
 
 def _add_up_system(runs: Sequence[TrainedRun]) -> dict[str, Any]:
     trained = [run for run in runs if run.summary is not None]
-    result: dict[str, Any] = {"system": runs[0].system, "seeds": [run.seed for run in runs]}
-    if len(trained) < len(runs):
-        return {**result, "failed": OUT_OF_MEMORY}
+    counted = trained or runs
+    result: dict[str, Any] = {"system": runs[0].system, "seeds": [run.seed for run in counted]}
+    failures = [(run.seed, run.failure) for run in runs if run.failure is not None]
+    if failures:
+        result["failures"] = [{"seed": seed, "why": why} for seed, why in failures]
+    if not trained:
+        return {**result, "failed": "; ".join(dict.fromkeys(why for _, why in failures))}
     summaries = [run.summary for run in trained if run.summary is not None]
     losses = [s.validation_loss for s in summaries if s.validation_loss is not None]
     seconds = [summary.seconds for summary in summaries]
@@ -62,6 +65,7 @@ def in_words(result: dict[str, Any]) -> str:
         f"  {result['system']}: validation loss {result['validation_loss']:.4f}{spread} "
         f"({seeds} seed{'s' if seeds > 1 else ''}, {result['tokens']:,} tokens, "
         f"{result['training_seconds']:,.0f} s each)"
+        + "".join(f"; seed {f['seed']}: {f['why']}" for f in result.get("failures", []))
     )
 
 

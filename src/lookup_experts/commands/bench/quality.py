@@ -37,7 +37,8 @@ def quality(
 ) -> None:
     """Train systems alike, over several seeds, and compare their validation losses.
 
-    Interrupted, the same command goes on; finished runs are not trained again.
+    Interrupted, the same command goes on; finished runs are not trained again. A run that is
+    killed or out of memory is reported as such, and the others go on.
 
     Example: `mole bench quality dense moe-10e mole-4e --data data/ --tokens 3e6 --seeds 0,1,2`
     """
