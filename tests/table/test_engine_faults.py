@@ -18,6 +18,7 @@ from reading import Expected, open_files, open_reader_by, resident_bytes, ways_h
 
 from lookup_experts.errors import TableError
 from lookup_experts.table import reader as reader_module
+from lookup_experts.table import store as store_module
 from lookup_experts.table import uring
 from lookup_experts.table.encoding import get_encoding
 from lookup_experts.table.format import (
@@ -159,6 +160,26 @@ def test_a_scale_that_is_not_finite_is_found(tmp_path, way, batch):
         assert_fails_of_any_type(reader, BATCHES[batch], "id 150 is damaged: a number or scale")
         others = torch.tensor([[3, 7, 149, 151]])
         Expected(table, records).assert_right(reader.rows(others), others)
+
+
+def test_a_long_prompt_is_checked_before_its_parts_are_read(tmp_path, monkeypatch):
+    """Prompts that are read in parts: the damage is in the last layer's part of a record."""
+    monkeypatch.setattr(reader_module, "GROUP_BYTES", 2**20)
+    monkeypatch.setattr(store_module, "_CHECKED_BYTES", 2**20)
+    table, records = make_table(tmp_path, **TABLE)
+    shard = table.shards[2]
+    place = table.path(shard), table.layout.record_offset(150 - shard.first_id) + 12_000
+    for way in READING:
+        with (
+            open_reader_by(way, table, verify_checksums=True) as reader,
+            torch.no_grad(),
+        ):
+            Expected(table, records).assert_right(reader.rows(PROMPT), PROMPT)
+            assert len(reader.rows(PROMPT)._groups) == 3
+            flip_bit(*place)
+            with pytest.raises(TableError, match="id 150 is damaged: its checksum"):
+                reader.rows(PROMPT).mix(0, torch.ones(VOCAB, 4).bfloat16())
+            flip_bit(*place)
 
 
 def assert_fails_of_any_type(reader: TableExperts, ids: torch.Tensor, message: str) -> None:
@@ -512,10 +533,11 @@ from lookup_experts.table.format import open_table
 
 torch.set_num_threads(1)
 
-def grown(folder, way, cache_bytes, length):
+def grown(folder, way, cache_bytes, length, verify_checksums=False):
     table = open_table(Path(folder))
     shape = table.layout.shape
-    with open_reader_by(way, table, cache_bytes=cache_bytes) as reader:
+    opened = open_reader_by(way, table, None, cache_bytes, verify_checksums)
+    with opened as reader:
         before = most = 0
         for first in (None, *range(0, shape.vocab_size, length)):
             ids = torch.zeros(1, 300 if length > 64 else 1, dtype=torch.int64)
@@ -562,6 +584,19 @@ def test_memory_stays_as_asked(tmp_path, run_python):
     assert 0.98 * budget < cached_batches < budget + SLOT_BATCH * stride + SLACK
     mixed = 2000 * 1024 * (4 + 2)  # a layer's sums in float32, and rounded
     assert prompt < 2 * GROUP_BYTES + 2 * mixed + SLACK
+
+
+def test_memory_of_a_prompt_is_bounded_with_checksums_too(tmp_path, run_python):
+    """Records are checked whole, a few at a time, before they are read in parts."""
+    shape = {"vocab_size": 1000, "num_layers": 12, "num_experts": 4, "hidden_size": 1024}
+    table, _ = make_table(tmp_path, **shape)
+    checked = 2**24
+    mixed = 1000 * 1024 * (4 + 2)
+    bound = 2 * GROUP_BYTES + checked + 2 * mixed + SLACK
+    assert table.layout.table_bytes > 1.4 * bound
+    code, out, err = run_python(MEASURE, json.dumps([(str(tmp_path), DIRECT[0], 0, 1000, True)]))
+    assert code == 0, err
+    assert json.loads(out)[0] < bound
 
 
 def test_a_server_takes_the_memory_of_its_cache_at_once(tmp_path, run_python):

@@ -8,7 +8,6 @@ same call.
 import copy
 import hashlib
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 from lookup_experts.table.build import build_table, evaluate_experts, plan_table
 from lookup_experts.table.encoding import get_encoding
 from lookup_experts.table.format import Progress, Table
+from lookup_experts.table.store import Notify, log
 
 _TOKENIZER_PATTERNS = (
     "tokenizer*",
@@ -43,7 +43,7 @@ def reparameterize(
     block_size: int | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
-    notify: Callable[[str], None] = lambda message: None,
+    notify: Notify = log,
 ) -> Table:
     """Fold a model's routed experts into a table and write the inference folder.
 
@@ -55,7 +55,8 @@ def reparameterize(
         block_size: of the encodings nf4 and nf3: how many neighbours share a scale.
         tokenizer: saved with the model; default: the one in the folder, if there is one.
         progress: called with (ids done, ids in all).
-        notify: told when an interrupted run is taken up again.
+        notify: told when an interrupted run is taken up again; default: a warning of the logger
+            `lookup_experts`.
 
     Returns:
         The finished table.

@@ -6,7 +6,6 @@ complete; an interrupted run is taken up again by the same call.
 """
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from lookup_experts.errors import TableError, UserError
@@ -23,7 +22,7 @@ from lookup_experts.table.build import (
 )
 from lookup_experts.table.encoding import Encoding, get_encoding
 from lookup_experts.table.format import MANIFEST_NAME, Progress, Table, open_table
-from lookup_experts.table.store import open_store
+from lookup_experts.table.store import Notify, log, open_store
 
 _TABLE = "table"
 """The folder of the table within an inference folder."""
@@ -36,7 +35,7 @@ def reencode(
     encoding: str,
     block_size: int | None = None,
     progress: Progress | None = None,
-    notify: Callable[[str], None] = lambda message: None,
+    notify: Notify = log,
 ) -> Table:
     """Write a table again in another encoding.
 
@@ -50,7 +49,8 @@ def reencode(
         block_size: of the encodings nf4 and nf3: how many neighbours share a scale.
         progress: called with (ids done, ids in all).
         notify: told when an interrupted run is taken up again, and that what the source's
-            encoding has rounded away is not brought back.
+            encoding has rounded away is not brought back; default: a warning of the logger
+            `lookup_experts`.
 
     Returns:
         The finished table.

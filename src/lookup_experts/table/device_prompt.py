@@ -52,7 +52,9 @@ class PromptRows:
         groups = plan_groups(decoding.layout, len(ids), group_bytes, store.reads_parts)
         self._groups = groups
         self._group_of = [number for number, group in enumerate(groups) for _ in group.layers]
-        self._reader = _GroupReader(store, ids, groups, lane)
+        # A part of a record doesn't tell whether it is intact; whole ones are checked when read.
+        intact = submit_read(thread, store.check, ids if len(groups) > 1 else ids[:0])
+        self._reader = _GroupReader(store, ids, groups, lane, intact)
         self._reading: dict[int, Future[Piece]] = {}
         self._start_from(0)
 
@@ -125,7 +127,12 @@ class _GroupReader:
     """Two buffers on the host and two on the device; used by the reading thread alone."""
 
     def __init__(
-        self, store: Store, ids: np.ndarray, groups: Sequence[LayerGroup], lane: Lane
+        self,
+        store: Store,
+        ids: np.ndarray,
+        groups: Sequence[LayerGroup],
+        lane: Lane,
+        intact: "Future[None]",
     ) -> None:
         self._store, self._ids, self._groups, self._lane = store, ids, groups, lane
         widest = max(group.stop - group.start for group in groups)
@@ -133,6 +140,7 @@ class _GroupReader:
         self._host = [lane.host_memory(len(ids) * widest) for _ in range(num_buffers)]
         self._device = [lane.device_memory(len(ids), widest).view(-1) for _ in range(num_buffers)]
         self._copied: list[Mark | None] = [None] * num_buffers
+        self._intact = intact
 
     def read(self, number: int, done: Mark) -> Piece:
         """Bring a group to the device.
@@ -144,6 +152,7 @@ class _GroupReader:
         copied = self._copied[buffer]
         if copied is not None:
             copied.wait()
+        self._intact.result()  # read by this thread before
         group = self._groups[number]
         width = group.stop - group.start
         source = self._host[buffer][: len(self._ids) * width]

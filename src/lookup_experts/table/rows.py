@@ -318,6 +318,9 @@ class StreamedRows:
         self._buffers = [buffer[: len(ids) * widest] for buffer in pair]
         # A read under way holds the rows, so it is over by then.
         weakref.finalize(self, buffers.give_back, pair).atexit = False
+        # A part of a record doesn't tell whether it is intact; whole ones are checked when read.
+        parts_of = ids if len(self._groups) > 1 else ids[:0]
+        self._intact = submit_read(thread, store.check, parts_of)
         self._reading: dict[int, Future[np.ndarray]] = {}
         self._start_from(0)
 
@@ -335,6 +338,7 @@ class StreamedRows:
             self._reading[number] = submit_read(self._thread, self._read, number)
 
     def _read(self, number: int) -> np.ndarray:
+        self._intact.result()  # read by this thread before
         group = self._groups[number]
         width = group.stop - group.start
         out = self._buffers[number % 2][: len(self._ids) * width].reshape(-1, width)

@@ -46,6 +46,7 @@ from lookup_experts.units import format_bytes, parse_bytes
 STORES = ("memory", "mmap", "direct")
 
 _LOAD_BYTES = 2**24
+_CHECKED_BYTES = 2**24
 _COPIED_AT_ONCE = 2**21
 """Records of the memory store beyond these bytes (experts, not a step's records) are copied by a
 thread, beside the caller's work."""
@@ -71,7 +72,7 @@ class Store(Protocol):
     seconds_reading: float
     """Seconds spent in those calls, summed over threads."""
     reads_parts: bool
-    """Whether `read` brings parts of records; not while checksums, which cover all, are checked."""
+    """Whether `read` brings parts of records. Checksums cover whole ones: see `check`."""
 
     def read(self, ids: np.ndarray, out: np.ndarray, start: int = 0) -> None:
         """Put the records of `ids`, or the same part of each, into `out`.
@@ -85,8 +86,17 @@ class Store(Protocol):
 
         Raises:
             TableError: an id is outside the table; a record can't be read in full, or is
-                damaged: by its scales, or (with `verify_checksums`) anywhere. Names file and
-                id. `out` is then undefined.
+                damaged: by its scales, or (whole records, with `verify_checksums`) anywhere.
+                Names file and id. `out` is then undefined.
+        """
+
+    def check(self, ids: np.ndarray) -> None:
+        """Compare the whole records of `ids`, of which parts will be read, with their checksums.
+
+        A few are held at a time. Without `verify_checksums` nothing is done.
+
+        Raises:
+            TableError: as `read`.
         """
 
     def begin(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> "PendingRead":
@@ -256,7 +266,7 @@ class RecordStore(ABC):
         self._first_ids = np.array([shard.first_id for shard in table.shards])
         self._checksums = _all_checksums(table) if verify_checksums else None
         self._scales = scale_check(table.layout)
-        self.reads_parts = not verify_checksums and self.layout.stride >= BLOCK
+        self.reads_parts = self.layout.stride >= BLOCK
         self._count_lock = threading.Lock()
         self._closed = False
         self._thread: ThreadPoolExecutor | None = None
@@ -270,6 +280,17 @@ class RecordStore(ABC):
         num_bytes = self._fetch(ids, out, start)
         self._check_records(ids, out, start)
         self._count(num_bytes, time.perf_counter() - started_at)
+
+    def check(self, ids: np.ndarray) -> None:
+        """See `Store.check`."""
+        if self._checksums is None:
+            return
+        stride = self.layout.stride
+        at_once = max(1, _CHECKED_BYTES // stride)
+        records = aligned_buffer(min(at_once, len(ids)) * stride).reshape(-1, stride)
+        for first in range(0, len(ids), at_once):
+            part = ids[first : first + at_once]
+            self.read(part, records[: len(part)])
 
     def begin(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> PendingRead:
         """See `Store.begin`; here by a thread that reads beside the caller."""
@@ -343,7 +364,7 @@ class RecordStore(ABC):
         if self._scales is not None:
             for row in self._scales.rows(out, start):
                 raise self._damaged(int(ids[row]), PROBLEM)
-        if self._checksums is None:
+        if self._checksums is None or out.shape[1] != self.layout.stride:
             return
         for row, problem in find_damage(self.layout, out, self._checksums[ids]):
             raise self._damaged(int(ids[row]), problem)
