@@ -1,4 +1,4 @@
-"""A Hugging Face hub with one small data set, as much of it as streaming asks for."""
+"""A Hugging Face hub with one small data set, as much of it as streaming asks for, and a model."""
 
 import hashlib
 import json
@@ -7,9 +7,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
 from urllib.parse import urlparse
 
 NAME = "owner/tiny"
+MODEL = "owner/backbone"
 REVISION = "a" * 40
 ROWS = ["hello one", "hello two"]
 OTHER_ROWS = ["another", "config", "of three"]
@@ -37,6 +40,7 @@ FILES = {
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    model: ClassVar[dict[str, bytes]] = {}
 
     def do_GET(self) -> None:
         path = urlparse(self.path).path
@@ -45,12 +49,19 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in FILES]
             self._reply_json({"id": NAME, "sha": REVISION, "siblings": siblings})
         elif path.startswith(f"/api/datasets/{NAME}/tree/{REVISION}"):
-            self._reply_json([_file_info(name) for name in FILES])
+            self._reply_json([_file_info(name, data) for name, data in FILES.items()])
         elif path.startswith(files) and path.removeprefix(files) in FILES:
             self._reply_file(FILES[path.removeprefix(files)])
+        elif path == f"/api/models/{MODEL}/revision/main":
+            siblings = [{"rfilename": name} for name in self.model]
+            self._reply_json({"id": MODEL, "sha": REVISION, "siblings": siblings})
+        elif path == f"/api/models/{MODEL}/tree/{REVISION}":
+            self._reply_json([_file_info(name, data) for name, data in self.model.items()])
+        elif path.startswith(f"/{MODEL}/resolve/") and path.split("/", 5)[5] in self.model:
+            self._reply_file(self.model[path.split("/", 5)[5]])
         else:
-            code = "EntryNotFound" if path.startswith(files) else "RepoNotFound"
-            self._reply(404, b"{}", {"X-Error-Code": code})
+            found = path.startswith((files, f"/{MODEL}/resolve/"))
+            self._reply(404, b"{}", {"X-Error-Code": "EntryNotFound" if found else "RepoNotFound"})
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -80,8 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def _file_info(name: str) -> dict[str, object]:
-    data = FILES[name]
+def _file_info(name: str, data: bytes) -> dict[str, object]:
     return {"type": "file", "path": name, "size": len(data), "oid": _digest(data)}
 
 
@@ -90,9 +100,17 @@ def _digest(data: bytes) -> str:
 
 
 @contextmanager
-def serve_hub() -> Iterator[dict[str, str]]:
-    """Serve it on this machine; gives the environment in which the client finds it."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+def serve_hub(model: Path | None = None) -> Iterator[dict[str, str]]:
+    """Serve it on this machine; gives the environment in which the client finds it.
+
+    Args:
+        model: a folder whose files are those of the model.
+    """
+    files = [] if model is None else [path for path in model.iterdir() if path.is_file()]
+    handler = type(
+        "Handler", (_Handler,), {"model": {path.name: path.read_bytes() for path in files}}
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -150,3 +150,11 @@ def left_padded(prompts: list[list[int]], pad: int = 0) -> tuple[Tensor, Tensor]
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids, mask
+
+
+def enable_checkpointing(model, options=None):
+    """Gradient checkpointing, under its name in this version of transformers."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)

@@ -2,19 +2,23 @@
 
 import pytest
 import torch
-from tiny_models import logits_of, randomize_experts, tiny_model, token_ids
+from tiny_models import enable_checkpointing, logits_of, randomize_experts, tiny_model, token_ids
 
 import lookup_experts as le
 from lookup_experts.generation.loading import load
 
 
-@pytest.fixture(scope="module")
-def shallow():
+def shallow_model():
     """A model of one block: compiling takes seconds for each."""
     model = tiny_model("llama", num_hidden_layers=1)
     le.attach(model, 3, expert_size=8)
     randomize_experts(model)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    return shallow_model()
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,8 @@ def test_encodings_decode_inside_the_graph(shallow, tmp_path, encoding):
     assert graphs_of_lengths(load(tmp_path / "out", store="mmap"), [9]) == [2]
 
 
-def test_the_number_of_unique_ids_makes_no_new_graph(shallow):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_number_of_unique_ids_makes_no_new_graph(checkpointing):
     """Training steps on batches of one shape, each with another number of unique ids; forward and
     backward graphs as `torch.compile` makes them, run as they are."""
     from functorch.compile import make_boxed_func
@@ -89,18 +94,20 @@ def test_the_number_of_unique_ids_makes_no_new_graph(shallow):
         graphs.append(graph)
         return make_boxed_func(graph.forward)
 
-    compiled = torch.compile(shallow, backend=aot_autograd(fw_compiler=count))
+    eager = shallow_model()
+    if checkpointing:
+        enable_checkpointing(eager.train(), {"use_reentrant": False})
+    compiled = torch.compile(eager, backend=aot_autograd(fw_compiler=count))
     after_each = []
     for vocab_size in (40, 3, 90):
         ids = token_ids(2, 24, vocab_size=vocab_size)
         gradients = []
-        for model in (compiled, shallow):
-            shallow.zero_grad()
+        for model in (compiled, eager):
+            eager.zero_grad()
             model(input_ids=ids, labels=ids).loss.backward()
-            gradients.append([weight.grad.clone() for weight in shallow.parameters()])
+            gradients.append([weight.grad.clone() for weight in eager.parameters()])
         for fast, slow in zip(*gradients, strict=True):
             torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
         after_each.append(len(graphs))
-    shallow.zero_grad()
     torch._dynamo.reset()
     assert after_each[0] == after_each[-1], after_each

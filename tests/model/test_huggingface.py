@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import (
     attached_model,
+    enable_checkpointing,
     gateless_model,
     logits_of,
     randomize_experts,
@@ -211,14 +212,6 @@ def test_a_plain_class_refuses_the_folder_even_with_the_package(saved):
 # ----------------------------------------------------------------------- gradient checkpointing
 
 
-def _enable_checkpointing(model, options=None):
-    """Under its name in this version of transformers."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
-
-
 def _is_checkpointing(model) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
@@ -245,7 +238,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     plain = _gradients(model, IDS)
-    _enable_checkpointing(model, {"use_reentrant": False})
+    enable_checkpointing(model, {"use_reentrant": False})
     assert _is_checkpointing(model)
     _assert_same(_gradients(model, IDS), plain)
     other = token_ids(3, 5, seed=8)
@@ -262,7 +255,7 @@ def test_two_losses_can_be_summed_before_the_backward():
     model = attached_model("llama").train()
     other = token_ids(2, 7, seed=8)
     first, second = _gradients(model, IDS), _gradients(model, other)
-    _enable_checkpointing(model, {"use_reentrant": False})
+    enable_checkpointing(model, {"use_reentrant": False})
     model.zero_grad()
     losses = [model(input_ids=ids, labels=ids).loss for ids in (IDS, other)]
     sum(losses).backward()
@@ -285,7 +278,7 @@ def test_checkpointing_keeps_the_context_that_was_given():
 
     model = attached_model("llama").train()
     contexts = lambda: (Noted("forward"), Noted("recompute"))  # noqa: E731
-    _enable_checkpointing(model, {"use_reentrant": False, "context_fn": contexts})
+    enable_checkpointing(model, {"use_reentrant": False, "context_fn": contexts})
     _gradients(model, IDS)
     assert entered == ["forward"] * 3 + ["recompute"] * 3
 
@@ -294,14 +287,14 @@ def test_checkpointing_by_default_works():
     """transformers' own default is use_reentrant=False."""
     model = attached_model("llama").train()
     plain = _gradients(model, IDS)
-    _enable_checkpointing(model)
+    enable_checkpointing(model)
     _assert_same(_gradients(model, IDS), plain)
 
 
 def test_reentrant_checkpointing_is_refused():
     model = attached_model("llama").train()
     with pytest.raises(UserError, match="needs use_reentrant=False"):
-        _enable_checkpointing(model, {"use_reentrant": True})
+        enable_checkpointing(model, {"use_reentrant": True})
     assert not _is_checkpointing(model)
 
 

@@ -122,9 +122,9 @@ def test_every_batch(tmp_path, size, kind, ids_per_shard, verify_checksums):
 
 @pytest.mark.parametrize("ids_per_shard", [None, 33])
 def test_every_batch_from_the_disk(tmp_path, size, direct_backend, ids_per_shard):
-    table, records = make_table(tmp_path, vocab_size=100, ids_per_shard=ids_per_shard, **size)
+    table, records = make_table(tmp_path, vocab_size=600, ids_per_shard=ids_per_shard, **size)
     with open_store(table, "direct", verify_checksums=True, notify=silent) as store:
-        for ids in batches(100):
+        for ids in batches(600):
             check(store, records, ids)
             check(store, records, ids, shift=1)
 

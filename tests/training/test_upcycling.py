@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_hub import MODEL, serve_hub
 from run_command import run_command
 from safetensors.torch import load_file
 from tiny_models import logits_of, tiny_model, token_ids
@@ -118,6 +119,36 @@ def test_the_backbone_stays_and_the_experts_learn(dense: Path, upcycled: Path) -
     assert two["validation_loss"] < one["validation_loss"]
     trained = sum(t.numel() for n, t in after.items() if ".lookup_experts." in n)
     assert two["parameters"]["trained"] == trained
+
+
+@pytest.mark.timeout(180)
+def test_a_backbone_by_its_name_on_the_hub(data: Path, dense: Path, tmp_path: Path) -> None:
+    """The real client, and a hub on this machine: the experts name it and fold beside it."""
+    mole = Path(sys.executable).with_name("mole")
+    out, folded = tmp_path / "out", tmp_path / "folded"
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    with serve_hub(dense) as environment:
+        for command in (
+            ["upcycle", MODEL, "--data", data, "--out", out, "--save", "experts", *settings],
+            ["reparameterize", out, folded, "--encoding", "float32"],
+        ):
+            done = subprocess.run(
+                [str(word) for word in (mole, *command)],
+                capture_output=True,
+                text=True,
+                timeout=100,
+                check=False,
+                env={**environment, "HF_HOME": str(tmp_path / "cache")},
+            )
+            assert done.returncode == 0, done.stderr
+    settings = json.loads((out / "config.json").read_text())["lookup_experts"]
+    assert settings["backbone"]["name"] == MODEL
+    assert not any(".mlp." in name and "lookup_experts" not in name for name in weights(out))
+    by_folder = tmp_path / "by-folder"
+    train(for_backbone(recipe(), str(dense), save="experts"), data, by_folder, progress=False)
+    ids = token_ids(3, CONTEXT, vocab_size=300)
+    expected = logits_of(le.load(by_folder), ids)
+    torch.testing.assert_close(logits_of(le.load(folded), ids), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_only_what_is_trained_has_optimizer_state(

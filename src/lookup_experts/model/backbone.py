@@ -23,7 +23,11 @@ from torch import Tensor
 
 from lookup_experts.errors import UserError
 from lookup_experts.model.attach import BackboneReference, LookupSettings, install
-from lookup_experts.model.configuration import LookupExpertsConfig
+from lookup_experts.model.configuration import (
+    GatelessLlamaConfig,
+    LookupExpertsConfig,
+    register_models,
+)
 
 SAMPLES = 16
 SAMPLE_BYTES = 4096
@@ -303,6 +307,8 @@ def _plain(config: Any) -> Any:
     plain = copy.deepcopy(config)
     plain.__class__ = type(config).__mro__[2]  # (ours, mixin, backbone)
     del plain.lookup_experts
+    if isinstance(plain, GatelessLlamaConfig):
+        register_models(type(plain))  # as making one does, and this one was not made
     return plain
 
 

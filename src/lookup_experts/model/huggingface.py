@@ -136,7 +136,9 @@ class LookupExpertsMixin:
                 )
             context_fn = partial(self._checkpoint_contexts, given.get("context_fn", _no_contexts))
             gradient_checkpointing_func = partial(
-                gradient_checkpointing_func, context_fn=context_fn
+                _checkpoint_block,
+                gradient_checkpointing_func,
+                partial(gradient_checkpointing_func, context_fn=context_fn),
             )
         super()._set_gradient_checkpointing(  # type: ignore[misc]
             enable=enable, gradient_checkpointing_func=gradient_checkpointing_func, **kwargs
@@ -202,6 +204,16 @@ def _refers_to_backbone(name: Any, kwargs: dict[str, Any]) -> bool:
         config = LookupExpertsConfig.from_pretrained(folder)
     settings = getattr(config, "lookup_experts", None)
     return settings is not None and settings.get("backbone") is not None
+
+
+def _checkpoint_block(given: Any, restoring: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a block through `restoring`, which recomputes with the rows of its own forward pass.
+
+    A graph of `torch.compile` recomputes within itself, from the rows that it was given; there
+    contexts are neither needed nor allowed.
+    """
+    checkpointed = given if torch.compiler.is_compiling() else restoring
+    return checkpointed(*args, **kwargs)
 
 
 def _no_contexts() -> tuple[Any, Any]:

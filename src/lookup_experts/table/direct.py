@@ -30,6 +30,11 @@ from lookup_experts.table.store import (
 from lookup_experts.table.uring import Ring
 
 _NUM_THREADS = 8
+_STEP_DEPTH = 64
+"""The most reads of a step at once, on a ring of its own."""
+_PROMPT_DEPTH = 256
+"""The most reads of a prompt at once. The more, the fewer waits: after each, another busy Python
+thread may keep the GIL for 5 ms."""
 _BOUNCE_BYTES = 2**23
 _RING_REFUSALS = (
     errno.EPERM,
@@ -190,7 +195,7 @@ class DirectStore(RecordStore):
     def _probed_ring(self) -> Ring:
         """A ring that has read a block; an `OSError` where that doesn't work."""
         with ExitStack() as failing:
-            ring = Ring()
+            ring = Ring(_PROMPT_DEPTH)
             failing.callback(ring.close)
             target = self._bounce[:1, :BLOCK]
             result = int(ring.read_rows(self._fds[:1], np.array([DATA_START]), target)[0])
@@ -217,7 +222,7 @@ class DirectStore(RecordStore):
         """Whether the ring can take so many reads at once, each a whole record."""
         return (
             isinstance(self._backend, Ring)
-            and 0 < num_ids <= self._backend.depth
+            and 0 < num_ids <= _STEP_DEPTH
             and self._read_bytes == self.layout.stride
         )
 
@@ -226,7 +231,7 @@ class DirectStore(RecordStore):
         with self._count_lock:
             if self._idle_rings:
                 return self._idle_rings.pop()
-        ring = Ring()
+        ring = Ring(_STEP_DEPTH)
         self._resources.callback(ring.close)
         return ring
 

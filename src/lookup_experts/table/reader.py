@@ -42,8 +42,8 @@ from lookup_experts.table.store import (
 from lookup_experts.units import parse_bytes
 
 SLOT_BATCH = 64
-"""Most unique ids of a batch that goes through the row cache; the depth of the ring. Larger ones
-are prompts, whose records are streamed."""
+"""Most unique ids of a batch that goes through the row cache. Larger ones are prompts, whose
+records are streamed."""
 GROUP_BYTES = 16 * 2**20
 """What each of the two buffers of a streamed prompt takes, unless one layer is larger."""
 KEPT_BYTES = 24 * 2**20

@@ -64,7 +64,7 @@ class Ring:
             has no memory for it (ENOMEM).
     """
 
-    def __init__(self, depth: int = 64) -> None:
+    def __init__(self, depth: int) -> None:
         parameters = np.zeros(30, np.uint32)
         self._fd = _syscall(SETUP, depth, parameters.ctypes.data)
         try:
