@@ -116,6 +116,26 @@ def test_decode_agrees_with_the_reference(case):
         torch.testing.assert_close(row.flatten(), torch.tensor(expected), rtol=1e-6, atol=0)
 
 
+@settings(max_examples=80, deadline=None)
+@given(cases(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_unscaled_rows_times_their_factors_are_the_rows(case, dtype):
+    encoding, rows = case
+    hidden_size = rows.shape[-1]
+    records = encoding.encode(rows)
+    unscaled = encoding.decode_unscaled(records, *rows.shape[1:], dtype)
+    blocks = math.ceil(hidden_size / min(encoding.block_size or hidden_size, hidden_size))
+    if encoding.name in FLOATS or blocks > 1:
+        assert unscaled is None
+        return
+    values, factors = unscaled
+    assert values.shape == rows.shape and values.dtype == dtype
+    assert factors.shape == rows.shape[:2] and factors.dtype == torch.float32
+    found = values.float() * factors.unsqueeze(-1)
+    expected = encoding.decode(records, *rows.shape[1:], torch.float32)
+    rounding = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=0)
+
+
 @settings(max_examples=40, deadline=None)
 @given(cases(("nf4", "nf3")))
 def test_codes_are_the_nearest_and_packed_without_gaps(case):
@@ -148,10 +168,12 @@ def test_working_in_parts_changes_nothing(monkeypatch, name):
     encoding = get_encoding(name)
     whole = encoding.encode(rows)
     decoded = encoding.decode(whole, 3, 50, torch.bfloat16)
+    values, _ = encoding.decode_unscaled(whole, 3, 50, torch.bfloat16)
     for limit in ("ENCODED_AT_ONCE", "DECODED_AT_ONCE"):
         monkeypatch.setattr(f"lookup_experts.table.encoding.{limit}", 2 * 3 * 50 + 1)
     assert torch.equal(encoding.encode(rows), whole)
     assert torch.equal(encoding.decode(whole, 3, 50, torch.bfloat16), decoded)
+    assert torch.equal(encoding.decode_unscaled(whole, 3, 50, torch.bfloat16)[0], values)
     assert encoding.encode(rows[:0]).shape == (0, whole.shape[1])
 
 

@@ -19,6 +19,7 @@ Letters: U records, N experts, d hidden size.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -38,8 +39,8 @@ DECODED_AT_ONCE = 2**22
 _CELLS = 256
 """Of equal width from -2 to 2, for quantising to nf4 and nf3. Numbers are within 1.5: an absmax
 below the normal range of float16 may be rounded down to two thirds."""
-_ELEMENT_OF = {2: torch.int64, 4: torch.complex128}
-"""Types as wide as two and four float32."""
+_ELEMENT_OF = {4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""A type for each width in bytes of an entry of a look-up table."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,22 @@ class Encoding(ABC):
         Args:
             records: uint8 [U, layer_bytes]; may be a slice of longer records.
         """
+
+    def decode_unscaled(
+        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        """Rows before their scaling, and the factor that each still lacks; None where a row has
+        no single factor.
+
+        In a sum of rows the factor can go to the row's weight: one product instead of d.
+
+        Args:
+            records: as in `decode`.
+
+        Returns:
+            Rows [U, N, d] in `dtype`, and factors [U, N] float32.
+        """
+        return None
 
     @abstractmethod
     def invalid(self, records: Tensor, num_experts: int, hidden_size: int) -> Tensor:
@@ -147,8 +164,9 @@ class ScaledEncoding(Encoding):
         """Codes uint8 [U, num_codes] -> uint8 [U, code_bytes]."""
 
     @abstractmethod
-    def _lookup(self, packed: Tensor, num_codes: int) -> Tensor:
-        """Packed codes [U, code_bytes] -> what they stand for before scaling, [U, num_codes]."""
+    def _lookup(self, packed: Tensor, num_codes: int, dtype: torch.dtype) -> Tensor:
+        """Packed codes [U, code_bytes] -> what they stand for before scaling, [U, num_codes] in
+        `dtype`, in memory of its own."""
 
     def layer_bytes(self, num_experts: int, hidden_size: int) -> int:
         num_scales = num_experts * self._blocks_per_row(hidden_size)
@@ -182,26 +200,36 @@ class ScaledEncoding(Encoding):
     def decode(
         self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
     ) -> Tensor:
-        step = max(1, DECODED_AT_ONCE // (num_experts * hidden_size))
-        if len(records) <= step or records.device.type != "cpu":
-            return self._decode_part(records, num_experts, hidden_size, dtype)
-        rows = torch.empty(len(records), num_experts, hidden_size, dtype=dtype)
-        for target, part in zip(rows.split(step), records.split(step), strict=True):
-            target.copy_(self._decode_part(part, num_experts, hidden_size, dtype))
-        return rows
+        return _in_parts(self._decode_part, records, num_experts, hidden_size, dtype)
 
     def _decode_part(
         self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
     ) -> Tensor:
-        num_codes = num_experts * hidden_size
-        values = self._lookup(records[:, : self.code_bytes(num_codes)], num_codes)
+        values = self._unscaled_part(records, num_experts, hidden_size, torch.float32)
         scales = self._scales(records, num_experts, hidden_size)
         width = self._block_width(hidden_size)
+        whole = hidden_size // width
+        values[..., : whole * width].unflatten(2, (whole, width)).mul_(
+            scales[..., :whole].unsqueeze(-1)
+        )
         if hidden_size % width:
-            each = scales.repeat_interleave(width, dim=-1)[..., :hidden_size]
-            return (values.unflatten(1, (num_experts, hidden_size)) * each).to(dtype)
-        blocks = values.unflatten(1, (num_experts, -1, width))
-        return (blocks * scales.unsqueeze(-1)).flatten(2).to(dtype)
+            values[..., whole * width :].mul_(scales[..., whole:])
+        return values.to(dtype)
+
+    def decode_unscaled(
+        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        if self._blocks_per_row(hidden_size) > 1:
+            return None
+        rows = _in_parts(self._unscaled_part, records, num_experts, hidden_size, dtype)
+        return rows, self._scales(records, num_experts, hidden_size).squeeze(-1)
+
+    def _unscaled_part(
+        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        num_codes = num_experts * hidden_size
+        values = self._lookup(records[:, : self.code_bytes(num_codes)], num_codes, dtype)
+        return values.unflatten(1, (num_experts, hidden_size))
 
     def invalid(self, records: Tensor, num_experts: int, hidden_size: int) -> Tensor:
         scales = self._scales(records, num_experts, hidden_size)
@@ -241,8 +269,8 @@ class Int8Encoding(ScaledEncoding):
     def _pack(self, codes: Tensor) -> Tensor:
         return codes
 
-    def _lookup(self, packed: Tensor, num_codes: int) -> Tensor:
-        return packed.view(torch.int8)
+    def _lookup(self, packed: Tensor, num_codes: int, dtype: torch.dtype) -> Tensor:
+        return packed.view(torch.int8).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -294,14 +322,14 @@ class NormalFloatEncoding(ScaledEncoding):
         words = words | (words >> 20)
         return words.view(torch.uint8).unflatten(1, (-1, 8))[..., :3].flatten(1)
 
-    def _lookup(self, packed: Tensor, num_codes: int) -> Tensor:
+    def _lookup(self, packed: Tensor, num_codes: int, dtype: torch.dtype) -> Tensor:
         # One look-up yields several numbers: two for a byte of nf4, four for 12 bits of nf3.
         if self.bits == 4:
             entries, codes_per_entry = packed.int(), 2
         else:
             entries, codes_per_entry = _halves_of_three_bytes(packed), 4
-        table = _lookup_table(self.bits, codes_per_entry, str(packed.device))
-        values = table.index_select(0, entries.flatten()).view(torch.float32)
+        table = _lookup_table(self.bits, codes_per_entry, dtype, str(packed.device))
+        values = table.index_select(0, entries.flatten()).view(dtype)
         return values.view(len(packed), entries.shape[1] * codes_per_entry)[:, :num_codes]
 
 
@@ -379,29 +407,46 @@ def _quantizing_tables(bits: int, device: str) -> tuple[Tensor, Tensor]:
         return first_codes.to(device), inside.to(device)
 
 
-_lookup_tables: dict[tuple[int, int, str], Tensor] = {}
+_lookup_tables: dict[tuple[int, int, torch.dtype, str], Tensor] = {}
 
 
 # A graph takes the table as it is, instead of computing it anew in every run.
 @torch.compiler.assume_constant_result
-def _lookup_table(bits: int, codes_per_entry: int, device: str) -> Tensor:
-    """The numbers behind `codes_per_entry` packed codes, [2^(bits·codes_per_entry)].
+def _lookup_table(bits: int, codes_per_entry: int, dtype: torch.dtype, device: str) -> Tensor:
+    """The numbers in `dtype` behind `codes_per_entry` packed codes, [2^(bits·codes_per_entry)].
 
-    The two or four float32 of an entry are one element of 8 or 16 bytes, because selecting
+    The two or four numbers of an entry are one element of 4 to 16 bytes, because selecting
     elements takes a quarter of the time of selecting short rows.
     """
-    key = (bits, codes_per_entry, device)
+    key = (bits, codes_per_entry, dtype, device)
     if key not in _lookup_tables:
         with torch.inference_mode(False):
             _lookup_tables[key] = _build_lookup_table(*key)
     return _lookup_tables[key]
 
 
-def _build_lookup_table(bits: int, codes_per_entry: int, device: str) -> Tensor:
+def _build_lookup_table(bits: int, codes_per_entry: int, dtype: torch.dtype, device: str) -> Tensor:
     entries = torch.arange(2 ** (bits * codes_per_entry), device="cpu").unsqueeze(1)
     codes = (entries >> _steps(codes_per_entry, bits, torch.device("cpu"))) & (2**bits - 1)
-    values = normal_float_codebook(bits)[codes].to(device)
-    return values.view(_ELEMENT_OF[codes_per_entry]).flatten()
+    values = normal_float_codebook(bits)[codes].to(device, dtype)
+    return values.view(_ELEMENT_OF[codes_per_entry * dtype.itemsize]).flatten()
+
+
+def _in_parts(
+    decode: Callable[[Tensor, int, int, torch.dtype], Tensor],
+    records: Tensor,
+    num_experts: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What `decode` gives, on the CPU of so many records at a time that memory is bounded."""
+    step = max(1, DECODED_AT_ONCE // (num_experts * hidden_size))
+    if len(records) <= step or records.device.type != "cpu":
+        return decode(records, num_experts, hidden_size, dtype)
+    rows = torch.empty(len(records), num_experts, hidden_size, dtype=dtype)
+    for target, part in zip(rows.split(step), records.split(step), strict=True):
+        target.copy_(decode(part, num_experts, hidden_size, dtype))
+    return rows
 
 
 def _halves_of_three_bytes(packed: Tensor) -> Tensor:

@@ -66,13 +66,16 @@ class Decoding:
 
     def decode(self, codes: Tensor) -> Tensor:
         """One layer of records, uint8 [U, layer_bytes] -> [U, N, d]."""
+        return self.layout.encoding.decode(*self._of_layer(codes))
+
+    def decode_unscaled(self, codes: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See `Encoding.decode_unscaled`; of one layer of records, uint8 [U, layer_bytes]."""
+        return self.layout.encoding.decode_unscaled(*self._of_layer(codes))
+
+    def _of_layer(self, codes: Tensor) -> tuple[Tensor, int, int, torch.dtype]:
         shape = self.layout.shape
-        return self.layout.encoding.decode(
-            codes.to(self.device, non_blocking=True),
-            shape.num_experts,
-            shape.hidden_size,
-            self.dtype,
-        )
+        moved = codes.to(self.device, non_blocking=True)
+        return moved, shape.num_experts, shape.hidden_size, self.dtype
 
 
 class WaitClock:
@@ -350,11 +353,11 @@ class StreamedRows:
 
     def layer(self, layer: int) -> Tensor:
         """See `TokenRows.layer`; never a view of a buffer, which is soon read into again."""
-        rows = self._rows(layer)
+        rows = self._decoding.decode(self._codes(layer))
         return rows.clone() if self._decoding.is_view else rows
 
-    def _rows(self, layer: int) -> Tensor:
-        """What `layer` gives, right until another layer is asked for."""
+    def _codes(self, layer: int) -> Tensor:
+        """The layer of the records, uint8 [U, layer_bytes]; right until another is asked for."""
         number = self._group_of[layer]
         if number != self._current:
             if number != self._current + 1:
@@ -369,12 +372,19 @@ class StreamedRows:
         records = torch.from_numpy(future.result())
         layout, start = self._decoding.layout, self._groups[number].start
         part = layout.layer_slice(layer)
-        return self._decoding.decode(records[:, part.start - start : part.stop - start])
+        return records[:, part.start - start : part.stop - start]
 
     def mix(self, layer: int, weights: Tensor) -> Tensor:
         """See `TokenRows.mix`."""
-        rows = self.layer(layer) if weights.requires_grad else self._rows(layer)
-        return mix(rows, self.index.view(-1), weights)
+        index = self.index.view(-1)
+        if weights.requires_grad:
+            return mix(self.layer(layer), index, weights)
+        codes = self._codes(layer)
+        unscaled = self._decoding.decode_unscaled(codes)
+        if unscaled is None:
+            return mix(self._decoding.decode(codes), index, weights)
+        rows, factors = unscaled
+        return mix(rows, index, weights * factors.index_select(0, index))
 
 
 class _FutureWait:
