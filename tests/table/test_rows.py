@@ -99,6 +99,24 @@ def test_rows_of_any_table_and_batch(tmp_path_factory, data, shape, mode, order)
 
 
 @pytest.mark.parametrize("way", ways_here())
+@pytest.mark.parametrize("encoding", ["bfloat16", "float32", "nf4"])
+def test_one_position_in_bfloat16(tmp_path, way, encoding):
+    """By a product of its own, with and without gradients."""
+    size = {"num_layers": 3, "num_experts": 4, "hidden_size": 512}
+    table, records = make_table(tmp_path, encoding=encoding, **size)
+    expected = Expected(table, records, torch.bfloat16)
+    with open_reader_by(way, table, torch.bfloat16, cache_bytes=2**20) as reader:
+        for id_ in (0, 7, 39):
+            ids = torch.tensor([[id_]])
+            with torch.no_grad():
+                expected.assert_right(reader.rows(ids), ids)
+            weights = torch.rand(1, 4).bfloat16().requires_grad_()
+            reader.rows(ids).mix(1, weights).sum().backward()
+            sums = expected.layer(1, ids).sum(dim=-1).flatten()
+            torch.testing.assert_close(weights.grad.flatten(), sums, rtol=0.05, atol=0.2)
+
+
+@pytest.mark.parametrize("way", ways_here())
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_batch_of_so_many_unique_ids(wide_vocabulary, way, length):
     table, records = wide_vocabulary

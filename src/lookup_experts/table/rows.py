@@ -130,6 +130,8 @@ class MemoryRows:
             weakref.finalize(self, on_release).atexit = False
         self._bags: tuple[Tensor, ...] | None = None
         self._flat: Tensor | None = None
+        self._only: tuple[Tensor, ...] | None = None
+        """The rows [N, d] of each layer, for one position in bfloat16."""
         if decoding.is_flat(memory.shape[1]):
             if slot_of_position is None:
                 slot_of_position = slots[index.reshape(-1)]
@@ -140,6 +142,13 @@ class MemoryRows:
         """Prepare `mix` straight out of records of decoded rows: which rows, for each layer."""
         shape = self._decoding.layout.shape
         self._flat = flat.reshape(-1, shape.hidden_size)
+        if len(record_of_position) == 1 and flat.dtype == torch.bfloat16 and flat.is_cpu:
+            # A small product is begun sooner than a sum of bags. Not in float32, where it would
+            # add up in another order than the experts in training form do.
+            first = int(record_of_position) * rows_per_record
+            rows = self._flat[first : first + shape.num_layers * shape.num_experts]
+            self._only = rows.view(shape.num_layers, shape.num_experts, -1).unbind()
+            return
         self._starts = bag_starts(len(record_of_position), shape.num_experts, flat.device)
         self._offsets = row_offsets(shape.num_layers, shape.num_experts, flat.device)
         self._first_rows = (record_of_position * rows_per_record).unsqueeze(1)
@@ -178,10 +187,12 @@ class MemoryRows:
     def mix(self, layer: int, weights: Tensor) -> Tensor:
         """See `TokenRows.mix`."""
         # Autograd may keep the rows longer than the records stay; so it gets a copy.
-        if self._borrowed and weights.requires_grad:
+        if weights.requires_grad and self._borrowed:
             return mix(self.layer(layer), self.index.view(-1), weights)
         if self._pending is not None or self._flat is None:
             self.prepare()
+        if self._only is not None:
+            return torch.mm(weights.to(torch.bfloat16), self._only[layer])
         flat = self._flat
         if flat is None:
             return mix(self.layer(layer), self.index.view(-1), weights)
