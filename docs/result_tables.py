@@ -91,11 +91,15 @@ def readme_speed(reports: Sequence[Result]) -> str:
 
 
 def _speed_title(found: Sequence[Result]) -> str:
+    encoding = found[0]["encoding"]
+    table = "" if encoding == "bfloat16" else f", {encoding} table"
     if found[0]["what"] == "prefill":
-        return f"prompts of {' / '.join(format(result['tokens'], ',') for result in found)} tokens"
+        lengths = " / ".join(format(result["tokens"], ",") for result in found)
+        return f"prompts of {lengths} tokens{table}"
     budget = cache_budget(found[0])
     cached = "no row cache" if budget == "none" else f"{budget} row cache"
-    return f"decoding, batch {' / '.join(str(result['batch']) for result in found)}, {cached}"
+    sizes = " / ".join(str(result["batch"]) for result in found)
+    return f"decoding, batch {sizes}, {cached}{table}"
 
 
 def readme_quality(reports: Sequence[Result]) -> str:
