@@ -117,14 +117,14 @@ def test_decode_agrees_with_the_reference(case):
 
 
 @settings(max_examples=80, deadline=None)
-@given(cases(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(cases(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
 def test_unscaled_rows_times_their_factors_are_the_rows(case, dtype):
     encoding, rows = case
     hidden_size = rows.shape[-1]
     records = encoding.encode(rows)
     unscaled = encoding.decode_unscaled(records, *rows.shape[1:], dtype)
     blocks = math.ceil(hidden_size / min(encoding.block_size or hidden_size, hidden_size))
-    if encoding.name in FLOATS or blocks > 1:
+    if encoding.name in FLOATS or blocks > 1 or dtype == torch.float64:
         assert unscaled is None
         return
     values, factors = unscaled

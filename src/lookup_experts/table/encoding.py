@@ -92,7 +92,7 @@ class Encoding(ABC):
         self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
         """Rows before their scaling, and the factor that each still lacks; None where a row has
-        no single factor.
+        no single factor, and for types wider than float32.
 
         In a sum of rows the factor can go to the row's weight: one product instead of d.
 
@@ -219,7 +219,7 @@ class ScaledEncoding(Encoding):
     def decode_unscaled(
         self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
-        if self._blocks_per_row(hidden_size) > 1:
+        if self._blocks_per_row(hidden_size) > 1 or dtype.itemsize > torch.float32.itemsize:
             return None
         rows = _in_parts(self._unscaled_part, records, num_experts, hidden_size, dtype)
         return rows, self._scales(records, num_experts, hidden_size).squeeze(-1)
