@@ -65,8 +65,8 @@ def prompt_memory(reports: Sequence[Result]) -> str:
         "unique ids": "{unique_ids:,}",
         "encoding?": "{encoding}",
         "store?": "{store}",
-        "peak": megabytes("peak_bytes"),
-        "rows of all layers at once": megabytes("rows_bytes"),
+        "peak": megabytes("peak_bytes", ",.0f"),
+        "rows of all layers at once": megabytes("rows_bytes", ",.0f"),
     }
     return table(results_of(reports), columns)
 
