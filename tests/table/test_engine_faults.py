@@ -440,7 +440,7 @@ def test_groups_are_read_while_others_are_used(tmp_path, monkeypatch):
         slow = SlowReads(reader._store, 0.03)
         rows = reader.rows(ids)
         for layer in range(layers):
-            buffer = rows._rows(layer).untyped_storage().data_ptr()
+            buffer = rows._codes(layer).untyped_storage().data_ptr()
             slow.in_use = buffer
             slow.events.append(("use", layer * group))
             expected.assert_right(rows, ids, [layer])
