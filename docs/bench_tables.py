@@ -2,7 +2,15 @@
 
 from collections.abc import Callable, Sequence
 
-from markdown_tables import Column, Result, markdown, megabytes, results_of, table
+from markdown_tables import (
+    Column,
+    Result,
+    loss_over_seeds,
+    markdown,
+    megabytes,
+    results_of,
+    table,
+)
 
 
 def cache_budget(result: Result) -> str:
@@ -243,8 +251,7 @@ def quality(reports: Sequence[Result]) -> str:
     def loss(result: Result) -> str:
         if "failed" in result:
             return result["failed"]
-        spread = result.get("validation_loss_std")
-        return f"{result['validation_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+        return loss_over_seeds(result)
 
     def seeds(result: Result) -> str:
         if "failed" in result:

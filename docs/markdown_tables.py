@@ -27,6 +27,12 @@ def table(results: Iterable[Result], columns: Mapping[str, Column]) -> str:
     return markdown(list(kept), zip(*kept.values(), strict=True))
 
 
+def loss_over_seeds(result: Result) -> str:
+    """The mean validation loss, with its standard deviation where there were several seeds."""
+    spread = result.get("validation_loss_std")
+    return f"{result['validation_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+
+
 def cell(result: Result, column: Column, optional: bool) -> str:
     """What a column says of a result."""
     try:

@@ -9,22 +9,23 @@ from itertools import groupby
 
 import bench_tables as bench
 from bench_tables import cache_budget
-from markdown_tables import Column, Result, markdown, results_of, table
+from markdown_tables import Column, Result, loss_over_seeds, markdown, results_of, table
 
 
 def upcycling(reports: Sequence[Result]) -> str:
     """A row for each way of training on."""
 
-    def rate(result: Result) -> str:
-        return "" if result["learning_rate"] is None else f"{result['learning_rate']:g}"
+    def rates(result: Result) -> str:
+        return ", ".join(f"{rate:g}" for rate in result.get("learning_rates", []))
 
     columns: dict[str, Column] = {
         "what is trained": "{system}",
-        "learning rate": rate,
-        "tokens": "{tokens:,}",
-        "parameters trained": "{parameters_trained:,}",
-        "validation loss": "{validation_loss:.4f}",
-        "gain": "{gain:+.4f}",
+        "learning rate": rates,
+        "tokens?": "{tokens:,}",
+        "parameters trained?": "{parameters_trained:,}",
+        "seeds?": "{seeds}",
+        "validation loss": loss_over_seeds,
+        "gain?": "{gain:+.4f}",
     }
     return table(results_of(reports), columns)
 
@@ -55,7 +56,8 @@ CAPACITIES = {1024: "1,024 records", 3640: "3,640 (256 MB)", 8192: "8,192"}
 
 
 def cache_policies(reports: Sequence[Result]) -> str:
-    """Hit rates of `mole bench cache`, a column for each capacity; of the default ones, three."""
+    """Hit rates of `mole bench cache`, over all and at first, a column for each capacity; of the
+    default ones, three."""
 
     def policy(result: Result) -> tuple[int, str]:
         return result["streams"], result["policy"]
@@ -67,7 +69,10 @@ def cache_policies(reports: Sequence[Result]) -> str:
     for key, group in groupby(
         sorted(results_of(reports), key=lambda r: places.index(policy(r))), policy
     ):
-        hits = {result["capacity"]: f"{result['hit_rate']:.1%}" for result in group}
+        hits = {
+            result["capacity"]: f"{result['hit_rate']:.1%} / {result['hit_rate_at_first']:.1%}"
+            for result in group
+        }
         rows.append([str(key[0]), key[1], *(hits[capacity] for capacity in capacities)])
     names = [CAPACITIES.get(capacity, f"{capacity:,} records") for capacity in capacities]
     return markdown(["streams", "policy", *names], rows)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lookup_experts.model.experts import TokenRows, mix_reference
+from lookup_experts.table import reader as reader_module
 from lookup_experts.table import uring
 from lookup_experts.table.format import Table
 from lookup_experts.table.reader import TableExperts
@@ -146,3 +147,15 @@ def resident_bytes() -> int:
     """Memory of this process, without what it maps from files (other processes share that)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) * 1024
+
+
+@contextmanager
+def open_on(lane, table, way="threads", dtype=None, cache_bytes=0, group_bytes=2**24):
+    """A reader whose device is at the end of this lane."""
+    dtype = dtype or table.layout.encoding.torch_dtype or torch.float32
+    with pytest.MonkeyPatch.context() as patch, open_by(way, table) as store:
+        patch.setattr(reader_module, "open_lane", lambda device: lane)
+        patch.setattr(reader_module, "GROUP_BYTES", group_bytes)
+        reader = TableExperts(table, store, dtype, cache_bytes=cache_bytes)
+        yield reader
+        reader.close()

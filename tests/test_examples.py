@@ -41,30 +41,40 @@ def test_train_tokenizer(tmp_path):
     assert (out / "tokenizer.json").is_file()
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_compare_upcycling_takes_finished_runs_as_they_are(tmp_path):
     data = make_data(tmp_path / "text")
     backbone = tmp_path / "dense"
     train(tiny_recipe(steps=2, context_length=256), data, backbone, progress=False)
     work, report = tmp_path / "work", tmp_path / "upcycling.json"
-    command = [EXAMPLES / "compare_upcycling.py", backbone, "--data", data, "--work", work]
-    command += ["--steps", "2", "--expert-lr", "1e-3", "--ffn-lr", "1e-3", "--json", report]
-    run(*command)
+    variants = ["ffn@1e-2", "experts@1e-3+ffn@1e-2"]
+    command = [EXAMPLES / "compare_upcycling.py", *variants, "--backbone", backbone]
+    command += ["--data", data, "--work", work, "--json", report]
+    run(*command, "--steps", "2", "--seeds", "1,2")
 
-    before, experts, ffn = json.loads(report.read_text())["results"]
-    assert before["gain"] == 0 and before["learning_rate"] is None
-    for result in (experts, ffn):
-        assert result["steps"] == 2 and result["learning_rate"] == 1e-3
+    before, ffn, both = json.loads(report.read_text())["results"]
+    for result in (ffn, both):
+        assert (result["steps"], result["seeds"]) == (2, 2)
         assert result["gain"] == before["validation_loss"] - result["validation_loss"] != 0
-    assert experts["parameters_trained"] != ffn["parameters_trained"]
+        assert result["validation_loss_std"] is not None
+    assert ffn["learning_rates"] == [1e-2] and both["learning_rates"] == [1e-3, 1e-2]
+    assert both["parameters_trained"] > ffn["parameters_trained"]
+    summaries = [json.loads(path.read_text()) for path in work.glob("ffn@1e-2-seed*/summary.json")]
+    losses = [summary["validation_loss"] for summary in summaries]
+    assert ffn["validation_loss"] == pytest.approx(sum(losses) / 2)
 
     first = report.read_text()
     report.unlink()
     for folder in work.iterdir():
         (folder / "model.safetensors").unlink()  # training again would bring it back
-    run(*command)
+    run(*command, "--steps", "2", "--seeds", "1,2")
     assert json.loads(report.read_text())["results"] == json.loads(first)["results"]
     assert not list(work.glob("*/model.safetensors"))
+
+    refused = subprocess.run(
+        [sys.executable, *map(str, command), "--steps", "3"], capture_output=True, text=True
+    )
+    assert refused.returncode and "has 2 steps, not 3" in refused.stderr
 
 
 def test_every_example_is_run_here():

@@ -131,7 +131,14 @@ def test_cache_policies(tmp_path, ids):
     assert done.exit_code == 0, done.output
     results = json.loads(out.read_text())["results"]
     assert len(results) == 2 * 2 * 4
-    expected = {"policy", "capacity", "streams", "hit_rate", "reads_per_token"}
+    expected = {
+        "policy",
+        "capacity",
+        "streams",
+        "hit_rate",
+        "hit_rate_at_first",
+        "reads_per_token",
+    }
     assert all(set(result) == expected for result in results)
     rows = result_rows("cache-policies", results)
     assert len(rows) == 2 * 4 and rows[0]["64 records"].endswith("%")

@@ -14,6 +14,7 @@ from lookup_experts.benchmarks.cache import (
     compare_policies,
     decoding_steps,
     hit_rate,
+    hit_rate_at_first,
 )
 from lookup_experts.table.cache import RowCache
 
@@ -61,7 +62,7 @@ def test_a_newcomer_must_be_more_frequent():
 
 
 def test_the_most_frequent_of_another_text_never_change():
-    policy = MostFrequent(2, np.array([ord(letter) for letter in "abbbcc"]))
+    policy = MostFrequent(2, np.bincount([ord(letter) for letter in "abbbcc"]))
     assert hits(policy, "abca") == "-++-"
     assert hits(policy, "aaaa") == "----"
 
@@ -110,6 +111,15 @@ def test_lfu_is_what_a_plain_search_gives(seed, monkeypatch):
         kept[id_] = (kept.get(id_, (0, 0))[0] + 1, clock)
 
 
+def test_a_new_cache_is_measured_at_several_places(monkeypatch):
+    monkeypatch.setattr(cache, "BEGINNINGS", 2)
+    steps = [[1], [1], [1], [2], [3], [3]]
+    rate = hit_rate_at_first(lambda: LeastRecentlyUsed(2), steps, 3)
+    assert rate == pytest.approx((2 / 3 + 1 / 3) / 2)  # 1 1 1, then 2 3 3, each from nothing
+    filled = hit_rate_at_first(lambda: LeastRecentlyUsed(2, [2, 3]), steps, 3)
+    assert filled == pytest.approx((2 / 3 + 3 / 3) / 2)
+
+
 def test_steps_are_of_parallel_streams_and_unique():
     ids = np.array([1, 2, 3, 4, 1, 5, 3, 6, 9])  # the 9 is left over
     assert decoding_steps(ids, 1) == [[1], [2], [3], [4], [1], [5], [3], [6], [9]]
@@ -120,7 +130,7 @@ def test_steps_are_of_parallel_streams_and_unique():
 def test_the_comparison_measures_the_second_half():
     ids = np.array([1, 1, 1, 2, 2, 3, 2, 2, 2, 2, 1, 3])
     results = compare_policies(ids, [1, 3], [1, 2])
-    assert len(results) == 4 * 2 * 2
+    assert len(results) == 5 * 2 * 2
     found = {
         (result["policy"], result["capacity"], result["streams"]): result for result in results
     }
@@ -128,6 +138,11 @@ def test_the_comparison_measures_the_second_half():
     assert found["static", 3, 1]["hit_rate"] == 1
     assert found["lru", 1, 1]["hit_rate"] == pytest.approx(3 / 6)
     assert found["lru", 1, 1]["reads_per_token"] == pytest.approx(3 / 6)
+    # Filled with all ids of the first half, 1, 2 and 3, it misses nothing; with 1 alone, as lru.
+    assert found["lru, filled", 3, 1]["hit_rate"] == 1
+    assert found["lru, filled", 1, 1]["hit_rate"] == pytest.approx(3 / 6)
+    assert found["lru, filled", 3, 1]["hit_rate_at_first"] == 1
+    assert found["lru", 3, 1]["hit_rate_at_first"] == found["lru", 3, 1]["hit_rate"]  # all is first
     # Two streams, 2 2 2 and 2 1 3: steps (2), (2, 1), (2, 3), five look-ups for six tokens.
     assert found["lru", 3, 2]["hit_rate"] == pytest.approx(2 / 5)
     assert found["lru", 3, 2]["reads_per_token"] == pytest.approx(3 / 6)

@@ -6,7 +6,6 @@ Every row that comes out is compared with the table's bytes. What needs a GPU is
 
 import gc
 import threading
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lanes import LateLane, NotingLane
 from random_tables import make_table
-from reading import Expected, open_by, ways_here
+from reading import Expected, open_on, ways_here
 from tiny_models import greedy, logits_of, token_ids
 
 import lookup_experts as le
@@ -36,18 +35,6 @@ pytestmark = pytest.mark.timeout(60)
 
 ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "hidden_size": 512, "encoding": "float16"}
 """A record of 4096 bytes."""
-
-
-@contextmanager
-def open_on(lane, table, way="threads", dtype=None, cache_bytes=0, group_bytes=2**24):
-    """A reader whose device is at the end of this lane."""
-    dtype = dtype or table.layout.encoding.torch_dtype or torch.float32
-    with pytest.MonkeyPatch.context() as patch, open_by(way, table) as store:
-        patch.setattr(reader_module, "open_lane", lambda device: lane)
-        patch.setattr(reader_module, "GROUP_BYTES", group_bytes)
-        reader = TableExperts(table, store, dtype, cache_bytes=cache_bytes)
-        yield reader
-        reader.close()
 
 
 @pytest.fixture(scope="module")

@@ -8,21 +8,29 @@ tokenizer alone, so it holds for any machine.
 | policy | keeps |
 |---|---|
 | lru | the most recently used |
+| lru, filled | the same, from the most frequent of another text on instead of from nothing |
 | lfu | the most often used while they were kept; counts are halved as time goes by |
 | tinylfu | as lru, but a newcomer must have been used more often than the record that it replaces |
 | static | the most frequent of another text, for good |
 
-The third is TinyLFU (arXiv 1512.00727) with exact counts in place of a sketch, because a
-vocabulary is small.
+`lru` is what the row cache does, `lru, filled` what it does in `mole serve` over a table with token
+counts (`table/counts.py`). `tinylfu` is TinyLFU (arXiv 1512.00727) with exact counts in place of a
+sketch, because a vocabulary is small.
 """
 
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
-POLICIES = ("lru", "lfu", "tinylfu", "static")
+from lookup_experts.table.counts import most_frequent
+
+FIRST_TOKENS = 4096
+"""What `hit_rate_at_first` is measured over."""
+BEGINNINGS = 16
+"""Places in the text that it is the mean of."""
 USES_PER_AGEING = 10
 """Counts are halved after this many uses for each record of the capacity."""
 
@@ -39,11 +47,12 @@ class LeastRecentlyUsed:
 
     Args:
         capacity: records, at least 1.
+        filled_with: ids that are there from the start, those to be kept longest last.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, filled_with: Iterable[int] = ()) -> None:
         self._capacity = capacity
-        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._kept: OrderedDict[int, None] = OrderedDict.fromkeys(filled_with)
 
     def use(self, ids: Sequence[int]) -> int:
         """See `Policy.use`."""
@@ -157,12 +166,11 @@ class MostFrequent:
 
     Args:
         capacity: records, at least 1.
-        seen_ids: int [n], the token ids of another text, whose most frequent are kept.
+        counts: int [V], how often each id occurs in another text.
     """
 
-    def __init__(self, capacity: int, seen_ids: np.ndarray) -> None:
-        ids, counts = np.unique(seen_ids, return_counts=True)
-        self._kept = frozenset(ids[np.argsort(-counts, kind="stable")[:capacity]].tolist())
+    def __init__(self, capacity: int, counts: np.ndarray) -> None:
+        self._kept = frozenset(most_frequent(counts, capacity).tolist())
 
     def use(self, ids: Sequence[int]) -> int:
         """See `Policy.use`."""
@@ -189,13 +197,25 @@ def hit_rate(policy: Policy, steps: Iterable[Sequence[int]]) -> float:
     return hits / lookups
 
 
+def hit_rate_at_first(
+    new_policy: Callable[[], Policy], steps: Sequence[Sequence[int]], num_steps: int
+) -> float:
+    """The mean share of look-ups that a new cache answers in its first steps, begun at places
+    spread over the text."""
+    last_start = max(0, len(steps) - num_steps)
+    starts = np.linspace(0, last_start, BEGINNINGS).astype(int).tolist()
+    rates = [hit_rate(new_policy(), steps[start : start + num_steps]) for start in starts]
+    return sum(rates) / len(rates)
+
+
 def compare_policies(
     token_ids: np.ndarray,
     capacities: Sequence[int],
     num_streams: Sequence[int] = (1, 8, 32),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """What each policy saves on the second half of a text; `static` counts on the first.
+    """What each policy saves on the second half of a text; the first half is counted, as
+    `mole reparameterize --counts` counts one.
 
     Args:
         token_ids: int [n].
@@ -205,23 +225,28 @@ def compare_policies(
 
     Returns:
         For each policy, capacity and number of streams: `policy`, `capacity`, `streams`,
-        `hit_rate` (of the unique ids of a step), `reads_per_token`.
+        `hit_rate` (of the unique ids of a step), `hit_rate_at_first` (over the first 4,096 tokens
+        of a new cache), `reads_per_token`.
     """
     seen, measured = np.array_split(token_ids, 2)
+    counts = np.bincount(seen)
     results: list[dict[str, Any]] = []
-    num_runs = len(num_streams) * len(capacities) * len(POLICIES)
+    num_runs = len(num_streams) * len(capacities) * len(_policies(1, counts))
     for streams in num_streams:
         steps = decoding_steps(measured, streams)
         unique_per_token = sum(map(len, steps)) / (len(steps) * streams)
         for capacity in capacities:
-            for name, policy in _policies(capacity, seen).items():
-                rate = hit_rate(policy, steps)
+            for name, new_policy in _policies(capacity, counts).items():
+                rate = hit_rate(new_policy(), steps)
                 results.append(
                     {
                         "policy": name,
                         "capacity": capacity,
                         "streams": streams,
                         "hit_rate": rate,
+                        "hit_rate_at_first": hit_rate_at_first(
+                            new_policy, steps, max(1, FIRST_TOKENS // streams)
+                        ),
                         "reads_per_token": (1 - rate) * unique_per_token,
                     }
                 )
@@ -229,12 +254,13 @@ def compare_policies(
     return results
 
 
-def _policies(capacity: int, seen_ids: np.ndarray) -> dict[str, Policy]:
-    """A new cache of each kind."""
-    caches = (
-        LeastRecentlyUsed(capacity),
-        LeastFrequentlyUsed(capacity),
-        TinyLeastFrequentlyUsed(capacity),
-        MostFrequent(capacity, seen_ids),
-    )
-    return dict(zip(POLICIES, caches, strict=True))
+def _policies(capacity: int, counts: np.ndarray) -> dict[str, Callable[[], Policy]]:
+    """What makes a new cache of each kind."""
+    hot = most_frequent(counts, capacity).tolist()
+    return {
+        "lru": partial(LeastRecentlyUsed, capacity),
+        "lru, filled": partial(LeastRecentlyUsed, capacity, hot[::-1]),
+        "lfu": partial(LeastFrequentlyUsed, capacity),
+        "tinylfu": partial(TinyLeastFrequentlyUsed, capacity),
+        "static": partial(MostFrequent, capacity, counts),
+    }

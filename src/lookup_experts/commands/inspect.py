@@ -58,4 +58,6 @@ def format_description(described: dict[str, Any]) -> str:
             f"{shape['vocab_size']:,} token ids",
             f"  fingerprint     {table['fingerprint']}",
         ]
+        if table["tokens_counted"] is not None:
+            lines.append(f"  counted         {table['tokens_counted']:,} tokens, for row caches")
     return "\n".join(lines)

@@ -19,6 +19,14 @@ def reparameterize(
     ] = "bfloat16",
     block_size: options.BlockSize = None,
     evaluate: options.EvaluationText = None,
+    counts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Count tokens in text like that to come (a file, or a folder of mole prepare) and "
+            "keep that with the table: mole serve fills its row cache by it when it starts.",
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Fold the trained experts into a table on disk.
@@ -27,8 +35,9 @@ def reparameterize(
     when the same command is given again. At the end it tells what the encoding costs, against the
     experts.
 
-    Example: `mole reparameterize runs/mole out/ --encoding nf4 --eval notes.txt`
+    Example: `mole reparameterize runs/mole out/ --encoding nf4 --eval notes.txt --counts data/`
     """
+    from lookup_experts.evaluation.counting import count_tokens
     from lookup_experts.evaluation.quality import quality_against_experts
     from lookup_experts.evaluation.text import read_token_ids
     from lookup_experts.generation.folding import reparameterize as fold
@@ -38,12 +47,17 @@ def reparameterize(
     token_ids = None
     if evaluate is not None:  # before the long work, so that what can't be read is told at once
         token_ids = read_token_ids(evaluate, load_tokenizer(folder))
+    token_counts = None
+    if counts is not None:
+        with console.progress_bar("Counting tokens") as progress:
+            token_counts = count_tokens(counts, folder, progress)
     with console.progress_bar("Folding the experts") as progress:
         table = fold(
             folder,
             out,
             encoding=encoding,
             block_size=block_size,
+            token_counts=token_counts,
             progress=progress,
             notify=console.say,
         )

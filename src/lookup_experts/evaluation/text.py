@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lookup_experts.errors import UserError
 from lookup_experts.training.documents import read_documents
-from lookup_experts.training.inputs import Input, find_inputs
+from lookup_experts.training.inputs import TextFile, find_inputs
 
 MAX_TOKENS = 2**15
 """What a file is read up to: enough for two digits of a perplexity in minutes on a CPU."""
@@ -30,13 +30,14 @@ def read_token_ids(file: str | Path, tokenizer: Any, max_tokens: int = MAX_TOKEN
     Raises:
         UserError: no such file, or it can't be read, or has not two tokens in it.
     """
-    ids = list(itertools.islice(_token_ids(find_text(file), tokenizer), max_tokens))
+    chunks = (ids for ids, _ in token_chunks(find_text(file), tokenizer))
+    ids = list(itertools.islice(itertools.chain.from_iterable(chunks), max_tokens))
     if len(ids) < 2:
         raise UserError(f"{file} has {len(ids)} tokens; at least 2 are needed to predict any.")
     return torch.tensor(ids)
 
 
-def find_text(file: str | Path) -> Input:
+def find_text(file: str | Path) -> TextFile:
     """The text in a file, not yet read.
 
     Raises:
@@ -44,19 +45,21 @@ def find_text(file: str | Path) -> Input:
     """
     path = Path(file).expanduser()
     if not path.is_file():
-        raise UserError(f"{file} is no file; give a text to evaluate on (.txt, .jsonl, .txt.gz).")
+        raise UserError(f"{file} is no file; give a text (.txt, .jsonl, .txt.gz).")
     (source,) = find_inputs([str(path)])
+    assert isinstance(source, TextFile), "a file is no dataset of the hub"
     return source
 
 
-def _token_ids(source: Input, tokenizer: Any) -> Iterator[int]:
+def token_chunks(source: TextFile, tokenizer: Any) -> Iterator[tuple[list[int], int]]:
+    """The token ids of a text, some at a time, and how many bytes of the file are read by then."""
     is_empty = True
     for chunk in read_documents(source, text_field="text"):
         # A chunk is a million characters, so the words that are cut between two are very few.
         ids = tokenizer(chunk.text, add_special_tokens=False, verbose=False)["input_ids"]
         is_empty = is_empty and not ids
-        yield from ids
         if chunk.ends_document:
             if tokenizer.eos_token_id is not None and not is_empty:
-                yield tokenizer.eos_token_id
+                ids.append(tokenizer.eos_token_id)
             is_empty = True
+        yield ids, chunk.position

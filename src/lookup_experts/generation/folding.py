@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from lookup_experts.errors import UserError
@@ -21,6 +22,7 @@ from lookup_experts.model.backbone import save_experts
 from lookup_experts.model.huggingface import LookupExpertsMixin
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 from lookup_experts.table.build import build_table, evaluate_experts, plan_table
+from lookup_experts.table.counts import check_counts, write_counts
 from lookup_experts.table.encoding import get_encoding
 from lookup_experts.table.format import Progress, Table
 from lookup_experts.table.store import Notify, log
@@ -42,6 +44,7 @@ def reparameterize(
     encoding: str = "bfloat16",
     block_size: int | None = None,
     tokenizer: Any = None,
+    token_counts: np.ndarray | None = None,
     progress: Progress | None = None,
     notify: Notify = log,
 ) -> Table:
@@ -54,6 +57,8 @@ def reparameterize(
         encoding: how the table stores numbers.
         block_size: of the encodings nf4 and nf3: how many neighbours share a scale.
         tokenizer: saved with the model; default: the one in the folder, if there is one.
+        token_counts: int64 [vocab_size], how often each id occurs in text like that to come; kept
+            with the table for `TableExperts.fill_cache`.
         progress: called with (ids done, ids in all).
         notify: told when an interrupted run is taken up again; default: a warning of the logger
             `lookup_experts`.
@@ -62,6 +67,7 @@ def reparameterize(
         The finished table.
 
     Raises:
+        TableError: `token_counts` isn't of the model's vocabulary.
         UserError: `out` exists, the model has no experts to fold, or the disk is too small.
     """
     chosen = get_encoding(encoding, block_size)
@@ -71,6 +77,9 @@ def reparameterize(
     folder = None if isinstance(model_or_folder, nn.Module) else local_folder(model_or_folder)
     model = model_or_folder if folder is None else load(folder)
     _require_experts(model)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    if token_counts is not None:
+        check_counts(token_counts, vocab_size, "token_counts")
     partial = out.with_name(f"{out.name}.partial")
     if partial.exists():
         notify(f"Going on with the interrupted run in {partial}.")
@@ -81,11 +90,13 @@ def reparameterize(
     plan = plan_table(
         embedding,
         layers,
-        embedding.weight.shape[0],
+        vocab_size,
         chosen,
         tokenizer_hash=tokenizer_hash(partial),
     )
     build_table(partial / "table", plan, evaluate_experts(embedding, layers), progress)
+    if token_counts is not None:
+        write_counts(partial / "table", token_counts, vocab_size)
     save_without_experts(model, partial, plan.manifest.fingerprint)
     partial.rename(out)
     return Table(out / "table", plan.manifest)

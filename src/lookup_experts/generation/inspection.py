@@ -22,6 +22,7 @@ from lookup_experts.model.checkpoint import (
 from lookup_experts.model.configuration import LookupExpertsConfig, MoeGatelessLlamaConfig
 from lookup_experts.model.fingerprint import embedding_hash
 from lookup_experts.model.offloaded import offloaded_mixture, offloaded_table
+from lookup_experts.table.counts import read_counts
 from lookup_experts.table.format import (
     MANIFEST_NAME,
     Progress,
@@ -144,18 +145,23 @@ def moe_parameters(folder: Path, settings: dict[str, int]) -> dict[str, int]:
 
 def future_table_parameters(folder: Path, settings: LookupSettings) -> dict[str, int]:
     """Numbers that the table of experts in training form will stand for, and a token's share."""
-    from transformers import AutoConfig
-
-    try:
-        sizes = AutoConfig.from_pretrained(folder).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{folder}: transformers can't read its config.json ({error}).") from error
+    sizes = text_config(folder)
     table = offloaded_table(
         len(settings.layers), settings.num_experts, sizes.hidden_size, sizes.vocab_size
     )
     return {"offloaded": table.parameters, "loaded_per_token": table.loaded_per_token}
+
+
+def text_config(folder: Path) -> Any:
+    """What transformers makes of a folder's `config.json`, of the part that deals with text."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: transformers can't read its config.json ({error}).") from error
 
 
 def table_parameters(table: Table) -> dict[str, int]:
@@ -169,7 +175,7 @@ def table_parameters(table: Table) -> dict[str, int]:
 
 def describe_table(table: Table) -> dict[str, Any]:
     """A table's manifest in plain JSON values."""
-    layout, manifest = table.layout, table.manifest
+    layout, manifest, counts = table.layout, table.manifest, read_counts(table)
     return {
         "shape": asdict(layout.shape),
         "encoding": layout.encoding.name,
@@ -180,6 +186,7 @@ def describe_table(table: Table) -> dict[str, Any]:
         "shards": len(manifest.shards),
         "fingerprint": manifest.fingerprint,
         "created_by": manifest.created_by,
+        "tokens_counted": None if counts is None else int(counts.sum()),
     }
 
 
@@ -226,6 +233,7 @@ def verify_folder(folder: str | Path, progress: Progress | None = None) -> Verif
     problems = [f"record {bad.id} in {bad.file}: {bad.problem}" for bad in report.bad]
     if report.num_bad:
         problems.insert(0, f"{report.num_bad} of {report.num_ids} records are damaged")
+    read_counts(table)  # damaged, it is an error
     mismatches = [] if bare else _mismatches(path, table)
     return Verification(
         str(path), report, None if bare else not mismatches, tuple(problems + mismatches)

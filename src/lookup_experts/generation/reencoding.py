@@ -20,6 +20,7 @@ from lookup_experts.table.build import (
     link_or_copy,
     plan_reencoding,
 )
+from lookup_experts.table.counts import read_counts, write_counts
 from lookup_experts.table.encoding import Encoding, get_encoding
 from lookup_experts.table.format import MANIFEST_NAME, Progress, Table, open_table
 from lookup_experts.table.store import Notify, log, open_store
@@ -65,6 +66,7 @@ def reencode(
     source, is_bare = open_source(path)
     _require_other_encoding(source, chosen)
     _require_new_folder(path, out)
+    counts = read_counts(source)
     if source.layout.encoding.name != "float32":
         notify(
             f"The source is in {source.layout.encoding.name}: what that rounded away is not "
@@ -79,7 +81,10 @@ def reencode(
             copy_beside_table(path, partial)
     plan = plan_reencoding(source, chosen)
     with open_store(source, "direct", verify_checksums=True, notify=notify) as store:
-        build_table(partial if is_bare else partial / _TABLE, plan, decode_records(store), progress)
+        made = partial if is_bare else partial / _TABLE
+        build_table(made, plan, decode_records(store), progress)
+    if counts is not None:
+        write_counts(made, counts, source.layout.shape.vocab_size)
     partial.rename(out)
     return Table(out if is_bare else out / _TABLE, plan.manifest)
 

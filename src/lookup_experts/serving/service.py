@@ -72,6 +72,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         if self._table is not None:
             self._table.take_cache_memory()
+            self._table.fill_cache()
         self.engine.start()
 
     # ------------------------------------------------------------------ requests

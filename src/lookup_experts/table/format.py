@@ -33,6 +33,7 @@ strings or null; `created_by`, the tool and its version.
 - Shards cover the ids 0 to V-1 in order, without holes. Duplicate keys are refused.
 - Checksums cover the padding, so that every byte of `records` is either verified or damaged.
   The checksum of a record that was never written, zero, doesn't match its zero bytes.
+- How often each id occurs may be kept in a file beside these; see `counts.py`.
 
 Here are the layout, the manifest, the writer of a shard, and the checks on opening and on
 verifying. Reading records by id is in `store.py`; filling a table is in `build.py`.
@@ -62,7 +63,7 @@ from lookup_experts.table.encoding import Encoding, get_encoding
 FORMAT = "lookup-experts table"
 VERSION = 1
 MANIFEST_NAME = "table.json"
-UNFINISHED_MANIFEST = ".table.json-"
+UNFINISHED_MANIFEST = f".{MANIFEST_NAME}-"
 """How the name of a manifest begins that is being written; a killed process leaves one."""
 
 BLOCK = 4096
@@ -343,28 +344,32 @@ def _shard_from(fields: _Fields, layout: RecordLayout, file: str, first_id: int)
 
 
 def write_manifest(folder: Path | str, manifest: TableManifest) -> None:
-    """Write `table.json`, all of it or none: to a temporary file, then renamed.
+    """Write `table.json`, all of it or none.
 
     Raises:
         TableError: the manifest is one that `read_manifest` would refuse.
     """
-    folder = Path(folder)
     text = manifest.to_json()
     TableManifest.from_json(text)
+    write_whole(Path(folder) / MANIFEST_NAME, text.encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, all of it or none: to a temporary one, then renamed."""
     with tempfile.NamedTemporaryFile(
-        "w", dir=folder, prefix=UNFINISHED_MANIFEST, delete=False
+        "wb", dir=path.parent, prefix=f".{path.name}-", delete=False
     ) as file:
         temporary = Path(file.name)
         try:
-            file.write(text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
             temporary.chmod(0o644)
-            temporary.replace(folder / MANIFEST_NAME)
+            temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    _sync_folder(folder)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

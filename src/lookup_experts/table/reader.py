@@ -20,6 +20,7 @@ from lookup_experts.errors import TableError
 from lookup_experts.model.experts import TokenRows
 from lookup_experts.table.batch import FillingFromStore, SlotBatch, check_bounds
 from lookup_experts.table.cache import RowCache
+from lookup_experts.table.counts import most_frequent, read_counts
 from lookup_experts.table.device import DeviceReader
 from lookup_experts.table.format import Table, TableShape, open_table
 from lookup_experts.table.lanes import Lane, open_lane
@@ -35,6 +36,7 @@ from lookup_experts.table.store import (
     Store,
     ThreadedRead,
     aligned_buffer,
+    late_progress,
     log,
     open_store,
     submit_read,
@@ -133,6 +135,32 @@ class TableExperts:
         """
         if self._on_device is None:
             self._cache.take_memory()
+
+    @torch.no_grad()
+    def fill_cache(self) -> int:
+        """Bring the most frequent records into the row cache, so that it needn't meet each first.
+
+        By the counts kept with the table (`counts.py`). As long as large reads of the budget take;
+        for processes that run for long. The statistics begin anew.
+
+        Returns:
+            How many records were brought; 0 without counts or without a cache.
+
+        Raises:
+            TableError: the counts or a record are damaged, or can't be read.
+        """
+        counts = read_counts(self.table) if self.cache_bytes else None
+        if counts is None:
+            return 0
+        ids = most_frequent(counts, self.cache_bytes // self.table.layout.stride)
+        with late_progress("Filling the row cache", len(ids) * self.table.layout.stride) as advance:
+            # The most frequent come last, since the least recently used go first.
+            for batch in torch.from_numpy(ids).flip(0).split(SLOT_BATCH):
+                rows: Any = self.rows(batch.unsqueeze(0).to(self.device))
+                rows.wait()
+                advance(len(batch) * self.table.layout.stride)
+        self.reset_stats()
+        return len(ids)
 
     @property
     def device(self) -> torch.device:

@@ -444,7 +444,7 @@ class MemoryStore(RecordStore):
         with ExitStack() as stack:
             fds = open_shards(self.table, 0, stack)
             advance = stack.enter_context(
-                _late_progress("Loading the table", self.layout.table_bytes)
+                late_progress("Loading the table", self.layout.table_bytes)
             )
             threads = stack.enter_context(ThreadPoolExecutor(min(4, os.cpu_count() or 1)))
             for num_bytes in threads.map(
@@ -494,7 +494,7 @@ class MemoryStore(RecordStore):
 
 
 @contextmanager
-def _late_progress(description: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+def late_progress(description: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """A function to call with bytes done; a bar appears on stderr after two seconds."""
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingColumn

@@ -146,7 +146,7 @@ def check_data(recipe: UpcycleRecipe, manifest: Vocabulary) -> None:
             than the model's positions.
     """
     folder = _folder(recipe)
-    _check_tokenizer(folder, manifest)
+    check_tokenizer(folder, manifest)
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder).get_text_config()
@@ -163,7 +163,8 @@ def check_data(recipe: UpcycleRecipe, manifest: Vocabulary) -> None:
         )
 
 
-def _check_tokenizer(folder: Path, manifest: Vocabulary) -> None:
+def check_tokenizer(folder: Path, manifest: Vocabulary) -> None:
+    """Raise a `UserError` unless a text was prepared with the tokenizer of a model's folder."""
     expected = manifest.tokenizer["hash"]
     if saved_tokenizer_hash(folder) == expected:
         return
