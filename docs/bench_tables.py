@@ -87,6 +87,7 @@ def read(reports: Sequence[Result]) -> str:
         "encoding?": "{encoding}",
         "store?": "{store} ({backend})",
         "busy thread": lambda result: "yes" if result["busy_thread"] else "no",
+        "interpreter switches after?": "{switch_interval_ms:g} ms",
         "ms": "{ms_per_batch:.2f}",
         "GB/s": "{gb_per_second:.2f}",
         "of large reads": "{share_of_disk_bandwidth:.0%}",

@@ -1,6 +1,7 @@
 """`mole bench` for real, on a shape small enough for a test."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -91,6 +92,9 @@ def test_prefill(tmp_path, ids):
     assert [row["prompt"] for row in result_rows("prefill", results)] == ["300 tokens"]
 
 
+WAY = ("under_way", "busy_thread", "switch_interval_ms")
+
+
 def test_read(tmp_path, monkeypatch):
     from lookup_experts.benchmarks import bandwidth, reading
 
@@ -100,14 +104,16 @@ def test_read(tmp_path, monkeypatch):
     plot = tmp_path / "read.png"
     results = bench(tmp_path, "read", "--batch", "4", "--plot", plot)["results"]
     assert plot.read_bytes().startswith(b"\x89PNG")
-    measured = [(result["under_way"], result["busy_thread"]) for result in results]
-    assert measured == [(1, False), (8, False), (1, True), (8, True)]
+    assert [reading.ReadingWay(*map(result.get, WAY)) for result in results] == [*reading.WAYS]
+    assert sys.getswitchinterval() == pytest.approx(5e-3)
     for result in results:
         share = result["gb_per_second"] / result["disk_gb_per_second"]
         assert result["share_of_disk_bandwidth"] == pytest.approx(share, rel=2)
         assert result["plain_gb_per_second"] > 0 and result["share_of_plain_reads"] > 0
     rows = result_rows("read", results)
-    assert [row["batches under way"] for row in rows] == ["1", "8", "1", "8"]
+    assert [row["batches under way"] for row in rows] == ["1", "8", "1", "1", "8"]
+    large = bench(tmp_path, "read", "--batch", "65")["results"]
+    assert [result["under_way"] for result in large] == [1, 1, 1]
 
 
 def test_build_leaves_a_table_that_opens(tmp_path):
@@ -130,7 +136,7 @@ def test_cache_policies(tmp_path, ids):
     done = run(cli.app, ["bench", "cache", *sizes, "--json", str(out), "--plot", str(plot)])
     assert done.exit_code == 0, done.output
     results = json.loads(out.read_text())["results"]
-    assert len(results) == 2 * 2 * 4
+    assert len(results) == 2 * 2 * 5
     expected = {
         "policy",
         "capacity",
@@ -141,7 +147,7 @@ def test_cache_policies(tmp_path, ids):
     }
     assert all(set(result) == expected for result in results)
     rows = result_rows("cache-policies", results)
-    assert len(rows) == 2 * 4 and rows[0]["64 records"].endswith("%")
+    assert len(rows) == 2 * 5 and rows[0]["64 records"].endswith("%")
     assert plot.read_bytes().startswith(b"\x89PNG")
     few = run(cli.app, ["bench", "cache", *sizes[:-3], "2", "--ids", str(ids)])
     assert "too few for 4 streams" in str(few.exception)

@@ -104,6 +104,7 @@ def reading(results: Sequence[Result]) -> Chart:
         labels=[
             f"{result['under_way']} × {result['batch']} records"
             + ("\nbusy thread" if result["busy_thread"] else "")
+            + (f", {result['switch_interval_ms']:g} ms" if result["busy_thread"] else "")
             for result in results
         ],
         heights=[result["share_of_disk_bandwidth"] for result in results],

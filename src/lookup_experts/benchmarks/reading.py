@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -28,6 +29,31 @@ SECONDS = 0.5
 
 
 @dataclass(frozen=True)
+class ReadingWay:
+    """How batches are read."""
+
+    under_way: int
+    """Batches that are read at once: as soon as one has come, the next is asked for. With one,
+    the disk idles between batches; prompts are read with more. For small batches only
+    (`Store.begin`)."""
+    busy_thread: bool
+    """Whether another Python thread computes while records are read."""
+    switch_interval_ms: float = 5.0
+    """For how long that thread may keep the interpreter from who has waited for a read
+    (`sys.setswitchinterval`; the interpreter's own)."""
+
+
+WAYS = (
+    ReadingWay(under_way=1, busy_thread=False),
+    ReadingWay(under_way=8, busy_thread=False),
+    ReadingWay(under_way=1, busy_thread=True),
+    ReadingWay(under_way=1, busy_thread=True, switch_interval_ms=0.5),
+    ReadingWay(under_way=8, busy_thread=True),
+)
+"""What `mole bench read` measures."""
+
+
+@dataclass(frozen=True)
 class ReadResult:
     """Random records in batches, beside large sequential reads of the same file in turn."""
 
@@ -38,10 +64,9 @@ class ReadResult:
     record_bytes: int
     batch: int
     under_way: int
-    """Batches that are read at once: as soon as one has come, the next is asked for. With one,
-    the disk idles between batches; prompts are read with more."""
+    """See `ReadingWay`, as the next two."""
     busy_thread: bool
-    """Whether another Python thread computed while records were read."""
+    switch_interval_ms: float
     gb_per_second: float
     disk_gb_per_second: float
     share_of_disk_bandwidth: float
@@ -60,9 +85,7 @@ def measure_read(
     table: Table,
     store: RecordStore,
     batch: int,
-    *,
-    under_way: int = 1,
-    busy_thread: bool = False,
+    way: ReadingWay,
 ) -> ReadResult:
     """Read batches of random records for a while, the disk in large blocks, and places of the
     records' size by plain reads, in turn.
@@ -71,11 +94,11 @@ def measure_read(
         table: whose records to read.
         store: what reads them.
         batch: records per call.
-        under_way: calls at once; more than one for small batches only (`Store.begin`).
-        busy_thread: let another Python thread compute while records are read.
+        way: how they are read.
     """
     layout = table.layout
     random = np.random.default_rng(0)
+    under_way = way.under_way
     memory = aligned_buffer(under_way * batch * layout.stride).reshape(under_way, batch, -1)
     rates, disk_rates, plain_rates = [], [], []
     path = table.path(table.shards[0])
@@ -86,7 +109,7 @@ def measure_read(
             disk_rates.append(disk_bytes_per_second(path, DISK_SAMPLE_BYTES, start))
             plain_rates.append(plain(SECONDS))
             ids = _random_batches(random, layout.shape.vocab_size, batch)
-            with _busy(busy_thread):
+            with _busy(way.busy_thread), _switching_after(way.switch_interval_ms / 1e3):
                 rates.append(_bytes_per_second(store, ids, memory, SECONDS))
     return ReadResult(
         what="read",
@@ -95,8 +118,7 @@ def measure_read(
         encoding=layout.encoding.name,
         record_bytes=layout.record_bytes,
         batch=batch,
-        under_way=under_way,
-        busy_thread=busy_thread,
+        **asdict(way),
         gb_per_second=median(rates) / 1e9,
         disk_gb_per_second=median(disk_rates) / 1e9,
         share_of_disk_bandwidth=median(
@@ -179,6 +201,16 @@ def _plain_reads(
     finally:
         threads.close()
         os.close(fd)
+
+
+@contextmanager
+def _switching_after(seconds: float) -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 @contextmanager

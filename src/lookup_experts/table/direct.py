@@ -9,6 +9,7 @@ import os
 import threading
 import time
 import weakref
+from bisect import bisect_right
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from itertools import pairwise
@@ -100,16 +101,20 @@ class RingRead:
     """A `PendingRead` that the kernel carries out on a ring of its own."""
 
     def __init__(
-        self, store: "DirectStore", ids: np.ndarray, memory: np.ndarray, slots: np.ndarray
+        self,
+        store: "DirectStore",
+        ids: np.ndarray,
+        memory: np.ndarray,
+        address: int,
+        slots: np.ndarray,
     ) -> None:
-        self._store, self._ids = store, ids
-        self._records = [memory[slot] for slot in slots.tolist()]
+        self._store, self._ids, self._memory, self._slots = store, ids, memory, slots
         self._lock = threading.Lock()
         self._error: Exception | None = None
         self._started_at = time.perf_counter()
         fds, offsets = store.places(ids)
-        base, stride = memory.ctypes.data, memory.shape[1]
-        addresses = [base + slot * stride for slot in slots.tolist()]
+        stride = memory.shape[1]
+        addresses = [address + slot * stride for slot in slots.tolist()]
         self._ring: Ring | None = store.take_ring()
         with ExitStack() as failing:
             failing.callback(store.give_ring_back, self._ring)
@@ -127,14 +132,14 @@ class RingRead:
 
     def _end(self, ring: Ring) -> None:
         try:
-            self._store.complete(self._ids, self._records, ring.finish())
+            self._store.complete(self._ids, self._memory, self._slots, ring.finish())
         except OSError as error:
             folder = self._store.table.folder
             self._error = TableError(f"{folder}: can't be read: {say_why(error)}")
         except Exception as error:
             self._error = error
         # Not after Ctrl-C: then the read goes on, and so does the next wait.
-        self._ring, self._records = None, []
+        self._ring = None
         self._store.under_way.discard(self)
         self._store.give_ring_back(ring)
         self._store.count(len(self._ids), self._started_at)
@@ -147,6 +152,7 @@ class DirectStore(RecordStore):
 
     def __init__(self, table: Table, verify_checksums: bool, notify: Notify) -> None:
         super().__init__(table, verify_checksums)
+        self._shard_starts: list[int] = self._first_ids.tolist()
         self._read_bytes = max(self.layout.stride, BLOCK)
         """One read: a record, or the block that holds it."""
         bounce_rows = min(max(1, _BOUNCE_BYTES // self._read_bytes), 256)
@@ -159,6 +165,7 @@ class DirectStore(RecordStore):
         with ExitStack() as stack:
             fds, way = self._open_files(stack, notify)
             self._fds = np.array(fds, np.int32)
+            self._descriptors = fds
             self._backend, reader = self._open_backend(notify)
             stack.callback(self._backend.close)
             self.backend = reader + way
@@ -207,12 +214,14 @@ class DirectStore(RecordStore):
     def begin(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> PendingRead:
         """See `Store.begin`: with io_uring the kernel reads beside the caller, without a thread
         that would fight for the interpreter and the cores."""
-        if not self._reads_alone(len(ids)) or memory.ctypes.data % BLOCK:
+        # Not `memory.ctypes`, which makes objects of ctypes first.
+        address = memory.__array_interface__["data"][0]
+        if not self._reads_alone(len(ids)) or address % BLOCK:
             return super().begin(ids, memory, slots)
         self._check_ids(ids)
         self.check_process()
         try:
-            read = RingRead(self, ids, memory, slots)
+            read = RingRead(self, ids, memory, address, slots)
         except OSError as error:
             raise TableError(f"{self.table.folder}: can't be read: {say_why(error)}") from error
         self.under_way.add(read)
@@ -241,19 +250,26 @@ class DirectStore(RecordStore):
             self._idle_rings.append(ring)
 
     def places(self, ids: np.ndarray) -> tuple[list[int], list[int]]:
-        """Descriptor and offset of each record."""
-        shards, rows = self._locate(ids)
-        return self._fds[shards].tolist(), (DATA_START + rows * self.layout.stride).tolist()
+        """Descriptor and offset of each record of a few ids; as `_locate`, without arrays."""
+        fds, offsets = [], []
+        for token_id in ids.tolist():
+            shard = bisect_right(self._shard_starts, token_id) - 1
+            fds.append(self._descriptors[shard])
+            row = token_id - self._shard_starts[shard]
+            offsets.append(DATA_START + row * self.layout.stride)
+        return fds, offsets
 
-    def complete(self, ids: np.ndarray, records: list[np.ndarray], results: list[int]) -> None:
+    def complete(
+        self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray, results: list[int]
+    ) -> None:
         """Take reads up again that came back short, and check the records."""
         stride = self.layout.stride
         for row, result in enumerate(results):
             if result != stride:
                 offset = self._place(int(ids[row]))[1]
-                self._finish(int(ids[row]), offset, records[row], result, stride)
+                self._finish(int(ids[row]), offset, memory[slots[row]], result, stride)
         if self._checksums is not None or self._scales is not None:
-            self._check_records(ids, np.stack(records))
+            self._check_records(ids, memory[slots])
 
     def count(self, num_ids: int, started_at: float) -> None:
         """Add a read that was begun to the counts."""

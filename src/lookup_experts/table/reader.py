@@ -220,23 +220,28 @@ class TableExperts:
         batch = SlotBatch(self._filling, self._cache, taken)
         try:
             batch.begin()
-            index = torch.tensor(positions, device=token_ids.device).view(token_ids.shape)
-            return self._rows_of_batch(batch, index, positions)
+            return self._rows_of_batch(batch, positions, token_ids.shape)
         except BaseException:
             batch.abandon()
             raise
 
-    def _rows_of_batch(self, batch: SlotBatch, index: Tensor, positions: list[int]) -> MemoryRows:
+    def _rows_of_batch(
+        self, batch: SlotBatch, positions: list[int], shape: torch.Size
+    ) -> MemoryRows:
         slots = batch.slots()
+        index, slot_of_position = torch.tensor(
+            [positions, [slots[position] for position in positions]]
+        ).unbind()
         return MemoryRows(
             self._decoding,
             self._slots,
-            torch.tensor(slots),
-            index,
+            self._flat_slots,
+            slots,
+            index.view(shape),
             self._clock,
             pending=batch if batch.is_pending else None,
             on_release=partial(self._dropped.append, batch),
-            slot_of_position=torch.tensor([slots[position] for position in positions]),
+            slot_of_position=slot_of_position,
         )
 
     def _release_dropped(self) -> None:
@@ -252,16 +257,19 @@ class TableExperts:
         unique_ids, index = self._unique(token_ids)
         if self._whole is not None:
             self.missed = frozenset()
-            return MemoryRows(self._decoding, self._whole, unique_ids, index, self._clock)
-        records = aligned_buffer(len(unique_ids) * self.table.layout.stride)
-        records = records.reshape(len(unique_ids), self.table.layout.stride)
+            flat = self._decoding.flat(self._whole)
+            return MemoryRows(self._decoding, self._whole, flat, unique_ids, index, self._clock)
+        buffer = aligned_buffer(len(unique_ids) * self.table.layout.stride)
+        buffer = buffer.reshape(len(unique_ids), self.table.layout.stride)
+        records = torch.from_numpy(buffer)
         return MemoryRows(
             self._decoding,
-            torch.from_numpy(records),
+            records,
+            self._decoding.flat(records),
             torch.arange(len(unique_ids)),
             index,
             self._clock,
-            ThreadedRead(submit_read(self._thread, self._store.read, unique_ids.numpy(), records)),
+            ThreadedRead(submit_read(self._thread, self._store.read, unique_ids.numpy(), buffer)),
         )
 
     def _streamed_rows(self, token_ids: Tensor) -> StreamedRows:
@@ -300,6 +308,7 @@ class TableExperts:
         self._decoding = Decoding(
             self.table.layout, self._dtype, device if lane is None else lane.device
         )
+        self._flat_slots = self._decoding.flat(self._slots)
         self._on_device = None if lane is None else self._reader_on_device(lane)
 
     def _reader_on_device(self, lane: Lane) -> DeviceReader:

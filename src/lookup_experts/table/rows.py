@@ -55,9 +55,12 @@ class Decoding:
         """Whether rows are views into the records."""
         return self.layout.encoding.torch_dtype == self.dtype and self.device.type == "cpu"
 
-    def is_flat(self, record_stride: int) -> bool:
-        """Whether records this far apart are, as they are, a matrix of rows of this dtype."""
-        return self.is_view and record_stride % self.row_bytes == 0
+    def flat(self, records: Tensor) -> Tensor | None:
+        """Records uint8 [M, stride] as what they are, a matrix of rows [M·rows per record, d] of
+        this dtype; None where they are no such thing."""
+        if not self.is_view or records.shape[1] % self.row_bytes:
+            return None
+        return records.view(self.dtype).reshape(-1, self.layout.shape.hidden_size)
 
     def decoded_bytes(self, num_ids: int) -> int:
         """What all rows of so many records take when they are decoded."""
@@ -99,7 +102,8 @@ class MemoryRows:
     Args:
         decoding: how records become rows.
         memory: uint8 [M, stride] on the CPU.
-        slots: int64 [U], which rows of `memory` are the records of the unique ids.
+        flat: `decoding.flat(memory)`, which needn't be found out at every step.
+        slots: U numbers: which rows of `memory` are the records of the unique ids.
         index: int64 [B, T], position -> place in `slots`.
         pending: what brings the records; None if they are there.
         clock: counts the waiting.
@@ -112,7 +116,8 @@ class MemoryRows:
         self,
         decoding: Decoding,
         memory: Tensor,
-        slots: Tensor,
+        flat: Tensor | None,
+        slots: Tensor | list[int],
         index: Tensor,
         clock: WaitClock,
         pending: PendingRead | None = None,
@@ -132,16 +137,15 @@ class MemoryRows:
         self._flat: Tensor | None = None
         self._only: tuple[Tensor, ...] | None = None
         """The rows [N, d] of each layer, for one position in bfloat16."""
-        if decoding.is_flat(memory.shape[1]):
+        if flat is not None:
             if slot_of_position is None:
-                slot_of_position = slots[index.reshape(-1)]
-            rows_per_record = memory.shape[1] // decoding.row_bytes
-            self._lay_flat(memory.view(decoding.dtype), slot_of_position, rows_per_record)
+                slot_of_position = torch.as_tensor(slots)[index.reshape(-1)]
+            self._lay_flat(flat, slot_of_position, len(flat) // max(1, len(memory)))
 
     def _lay_flat(self, flat: Tensor, record_of_position: Tensor, rows_per_record: int) -> None:
         """Prepare `mix` straight out of records of decoded rows: which rows, for each layer."""
         shape = self._decoding.layout.shape
-        self._flat = flat.reshape(-1, shape.hidden_size)
+        self._flat = flat
         if len(record_of_position) == 1 and flat.dtype == torch.bfloat16 and flat.is_cpu:
             # A small product is begun sooner than a sum of bags. Not in float32, where it would
             # add up in another order than the experts in training form do.
@@ -160,10 +164,12 @@ class MemoryRows:
         """Decode all layers together: for a few records that is hardly more work than one layer,
         and a layer's own operations are then as few as with floats."""
         layout = self._decoding.layout
-        records = self._memory.index_select(0, self._slots)[:, : layout.record_bytes]
+        slots = torch.as_tensor(self._slots)
+        records = self._memory.index_select(0, slots)[:, : layout.record_bytes]
         layers = records.reshape(-1, layout.layer_bytes)
         rows_per_record = layout.shape.num_layers * layout.shape.num_experts
-        self._lay_flat(self._decoding.decode(layers), self.index.reshape(-1), rows_per_record)
+        rows = self._decoding.decode(layers).view(-1, layout.shape.hidden_size)
+        self._lay_flat(rows, self.index.reshape(-1), rows_per_record)
 
     def wait(self) -> None:
         """Return when the records are there."""
@@ -182,7 +188,7 @@ class MemoryRows:
         """See `TokenRows.layer`."""
         self.wait()
         codes = self._memory[:, self._decoding.layout.layer_slice(layer)]
-        return self._decoding.decode(codes.index_select(0, self._slots))
+        return self._decoding.decode(codes.index_select(0, torch.as_tensor(self._slots)))
 
     def mix(self, layer: int, weights: Tensor) -> Tensor:
         """See `TokenRows.mix`."""

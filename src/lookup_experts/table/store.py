@@ -47,6 +47,7 @@ STORES = ("memory", "mmap", "direct")
 
 _LOAD_BYTES = 2**24
 _CHECKED_BYTES = 2**24
+_FEW = 64
 _COPIED_AT_ONCE = 2**21
 """Records of the memory store beyond these bytes (experts, not a step's records) are copied by a
 thread, beside the caller's work."""
@@ -353,11 +354,16 @@ class RecordStore(ABC):
     def _check_ids(self, ids: np.ndarray) -> None:
         if self._closed:
             raise ValueError(f"The {self.name} store over {self.table.folder} is closed.")
+        if not len(ids):
+            return
+        # The few ids of a step in plain Python, which begins sooner than operations on arrays.
+        listed = ids.tolist() if len(ids) <= _FEW else [int(ids.min()), int(ids.max())]
+        low, high = min(listed), max(listed)
         vocab_size = self.layout.shape.vocab_size
-        if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
-            wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+        if low < 0 or high >= vocab_size:
             raise TableError(
-                f"Token id {wrong} is not in the table, whose ids are 0 to {vocab_size - 1}."
+                f"Token id {low if low < 0 else high} is not in the table, whose ids are 0 to "
+                f"{vocab_size - 1}."
             )
 
     def _check_records(self, ids: np.ndarray, out: np.ndarray, start: int = 0) -> None:

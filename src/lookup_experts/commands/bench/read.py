@@ -1,15 +1,11 @@
 """`mole bench read`."""
 
-import itertools
 from pathlib import Path
 
 from lookup_experts import console
 from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
 from lookup_experts.commands.bench.report import counts, line, report
-
-UNDER_WAY = 8
-"""Small batches are also read so many at once."""
 
 
 def read(
@@ -27,7 +23,7 @@ def read(
     Example: `mole bench read --batch 32,256`
     """
     from lookup_experts.benchmarks.models import Case, random_table
-    from lookup_experts.benchmarks.reading import measure_read
+    from lookup_experts.benchmarks.reading import WAYS, measure_read
     from lookup_experts.table.reader import SLOT_BATCH
     from lookup_experts.table.store import open_store
 
@@ -35,9 +31,8 @@ def read(
         table = random_table(Case(shape, experts, encoding), work, progress)
     results = []
     with open_store(table, store, notify=console.say) as opened:
-        for size, busy in itertools.product(counts(batch), (False, True)):
-            for ahead in (1, UNDER_WAY) if size <= SLOT_BATCH else (1,):
-                found = measure_read(table, opened, size, under_way=ahead, busy_thread=busy)
-                results.append(found.to_dict())
+        for size in counts(batch):
+            for way in WAYS if size <= SLOT_BATCH else (w for w in WAYS if w.under_way == 1):
+                results.append(measure_read(table, opened, size, way).to_dict())
                 console.say(line(results[-1]))
     report("read", results, json, plot)
