@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--experts", type=int, default=4, help="per layer")
     parser.add_argument("--seeds", default="1", help="others than the backbone's")
+    parser.add_argument("--also", type=Path, help="another trained model to compare with, as it is")
     parser.add_argument("--json", type=Path, required=True, help="the report to write")
     arguments = parser.parse_args()
 
@@ -54,6 +55,18 @@ def main() -> None:
     for rates in arguments.variants:
         runs = [train(arguments, rates, seed) for seed in arguments.seeds.split(",")]
         results.append(summarise(rates, runs, before))
+    if arguments.also is not None:
+        loss = validation_loss(arguments.also, arguments.data)
+        found = json.loads((arguments.also / "summary.json").read_text())
+        results.append(
+            {
+                "system": f"{arguments.also.name}, not upcycled",
+                "tokens": found["tokens"],
+                "parameters_trained": found["parameters"]["trained"],
+                "validation_loss": loss,
+                "gain": before - loss,
+            }
+        )
     report = {
         "what": "upcycling",
         "command": f"python {' '.join(sys.argv)}",

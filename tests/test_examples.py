@@ -50,13 +50,15 @@ def test_compare_upcycling_takes_finished_runs_as_they_are(tmp_path):
     variants = ["ffn@1e-2", "experts@1e-3+ffn@1e-2"]
     command = [EXAMPLES / "compare_upcycling.py", *variants, "--backbone", backbone]
     command += ["--data", data, "--work", work, "--json", report]
+    command += ["--also", backbone]
     run(*command, "--steps", "2", "--seeds", "1,2")
 
-    before, ffn, both = json.loads(report.read_text())["results"]
+    before, ffn, both, same = json.loads(report.read_text())["results"]
     for result in (ffn, both):
         assert (result["steps"], result["seeds"]) == (2, 2)
         assert result["gain"] == before["validation_loss"] - result["validation_loss"] != 0
         assert result["validation_loss_std"] is not None
+    assert same["validation_loss"] == before["validation_loss"] and same["gain"] == 0
     assert ffn["learning_rates"] == [1e-2] and both["learning_rates"] == [1e-3, 1e-2]
     assert both["parameters_trained"] > ffn["parameters_trained"]
     summaries = [json.loads(path.read_text()) for path in work.glob("ffn@1e-2-seed*/summary.json")]
