@@ -16,11 +16,11 @@ def upcycling(reports: Sequence[Result]) -> str:
     """A row for each way of training on."""
 
     def rates(result: Result) -> str:
-        return ", ".join(f"{rate:g}" for rate in result.get("learning_rates", []))
+        return ", ".join(f"{rate:g}" for rate in result["learning_rates"])
 
     columns: dict[str, Column] = {
         "what is trained": "{system}",
-        "learning rate": rates,
+        "learning rate?": rates,
         "tokens?": "{tokens:,}",
         "parameters trained?": "{parameters_trained:,}",
         "seeds?": "{seeds}",

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--backbone", type=Path, required=True, help="a folder of mole train")
     parser.add_argument("--data", type=Path, required=True, help="a folder of mole prepare")
     parser.add_argument(
-        "--work", type=Path, required=True, help="the runs' folders; taken up again"
+        "--work", type=Path, required=True, help="the runs' folders, of one backbone and text"
     )
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--experts", type=int, default=4, help="per layer")
@@ -78,8 +78,9 @@ def main() -> None:
 
 def parse_variant(text: str) -> dict[str, str]:
     """`experts@3e-3+ffn@1e-3` -> {"experts": "3e-3", "ffn": "1e-3"}."""
-    rates = dict(part.split("@") for part in text.split("+"))
-    if not set(rates) <= set(PARTS) or {"ffn", "all"} <= set(rates):
+    parts = text.split("+")
+    rates = dict(part.split("@") for part in parts)
+    if not set(rates) <= set(PARTS) or len(rates) < len(parts) or {"ffn", "all"} <= set(rates):
         raise ValueError(text)
     return rates
 
@@ -87,6 +88,7 @@ def parse_variant(text: str) -> dict[str, str]:
 def train(arguments: argparse.Namespace, rates: dict[str, str], seed: str) -> dict[str, Any]:
     """Train a variant, or go on with it; what `summary.json` says at its end."""
     name = "+".join(f"{part}@{rate}" for part, rate in rates.items())
+    name = name.replace("experts", f"{arguments.experts}-experts")
     out = arguments.work / f"{name}-seed{seed}"
     summary = out / "summary.json"
     if not summary.exists():

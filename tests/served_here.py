@@ -27,6 +27,7 @@ def served_here(
     from lookup_experts.serving.waiting import Limits
 
     service = Service(model, tokenizer, ServiceOptions("tiny", Limits(4, 8), **options))
+    service.prepare()
     guarded = Guard(create_app(service), keys, service.metrics.requests)
     config = uvicorn.Config(guarded, log_level="warning", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)

@@ -201,7 +201,7 @@ def test_a_build_that_was_killed_before_its_journal_was_written_goes_on(begun, e
 
 def test_a_manifest_that_a_killed_build_left_half_written_is_removed(begun, expected):
     begun.run_until(80)
-    (begun.folder / ".table.json-abcdefgh").write_text('{"for')
+    (begun.folder / ".unfinished-abcdefgh").write_text('{"for')
     begun.run()
     assert begun.contents() == expected
 

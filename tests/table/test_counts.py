@@ -19,9 +19,10 @@ import lookup_experts as le
 from lookup_experts import cli
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.evaluation.counting import count_tokens
+from lookup_experts.generation import folding
 from lookup_experts.generation.inspection import inspect_folder, verify_folder
 from lookup_experts.generation.reencoding import reencode
-from lookup_experts.table.counts import COUNTS_NAME, most_frequent, read_counts, write_counts
+from lookup_experts.table.counts import COUNTS_NAME, keep_counts, most_frequent, read_counts
 from lookup_experts.table.format import open_table
 from lookup_experts.table.lanes import HostLane
 from lookup_experts.training.data import TokenShards
@@ -88,6 +89,25 @@ def test_counts_of_another_vocabulary_are_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_counts_that_lie_scattered_in_memory_are_kept_as_they_are(tmp_path):
+    table, _ = make_table(tmp_path / "table", vocab_size=40)
+    for counts in (np.arange(80)[::2], np.arange(40)[::-1], np.arange(120).reshape(40, 3)[:, 1]):
+        keep_counts(table.folder, counts, 40)
+        assert (read_counts(table) == counts).all()
+
+
+def test_a_run_that_goes_on_without_counts_has_none(training_folder, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folding, "save_without_experts", stop)
+    with pytest.raises(KeyboardInterrupt):
+        le.reparameterize(training_folder, tmp_path / "out", token_counts=np.ones(VOCAB, np.int64))
+    monkeypatch.undo()
+    table = le.reparameterize(training_folder, tmp_path / "out")
+    assert read_counts(table) is None and (table.folder / "table.json").exists()
+
+
 def test_damaged_counts_are_named(counted, tmp_path):
     folder, _ = counted
     path = folder / "table" / COUNTS_NAME
@@ -112,7 +132,7 @@ def test_a_failed_write_leaves_the_counts_that_were_there(counted, monkeypatch):
     folder, counts = counted
     monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(OSError, match="no space"):
-        write_counts(folder / "table", counts + 1, VOCAB)
+        keep_counts(folder / "table", counts + 1, VOCAB)
     assert (read_counts(open_table(folder / "table")) == counts).all()
     assert len(list((folder / "table").iterdir())) == 3
 
@@ -126,7 +146,7 @@ def test_a_filled_cache_has_the_most_frequent(vocab_size, lane, tmp_path):
     shape = {"num_layers": 2, "num_experts": 2, "hidden_size": 512, "encoding": "float16"}
     table, _ = make_table(tmp_path / "table", vocab_size=vocab_size, **shape)
     counts = np.random.default_rng(0).permutation(vocab_size).astype(np.int64)
-    write_counts(table.folder, counts, vocab_size)
+    keep_counts(table.folder, counts, vocab_size)
     capacity = 150
     hot = most_frequent(counts, capacity)
     opened = open_on(lane and lane(), table, cache_bytes=capacity * 4096)
@@ -137,12 +157,20 @@ def test_a_filled_cache_has_the_most_frequent(vocab_size, lane, tmp_path):
         for token_id in hot.tolist():
             reader.rows(torch.tensor([[token_id]])).layer(0)
         assert reader.stats().bytes_read == 0
-        # The one used longest ago, which is the least frequent, goes first.
+
+
+def test_the_least_frequent_of_a_filled_cache_goes_first(tmp_path):
+    shape = {"num_layers": 2, "num_experts": 2, "hidden_size": 512, "encoding": "float16"}
+    table, _ = make_table(tmp_path / "table", vocab_size=300, **shape)
+    counts = np.random.default_rng(0).permutation(300).astype(np.int64)
+    keep_counts(table.folder, counts, 300)
+    hot = most_frequent(counts, 151).tolist()
+    with open_on(None, table, cache_bytes=150 * 4096) as reader, torch.no_grad():
         reader.fill_cache()
-        never = int(np.flatnonzero(~np.isin(np.arange(vocab_size), hot))[0])
-        reader.rows(torch.tensor([[never]])).layer(0)
-        reader.rows(torch.tensor([[int(hot[0])]])).layer(0)
-        assert reader.missed == frozenset()
+        reader.rows(torch.tensor([[hot[150]]])).layer(0)  # the first that had no place
+        for token_id, is_there in ((hot[149], False), (hot[0], True), (hot[100], True)):
+            reader.rows(torch.tensor([[token_id]])).layer(0)
+            assert (reader.missed == frozenset()) == is_there
 
 
 def test_without_a_cache_nothing_is_read(counted):
@@ -214,6 +242,13 @@ def test_what_can_not_be_counted(training_folder, tmp_path):
     other = make_data(tmp_path / "text")
     with pytest.raises(UserError, match="with another tokenizer"):
         count_tokens(other, training_folder, silent)
+    small = tmp_path / "small"  # a model whose tokenizer has more entries than its embedding
+    tiny_model("llama", vocab_size=50).save_pretrained(small)
+    shutil.copy2(training_folder / "tokenizer.json", small)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    with pytest.raises(UserError, match="but the model's go to 49"):
+        count_tokens(text, small, silent)
 
 
 def test_the_command_keeps_counts(training_folder, tokenizer, tmp_path):

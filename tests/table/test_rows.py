@@ -75,6 +75,25 @@ def wide_vocabulary(tmp_path_factory):
     return make_table(tmp_path_factory.mktemp("wide"), vocab_size=300, **ONE_BLOCK)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        # One layer in records with padding, whose stride is no whole number of rows.
+        {"num_layers": 1, "num_experts": 4, "hidden_size": 96, "encoding": "float32"},
+        {"num_layers": 1, "num_experts": 4, "hidden_size": 768, "encoding": "bfloat16"},
+        # More codes in the last byte than numbers.
+        {"num_layers": 2, "num_experts": 3, "hidden_size": 5, "encoding": "nf3"},
+        {"num_layers": 2, "num_experts": 3, "hidden_size": 5, "encoding": "nf4"},
+    ],
+    ids=lambda shape: f"{shape['encoding']}-{shape['hidden_size']}",
+)
+def test_rows_of_awkward_shapes(shape, tmp_path):
+    table, records = make_table(tmp_path, **shape)
+    ids = torch.tensor([[1, 7, 1], [3, 39, 0]])
+    with open_reader_by("mmap", table) as reader, torch.inference_mode():
+        Expected(table, records).assert_right(reader.rows(ids), ids)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.data(), table_settings(), st.sampled_from(sorted(MODES)), st.sampled_from(sorted(ORDERS)))
 def test_rows_of_any_table_and_batch(tmp_path_factory, data, shape, mode, order):

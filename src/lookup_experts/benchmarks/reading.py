@@ -40,7 +40,7 @@ class ReadingWay:
     """Whether another Python thread computes while records are read."""
     switch_interval_ms: float = 5.0
     """For how long that thread may keep the interpreter from who has waited for a read
-    (`sys.setswitchinterval`; the interpreter's own)."""
+    (`sys.setswitchinterval`; 5 ms unless it is set)."""
 
 
 WAYS = (

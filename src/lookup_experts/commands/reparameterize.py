@@ -8,6 +8,7 @@ import typer
 from lookup_experts import console
 from lookup_experts.commands import options
 from lookup_experts.commands.table_report import report_table
+from lookup_experts.errors import UserError
 
 
 def reparameterize(
@@ -49,6 +50,8 @@ def reparameterize(
         token_ids = read_token_ids(evaluate, load_tokenizer(folder))
     token_counts = None
     if counts is not None:
+        if out.exists():  # as `fold` says, but before the counting
+            raise UserError(f"{out} exists already; choose another folder, or delete it.")
         with console.progress_bar("Counting tokens") as progress:
             token_counts = count_tokens(counts, folder, progress)
     with console.progress_bar("Folding the experts") as progress:

@@ -56,4 +56,4 @@ def _add(counts: np.ndarray, ids: np.ndarray, text: Path) -> None:
             f"{text} has the token id {ids.max()}, but the model's go to {len(counts) - 1}. "
             "Is this the tokenizer that belongs to the model?"
         )
-    counts += np.bincount(ids, minlength=len(counts))
+    np.add.at(counts, ids, 1)

@@ -21,8 +21,13 @@ from lookup_experts.model.attach import expert_layers
 from lookup_experts.model.backbone import save_experts
 from lookup_experts.model.huggingface import LookupExpertsMixin
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
-from lookup_experts.table.build import build_table, evaluate_experts, plan_table
-from lookup_experts.table.counts import check_counts, write_counts
+from lookup_experts.table.build import (
+    build_table,
+    evaluate_experts,
+    full_disk_as_user_error,
+    plan_table,
+)
+from lookup_experts.table.counts import check_counts, keep_counts
 from lookup_experts.table.encoding import get_encoding
 from lookup_experts.table.format import Progress, Table
 from lookup_experts.table.store import Notify, log
@@ -95,8 +100,8 @@ def reparameterize(
         tokenizer_hash=tokenizer_hash(partial),
     )
     build_table(partial / "table", plan, evaluate_experts(embedding, layers), progress)
-    if token_counts is not None:
-        write_counts(partial / "table", token_counts, vocab_size)
+    with full_disk_as_user_error(partial):
+        keep_counts(partial / "table", token_counts, vocab_size)
     save_without_experts(model, partial, plan.manifest.fingerprint)
     partial.rename(out)
     return Table(out / "table", plan.manifest)

@@ -1,4 +1,4 @@
-"""What is in a model folder or a table, from headers alone, and whether a table is sound."""
+"""What is in a model folder or a table, without its weights and records; is a table sound?"""
 
 import math
 from dataclasses import asdict, dataclass
@@ -229,11 +229,11 @@ def verify_folder(folder: str | Path, progress: Progress | None = None) -> Verif
                 "Fold them first: mole reparameterize."
             )
     table = open_table(path if bare else path / "table")
+    read_counts(table)  # damaged, they are an error
     report = verify_table(table, progress)
     problems = [f"record {bad.id} in {bad.file}: {bad.problem}" for bad in report.bad]
     if report.num_bad:
         problems.insert(0, f"{report.num_bad} of {report.num_ids} records are damaged")
-    read_counts(table)  # damaged, it is an error
     mismatches = [] if bare else _mismatches(path, table)
     return Verification(
         str(path), report, None if bare else not mismatches, tuple(problems + mismatches)

@@ -20,7 +20,7 @@ from lookup_experts.table.build import (
     link_or_copy,
     plan_reencoding,
 )
-from lookup_experts.table.counts import read_counts, write_counts
+from lookup_experts.table.counts import keep_counts, read_counts
 from lookup_experts.table.encoding import Encoding, get_encoding
 from lookup_experts.table.format import MANIFEST_NAME, Progress, Table, open_table
 from lookup_experts.table.store import Notify, log, open_store
@@ -83,8 +83,8 @@ def reencode(
     with open_store(source, "direct", verify_checksums=True, notify=notify) as store:
         made = partial if is_bare else partial / _TABLE
         build_table(made, plan, decode_records(store), progress)
-    if counts is not None:
-        write_counts(made, counts, source.layout.shape.vocab_size)
+    with full_disk_as_user_error(partial):
+        keep_counts(made, counts, source.layout.shape.vocab_size)
     partial.rename(out)
     return Table(out if is_bare else out / _TABLE, plan.manifest)
 

@@ -64,7 +64,11 @@ def serve(
         keys: who may use it; None: everybody.
         say: told where it listens.
         grace_seconds: for what runs when the end is asked for.
+
+    Raises:
+        TableError: the records that the row cache begins with can't be read.
     """
+    service.prepare()
     host, port = listening.getsockname()[:2]
     warning = warning_for(host, keys)
     if warning is not None:

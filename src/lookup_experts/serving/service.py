@@ -67,12 +67,19 @@ class Service:
         assert self._loop is not None
         deliver_on(self._loop, outbox)
 
-    def start(self) -> None:
-        """Begin to work; events are heard on the running event loop."""
-        self._loop = asyncio.get_running_loop()
+    def prepare(self) -> None:
+        """Take the row cache's memory and fill it, before anything is served.
+
+        Raises:
+            TableError: see `TableExperts.fill_cache`.
+        """
         if self._table is not None:
             self._table.take_cache_memory()
             self._table.fill_cache()
+
+    def start(self) -> None:
+        """Begin to work; events are heard on the running event loop."""
+        self._loop = asyncio.get_running_loop()
         self.engine.start()
 
     # ------------------------------------------------------------------ requests

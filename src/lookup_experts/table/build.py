@@ -33,7 +33,7 @@ from lookup_experts.model.fingerprint import embedding_hash, fingerprint
 from lookup_experts.table.encoding import Encoding
 from lookup_experts.table.format import (
     MANIFEST_NAME,
-    UNFINISHED_MANIFEST,
+    UNFINISHED,
     Progress,
     RecordLayout,
     ShardInfo,
@@ -206,7 +206,7 @@ def build_table(
     """
     folder.mkdir(parents=True, exist_ok=True)
     finished = _resume(folder, plan)
-    for leftover in folder.glob(f"{UNFINISHED_MANIFEST}*"):  # of a process that was killed
+    for leftover in folder.glob(f"{UNFINISHED}*"):  # of a process that was killed
         leftover.unlink()
     _require_space(folder, plan.manifest)
     with full_disk_as_user_error(folder):

@@ -27,14 +27,19 @@ def check_counts(counts: np.ndarray, vocab_size: int, where: str) -> None:
         )
 
 
-def write_counts(folder: Path, counts: np.ndarray, vocab_size: int) -> None:
-    """Keep int64 [vocab_size] with the table in `folder`, all of it or none.
+def keep_counts(folder: Path, counts: np.ndarray | None, vocab_size: int) -> None:
+    """Write int64 [vocab_size] beside the table in `folder`, all of it or none; with None, see that
+    there are none.
 
     Raises:
         TableError: they aren't those of the table's ids.
     """
+    if counts is None:
+        (folder / COUNTS_NAME).unlink(missing_ok=True)  # of a run that was interrupted
+        return
     check_counts(counts, vocab_size, "The token counts")
-    write_whole(folder / COUNTS_NAME, save({"counts": counts}))
+    # safetensors takes memory as it lies.
+    write_whole(folder / COUNTS_NAME, save({"counts": np.ascontiguousarray(counts)}))
 
 
 def read_counts(table: Table) -> np.ndarray | None:

@@ -63,8 +63,8 @@ from lookup_experts.table.encoding import Encoding, get_encoding
 FORMAT = "lookup-experts table"
 VERSION = 1
 MANIFEST_NAME = "table.json"
-UNFINISHED_MANIFEST = f".{MANIFEST_NAME}-"
-"""How the name of a manifest begins that is being written; a killed process leaves one."""
+UNFINISHED = ".unfinished-"
+"""How the name of a file begins that `write_whole` is writing; a killed process leaves one."""
 
 BLOCK = 4096
 """Bytes. What direct I/O asks offsets, lengths and addresses to be multiples of, on any disk."""
@@ -357,7 +357,7 @@ def write_manifest(folder: Path | str, manifest: TableManifest) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file, all of it or none: to a temporary one, then renamed."""
     with tempfile.NamedTemporaryFile(
-        "wb", dir=path.parent, prefix=f".{path.name}-", delete=False
+        "wb", dir=path.parent, prefix=UNFINISHED, delete=False
     ) as file:
         temporary = Path(file.name)
         try:

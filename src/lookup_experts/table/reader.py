@@ -140,11 +140,12 @@ class TableExperts:
     def fill_cache(self) -> int:
         """Bring the most frequent records into the row cache, so that it needn't meet each first.
 
-        By the counts kept with the table (`counts.py`). As long as large reads of the budget take;
-        for processes that run for long. The statistics begin anew.
+        By the counts kept with the table (`counts.py`). It takes about as long as reading as many
+        bytes, so it is for processes that run for long, and to be called before anything else
+        uses the reader. The statistics begin anew.
 
         Returns:
-            How many records were brought; 0 without counts or without a cache.
+            How many records the cache has then; 0 without counts or without a cache.
 
         Raises:
             TableError: the counts or a record are damaged, or can't be read.
@@ -154,10 +155,11 @@ class TableExperts:
             return 0
         ids = most_frequent(counts, self.cache_bytes // self.table.layout.stride)
         with late_progress("Filling the row cache", len(ids) * self.table.layout.stride) as advance:
-            # The most frequent come last, since the least recently used go first.
+            # The most frequent batch comes last, since the least recently used go first.
             for batch in torch.from_numpy(ids).flip(0).split(SLOT_BATCH):
                 rows: Any = self.rows(batch.unsqueeze(0).to(self.device))
                 rows.wait()
+                del rows  # gives its slots back before the next batch takes some
                 advance(len(batch) * self.table.layout.stride)
         self.reset_stats()
         return len(ids)
@@ -237,7 +239,7 @@ class TableExperts:
             self._slots,
             self._flat_slots,
             slots,
-            index.view(shape),
+            index.view(shape).to(self._decoding.device),
             self._clock,
             pending=batch if batch.is_pending else None,
             on_release=partial(self._dropped.append, batch),
@@ -257,8 +259,9 @@ class TableExperts:
         unique_ids, index = self._unique(token_ids)
         if self._whole is not None:
             self.missed = frozenset()
-            flat = self._decoding.flat(self._whole)
-            return MemoryRows(self._decoding, self._whole, flat, unique_ids, index, self._clock)
+            return MemoryRows(
+                self._decoding, self._whole, self._flat_whole, unique_ids, index, self._clock
+            )
         buffer = aligned_buffer(len(unique_ids) * self.table.layout.stride)
         buffer = buffer.reshape(len(unique_ids), self.table.layout.stride)
         records = torch.from_numpy(buffer)
@@ -309,6 +312,7 @@ class TableExperts:
             self.table.layout, self._dtype, device if lane is None else lane.device
         )
         self._flat_slots = self._decoding.flat(self._slots)
+        self._flat_whole = None if self._whole is None else self._decoding.flat(self._whole)
         self._on_device = None if lane is None else self._reader_on_device(lane)
 
     def _reader_on_device(self, lane: Lane) -> DeviceReader:
@@ -364,7 +368,7 @@ class TableExperts:
             self._on_device.close()
             self._on_device = None
         self._store.close()
-        self._whole = None
+        self._whole = self._flat_whole = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TableExperts":
         return self  # a copy of a model reads the same table

@@ -168,7 +168,7 @@ class MemoryRows:
         records = self._memory.index_select(0, slots)[:, : layout.record_bytes]
         layers = records.reshape(-1, layout.layer_bytes)
         rows_per_record = layout.shape.num_layers * layout.shape.num_experts
-        rows = self._decoding.decode(layers).view(-1, layout.shape.hidden_size)
+        rows = self._decoding.decode(layers).reshape(-1, layout.shape.hidden_size)
         self._lay_flat(rows, self.index.reshape(-1), rows_per_record)
 
     def wait(self) -> None:
