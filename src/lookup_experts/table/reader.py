@@ -311,8 +311,9 @@ class TableExperts:
         self._decoding = Decoding(
             self.table.layout, self._dtype, device if lane is None else lane.device
         )
-        self._flat_slots = self._decoding.flat(self._slots)
-        self._flat_whole = None if self._whole is None else self._decoding.flat(self._whole)
+        with torch.inference_mode(False):  # autograd may keep them, whoever opened the reader
+            self._flat_slots = self._decoding.flat(self._slots)
+            self._flat_whole = None if self._whole is None else self._decoding.flat(self._whole)
         self._on_device = None if lane is None else self._reader_on_device(lane)
 
     def _reader_on_device(self, lane: Lane) -> DeviceReader:
