@@ -20,7 +20,7 @@ class SlowSource:
         rows, block = self._source.rows(token_ids, ready), self._block
 
         class SlowRows:
-            index = rows.index
+            num_positions = rows.num_positions
 
             def mix(self, layer, weights):
                 time.sleep(block)

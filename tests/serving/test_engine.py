@@ -324,7 +324,8 @@ class Unreadable:
 
 class _Rows:
     def __init__(self, rows, unreadable) -> None:
-        self._rows, self._unreadable, self.index = rows, unreadable, rows.index
+        self._rows, self._unreadable = rows, unreadable
+        self.index, self.num_positions = rows.index, rows.num_positions
 
     def _check(self) -> None:
         if self._unreadable:

@@ -232,16 +232,16 @@ def test_ctrl_c_in_a_wait_leaves_the_read_to_the_next_wait(
     memory = empty_slots(30, table.layout.stride)
     ids, slots = drawn(20, 30)
     read = ring_store.begin(ids, memory, slots)
-    real = Ring._collect
+    real = Ring._collect_answers
 
-    def interrupted(self, results):
+    def interrupted(self):
         if after_the_answers:
             time.sleep(0.01)
-            real(self, results)
+            real(self)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ring, "_collect", interrupted)
+        patch.setattr(Ring, "_collect_answers", interrupted)
         for _ in range(times):
             with pytest.raises(KeyboardInterrupt):
                 read.wait()
@@ -348,15 +348,15 @@ def test_a_kernel_that_gives_up_leaves_no_read_under_way(large, ring_store, monk
     memory = empty_slots(30, table.layout.stride)
     ids, slots = drawn(20, 30)
     read = ring_store.begin(ids, memory, slots)
-    real_enter, real_collect = Ring._enter, Ring._collect
+    real_enter, real_collect = Ring._enter, Ring._collect_answers
 
     def give_up(self, wait_for):
         monkeypatch.setattr(Ring, "_enter", real_enter)
-        monkeypatch.setattr(Ring, "_collect", real_collect)
+        monkeypatch.setattr(Ring, "_collect_answers", real_collect)
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr(Ring, "_enter", give_up)
-    monkeypatch.setattr(Ring, "_collect", lambda self, results: 0)
+    monkeypatch.setattr(Ring, "_collect_answers", lambda self: None)
     with pytest.raises(TableError, match="Cannot allocate memory"):
         read.wait()
     (ring,) = ring_store._idle_rings

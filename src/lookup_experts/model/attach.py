@@ -337,4 +337,4 @@ class AddLookupOutput:
         mixed = lookup.mixed(hidden_states)
         if mixed.dtype != output.dtype:
             return output + mixed.to(hidden_states.dtype).view(output.shape)
-        return mixed.view(output.shape).add_(output)  # the FFN's own output may be kept by others
+        return mixed.view_as(output).add_(output)  # the FFN's own output may be kept by others

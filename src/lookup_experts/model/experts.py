@@ -39,6 +39,11 @@ class TokenRows(Protocol):
         """[B, T] int64: position -> place of its token id among the unique ids."""
         ...
 
+    @property
+    def num_positions(self) -> int:
+        """B·T."""
+        ...
+
     def layer(self, layer: int) -> Tensor:
         """[U, N, d]: what the experts of the given layer (0 to L - 1) say of each unique id."""
         ...
@@ -150,6 +155,10 @@ class EvaluatedRows:
         self._positions = positions
         self._normalized = normalized
         self._layers = layers
+
+    @property
+    def num_positions(self) -> int:
+        return self.index.numel()
 
     def layer(self, layer: int) -> Tensor:
         return self._layers[layer].outputs(self._normalized).transpose(0, 1)
@@ -313,19 +322,18 @@ class LookupExperts(nn.Module):
                 "A block with lookup experts ran outside a forward pass of its base model, "
                 "so the token ids are unknown. Call the model, or its base model, with input_ids."
             )
-        num_positions, hidden_size = rows.index.numel(), hidden_states.shape[-1]
-        if num_positions * hidden_size != hidden_states.numel():
-            raise RuntimeError(
-                f"Hidden states of shape {tuple(hidden_states.shape)} don't belong to the "
-                f"token ids of shape {tuple(rows.index.shape)} that entered the model."
-            )
         logits = None
         if self.joined:
             logits = self.joined[0].logits_of(hidden_states, self._modules["router"])
         if logits is None:
-            weights = self.router_weights(hidden_states.reshape(num_positions, hidden_size))
+            weights = self.router_weights(hidden_states.reshape(-1, hidden_states.shape[-1]))
         else:
-            weights = logits.softmax(dim=-1).view(num_positions, -1)
+            weights = logits.softmax(dim=-1)
+        if len(weights) != rows.num_positions:
+            raise RuntimeError(
+                f"Hidden states of shape {tuple(hidden_states.shape)} don't belong to the "
+                f"token ids of shape {tuple(rows.index.shape)} that entered the model."
+            )
         if self.context.observe is not None:
             self.context.observe(self.layer, weights)
         return rows.mix(self.layer, weights)

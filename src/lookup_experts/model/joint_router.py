@@ -21,32 +21,36 @@ MOST_POSITIONS = 64
 class JointLinear(nn.Linear):
     """An FFN's first linear layer, below whose weight lies that of the block's router.
 
+    Written for the fewest instructions: they take longer than the router's product.
+
     Attributes:
         joint: [D + N, d], of which `weight` and the router's weight are views.
-        asked: the newest step's input, and the router's logits [..., N] for it. One attribute, so
+        router_part: [N, d], the view that the router's weight is.
+        asked: the newest step's input, and the router's logits [B·T, N] for it. One attribute, so
             that a thread sees both of one step.
     """
 
     joint: Tensor
+    router_part: Tensor
     asked: tuple[Tensor, Tensor] | None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """[..., d] -> [..., D]"""
-        if not self._joins(input):
+        num_positions = input.numel() // self.in_features
+        if not 1 < num_positions <= MOST_POSITIONS or not self._can_join():
             return super().forward(input)
-        both = F.linear(input, self.joint)
-        self.asked = (input, both[..., self.out_features :])
-        return both[..., : self.out_features]
+        both, size = F.linear(input, self.joint), self.out_features
+        width = both.shape[-1]
+        logits = both.as_strided((num_positions, width - size), (width, 1), size)
+        self.asked = (input, logits)
+        return both.narrow(-1, 0, size)
 
-    def _joins(self, hidden_states: Tensor) -> bool:
-        num_positions = hidden_states.numel() // self.in_features
+    def _can_join(self) -> bool:
         return (
-            1 < num_positions <= MOST_POSITIONS
-            and not torch.is_grad_enabled()
+            not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            # Weights that were moved, or given another dtype, are no views any more.
+            # A weight that was moved, or given another dtype, is no view any more.
             and self.joint.data_ptr() == self._parameters["weight"].data_ptr()  # type: ignore[union-attr]
-            and hidden_states.dtype == self.joint.dtype
         )
 
     def logits_of(self, hidden_states: Tensor, router: nn.Linear) -> Tensor | None:
@@ -54,8 +58,7 @@ class JointLinear(nn.Linear):
         asked, self.asked = self.asked, None
         if asked is None or asked[0] is not hidden_states:
             return None
-        below = self.joint.data_ptr() + self.out_features * self.joint.stride(0) * 2
-        is_router = router._parameters["weight"].data_ptr() == below  # type: ignore[union-attr]
+        is_router = router._parameters["weight"].data_ptr() == self.router_part.data_ptr()  # type: ignore[union-attr]
         return asked[1] if is_router and is_called_plainly(router, nn.Linear) else None
 
 
@@ -86,8 +89,8 @@ def _can_join(first: nn.Linear, router: nn.Linear) -> bool:
 @torch.no_grad()
 def _join(first: nn.Linear, lookup: LookupExperts) -> None:
     joint = torch.cat([first.weight, lookup.router.weight])
-    first.weight.data = joint[: first.out_features]
-    lookup.router.weight.data = joint[first.out_features :]
+    ffn_part, router_part = joint[: first.out_features], joint[first.out_features :]
+    first.weight.data, lookup.router.weight.data = ffn_part, router_part
     first.__class__ = JointLinear
-    vars(first).update(joint=joint, asked=None)
+    vars(first).update(joint=joint, router_part=router_part, asked=None)
     lookup.joined = (first,)

@@ -20,6 +20,10 @@ class PerPositionRows:
         self._embeddings = embeddings
         self._layers = layers
 
+    @property
+    def num_positions(self) -> int:
+        return self.index.numel()
+
     def layer(self, layer: int) -> Tensor:
         return self._layers[layer].forward_reference(self._embeddings)
 

@@ -155,6 +155,10 @@ class SharedRows:
         self._positions = positions
         self._outputs = outputs
 
+    @property
+    def num_positions(self) -> int:
+        return self.index.numel()
+
     def layer(self, layer: int) -> Tensor:
         return self._outputs[layer].transpose(0, 1)
 

@@ -65,6 +65,11 @@ class DeviceRows:
         self.index = numbers[1].view(shape)
         self._record_of_id = numbers[2, :num_ids]
 
+    @property
+    def num_positions(self) -> int:
+        """See `TokenRows.num_positions`."""
+        return self.index.numel()
+
     def wait(self) -> None:
         """Return when the model's queue waits for all records, and the host for none."""
         if self._arrival is not None:

@@ -98,6 +98,11 @@ class PromptRows:
         group = self._groups[self._group_of[layer]]
         return self._decoding.layout.layer_slice(layer).start - group.start
 
+    @property
+    def num_positions(self) -> int:
+        """See `TokenRows.num_positions`."""
+        return self.index.numel()
+
     def wait(self) -> None:
         """Nothing can be had ready beforehand: reading goes on while the model computes."""
 

@@ -116,10 +116,11 @@ class RingRead:
         stride = memory.shape[1]
         addresses = [address + slot * stride for slot in slots.tolist()]
         self._ring: Ring | None = store.take_ring()
-        with ExitStack() as failing:
-            failing.callback(store.give_ring_back, self._ring)
+        try:
             self._ring.start(fds, offsets, addresses, stride)
-            failing.pop_all()
+        except BaseException:
+            store.give_ring_back(self._ring)
+            raise
 
     def wait(self) -> None:
         """See `PendingRead.wait`."""

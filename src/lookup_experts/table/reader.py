@@ -207,9 +207,9 @@ class TableExperts:
         In plain Python, which beats tensor operations for the few ids of a decoding step.
         """
         ids = token_ids.flatten().tolist()
-        places: dict[int, int] = {}
-        positions = [places.setdefault(token_id, len(places)) for token_id in ids]
-        unique_ids = list(places)
+        place_of_id: dict[int, int] = {}
+        places = [place_of_id.setdefault(token_id, len(place_of_id)) for token_id in ids]
+        unique_ids = list(place_of_id)
         if not ids or len(unique_ids) > SLOT_BATCH:
             return None
         self._check_bounds(min(unique_ids), max(unique_ids))
@@ -222,28 +222,24 @@ class TableExperts:
         batch = SlotBatch(self._filling, self._cache, taken)
         try:
             batch.begin()
-            return self._rows_of_batch(batch, positions, token_ids.shape)
+            return self._rows_of_batch(batch, places, token_ids.shape)
         except BaseException:
             batch.abandon()
             raise
 
     def _rows_of_batch(
-        self, batch: SlotBatch, positions: list[int], shape: torch.Size
+        self, batch: SlotBatch, places: list[int], shape: torch.Size
     ) -> MemoryRows:
-        slots = batch.slots()
-        index, slot_of_position = torch.tensor(
-            [positions, [slots[position] for position in positions]]
-        ).unbind()
         return MemoryRows(
             self._decoding,
             self._slots,
-            self._flat_slots,
-            slots,
-            index.view(shape).to(self._decoding.device),
+            self._slot_matrices,
+            batch.slots(),
+            places,
+            shape,
             self._clock,
             pending=batch if batch.is_pending else None,
             on_release=partial(self._dropped.append, batch),
-            slot_of_position=slot_of_position,
         )
 
     def _release_dropped(self) -> None:
@@ -260,7 +256,13 @@ class TableExperts:
         if self._whole is not None:
             self.missed = frozenset()
             return MemoryRows(
-                self._decoding, self._whole, self._flat_whole, unique_ids, index, self._clock
+                self._decoding,
+                self._whole,
+                self._whole_matrices,
+                unique_ids,
+                index.view(-1),
+                index.shape,
+                self._clock,
             )
         buffer = aligned_buffer(len(unique_ids) * self.table.layout.stride)
         buffer = buffer.reshape(len(unique_ids), self.table.layout.stride)
@@ -268,9 +270,10 @@ class TableExperts:
         return MemoryRows(
             self._decoding,
             records,
-            self._decoding.flat(records),
+            self._decoding.matrices(records),
             torch.arange(len(unique_ids)),
-            index,
+            index.view(-1),
+            index.shape,
             self._clock,
             ThreadedRead(submit_read(self._thread, self._store.read, unique_ids.numpy(), buffer)),
         )
@@ -312,8 +315,10 @@ class TableExperts:
             self.table.layout, self._dtype, device if lane is None else lane.device
         )
         with torch.inference_mode(False):  # autograd may keep them, whoever opened the reader
-            self._flat_slots = self._decoding.flat(self._slots)
-            self._flat_whole = None if self._whole is None else self._decoding.flat(self._whole)
+            self._slot_matrices = self._decoding.matrices(self._slots)
+            self._whole_matrices = (
+                None if self._whole is None else self._decoding.matrices(self._whole)
+            )
         self._on_device = None if lane is None else self._reader_on_device(lane)
 
     def _reader_on_device(self, lane: Lane) -> DeviceReader:
@@ -369,7 +374,7 @@ class TableExperts:
             self._on_device.close()
             self._on_device = None
         self._store.close()
-        self._whole = self._flat_whole = None
+        self._whole = self._whole_matrices = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TableExperts":
         return self  # a copy of a model reads the same table

@@ -27,8 +27,6 @@ from lookup_experts.model.experts import mix
 from lookup_experts.table.format import BLOCK, RecordLayout
 from lookup_experts.table.store import PendingRead, Store, aligned_buffer, submit_read
 
-PRECOMPUTED_POSITIONS = 256
-"""Batches up to this size have the places of all their rows computed at once for all layers."""
 DECODED_BYTES = 16 * 2**20
 """Encoded records are decoded for all layers at once up to this size, beyond it layer by layer."""
 MODE_SUM = 0
@@ -55,12 +53,23 @@ class Decoding:
         """Whether rows are views into the records."""
         return self.layout.encoding.torch_dtype == self.dtype and self.device.type == "cpu"
 
-    def flat(self, records: Tensor) -> Tensor | None:
-        """Records uint8 [M, stride] as what they are, a matrix of rows [M·rows per record, d] of
-        this dtype; None where they are no such thing."""
+    def matrices(self, records: Tensor) -> tuple[Tensor, ...] | None:
+        """Records uint8 [M, stride] as what they are, matrices of rows [.., d] of this dtype; None
+        where they are no such thing.
+
+        One for each layer, which begins where the layer does in the first record. So a token's
+        rows have the same numbers in all of them, `rows_per_record` from record to record.
+        """
         if not self.is_view or records.shape[1] % self.row_bytes:
             return None
-        return records.view(self.dtype).reshape(-1, self.layout.shape.hidden_size)
+        shape = self.layout.shape
+        flat = records.view(self.dtype).reshape(-1, shape.hidden_size)
+        return tuple(flat[layer * shape.num_experts :] for layer in range(shape.num_layers))
+
+    @property
+    def rows_per_record(self) -> int:
+        """Rows from one record to the next in `matrices`."""
+        return self.layout.stride // self.row_bytes
 
     def decoded_bytes(self, num_ids: int) -> int:
         """What all rows of so many records take when they are decoded."""
@@ -102,74 +111,86 @@ class MemoryRows:
     Args:
         decoding: how records become rows.
         memory: uint8 [M, stride] on the CPU.
-        flat: `decoding.flat(memory)`, which needn't be found out at every step.
+        matrices: `decoding.matrices(memory)`, which needn't be found out at every step.
         slots: U numbers: which rows of `memory` are the records of the unique ids.
-        index: int64 [B, T], position -> place in `slots`.
-        pending: what brings the records; None if they are there.
+        places: B·T numbers, position -> place in `slots`; a list if `slots` is one, for the few
+            of a decoding step, else int64.
+        shape: (B, T).
         clock: counts the waiting.
+        pending: what brings the records; None if they are there.
         on_release: called when nobody holds the rows any more; the records may then be
             overwritten.
-        slot_of_position: int64 [B·T], `slots[index]` where the caller has it already.
     """
 
     def __init__(
         self,
         decoding: Decoding,
         memory: Tensor,
-        flat: Tensor | None,
+        matrices: tuple[Tensor, ...] | None,
         slots: Tensor | list[int],
-        index: Tensor,
+        places: Tensor | list[int],
+        shape: torch.Size,
         clock: WaitClock,
         pending: PendingRead | None = None,
         on_release: Callable[[], None] | None = None,
-        slot_of_position: Tensor | None = None,
     ) -> None:
-        self.index = index
+        self.num_positions = len(places)
         self._decoding = decoding
         self._memory = memory
         self._slots = slots
+        self._places = places
+        self._shape = shape
         self._pending = pending
         self._clock = clock
         self._borrowed = on_release is not None
         if on_release is not None:
             weakref.finalize(self, on_release).atexit = False
-        self._bags: tuple[Tensor, ...] | None = None
-        self._flat: Tensor | None = None
+        self._matrices = matrices
+        """Of each layer; None as long as the records are not decoded."""
         self._only: tuple[Tensor, ...] | None = None
         """The rows [N, d] of each layer, for one position in bfloat16."""
-        if flat is not None:
-            if slot_of_position is None:
-                slot_of_position = torch.as_tensor(slots)[index.reshape(-1)]
-            self._lay_flat(flat, slot_of_position, len(flat) // max(1, len(memory)))
+        if matrices is not None:
+            self._lay_out(matrices, _select(slots, places), decoding.rows_per_record)
 
-    def _lay_flat(self, flat: Tensor, record_of_position: Tensor, rows_per_record: int) -> None:
-        """Prepare `mix` straight out of records of decoded rows: which rows, for each layer."""
-        shape = self._decoding.layout.shape
-        self._flat = flat
-        if len(record_of_position) == 1 and flat.dtype == torch.bfloat16 and flat.is_cpu:
+    @property
+    def index(self) -> Tensor:
+        """See `TokenRows.index`."""
+        places = torch.as_tensor(self._places, dtype=torch.int64, device=self._decoding.device)
+        return places.view(self._shape)
+
+    def _lay_out(
+        self, matrices: tuple[Tensor, ...], records: Tensor | list[int], rows_per_record: int
+    ) -> None:
+        """Prepare `mix` straight out of the layers' matrices: which rows each position adds up.
+
+        Args:
+            records: B·T numbers: which record is the position's.
+            rows_per_record: rows of a matrix from one record to the next.
+        """
+        num_experts = self._decoding.layout.shape.num_experts
+        device = matrices[0].device
+        if len(records) == 1 and matrices[0].dtype == torch.bfloat16 and device.type == "cpu":
             # A small product is begun sooner than a sum of bags. Not in float32, where it would
             # add up in another order than the experts in training form do.
-            first = int(record_of_position) * rows_per_record
-            rows = self._flat[first : first + shape.num_layers * shape.num_experts]
-            self._only = rows.view(shape.num_layers, shape.num_experts, -1).unbind()
+            first = int(records[0]) * rows_per_record
+            self._only = tuple(matrix.narrow(0, first, num_experts) for matrix in matrices)
             return
-        self._starts = bag_starts(len(record_of_position), shape.num_experts, flat.device)
-        self._offsets = row_offsets(shape.num_layers, shape.num_experts, flat.device)
-        self._first_rows = (record_of_position * rows_per_record).unsqueeze(1)
-        if len(record_of_position) <= PRECOMPUTED_POSITIONS:
-            rows = self._first_rows + self._offsets
-            self._bags = rows.view(shape.num_layers, -1).unbind()
+        self._starts, experts = bag_pattern(len(records), num_experts, device)
+        first_rows = torch.as_tensor(records, device=device) * rows_per_record
+        self._bags = (first_rows.unsqueeze(1) + experts).view(-1)
 
     def _decode_at_once(self) -> None:
         """Decode all layers together: for a few records that is hardly more work than one layer,
         and a layer's own operations are then as few as with floats."""
         layout = self._decoding.layout
+        shape = layout.shape
         slots = torch.as_tensor(self._slots)
         records = self._memory.index_select(0, slots)[:, : layout.record_bytes]
-        layers = records.reshape(-1, layout.layer_bytes)
-        rows_per_record = layout.shape.num_layers * layout.shape.num_experts
-        rows = self._decoding.decode(layers).reshape(-1, layout.shape.hidden_size)
-        self._lay_flat(rows, self.index.reshape(-1), rows_per_record)
+        layers = records.view(len(slots), shape.num_layers, layout.layer_bytes).transpose(0, 1)
+        rows = self._decoding.decode(layers.reshape(-1, layout.layer_bytes))
+        matrices = rows.reshape(shape.num_layers, -1, shape.hidden_size).unbind()
+        self._matrices = matrices
+        self._lay_out(matrices, self._places, shape.num_experts)
 
     def wait(self) -> None:
         """Return when the records are there."""
@@ -181,7 +202,7 @@ class MemoryRows:
         """Wait for the records, and decode them if they are few."""
         self.wait()
         num_ids = len(self._slots)
-        if self._flat is None and self._decoding.decoded_bytes(num_ids) <= DECODED_BYTES:
+        if self._matrices is None and self._decoding.decoded_bytes(num_ids) <= DECODED_BYTES:
             self._decode_at_once()
 
     def layer(self, layer: int) -> Tensor:
@@ -195,45 +216,45 @@ class MemoryRows:
         # Autograd may keep the rows longer than the records stay; so it gets a copy.
         if weights.requires_grad and self._borrowed:
             return mix(self.layer(layer), self.index.view(-1), weights)
-        if self._pending is not None or self._flat is None:
+        if self._pending is not None or self._matrices is None:
             self.prepare()
         if self._only is not None:
             return torch.mm(weights.to(torch.bfloat16), self._only[layer])
-        flat = self._flat
-        if flat is None:
+        if self._matrices is None:
             return mix(self.layer(layer), self.index.view(-1), weights)
-        if self._bags is not None:
-            bags = self._bags[layer]
-        else:
-            bags = (self._first_rows + self._offsets[layer]).view(-1)
+        matrix = self._matrices[layer]
+        weights = weights if weights.dtype == matrix.dtype else weights.to(matrix.dtype)
         # Not by way of `torch.nn.functional`, whose checks take longer than a small sum, and
         # without what a backward pass would need.
         add_up = torch.embedding_bag if weights.requires_grad else torch._embedding_bag_forward_only
         total, *_ = add_up(
-            flat,
-            bags,
+            matrix,
+            self._bags,
             self._starts,
             False,
             MODE_SUM,
             False,
-            weights.view(-1) if weights.dtype == flat.dtype else weights.to(flat.dtype).view(-1),
+            weights.view(-1),
         )
         return total
 
 
-@lru_cache
-def row_offsets(num_layers: int, num_experts: int, device: torch.device) -> Tensor:
-    """[L, 1, N] int64: where each layer's and expert's row is in a flat record."""
-    with torch.inference_mode(False):
-        rows = torch.arange(num_layers * num_experts, device=device)
-        return rows.view(num_layers, 1, num_experts)
+def _select(slots: Tensor | list[int], places: Tensor | list[int]) -> Tensor | list[int]:
+    """`slots[places]`"""
+    if isinstance(slots, Tensor):
+        return slots[torch.as_tensor(places)]
+    return [slots[place] for place in places]
 
 
 @lru_cache(maxsize=16)
-def bag_starts(num_positions: int, num_experts: int, device: torch.device) -> Tensor:
-    """[B·T] int64: where each position's rows begin in a flat list of rows."""
+def bag_pattern(
+    num_positions: int, num_experts: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Where each position's rows begin in a flat list of rows, int64 [B·T], and the rows of one
+    position, int64 [N]."""
     with torch.inference_mode(False):
-        return torch.arange(0, num_positions * num_experts, num_experts, device=device)
+        starts = torch.arange(0, num_positions * num_experts, num_experts, device=device)
+        return starts, torch.arange(num_experts, device=device)
 
 
 @dataclass(frozen=True)
@@ -364,6 +385,11 @@ class StreamedRows:
         out = self._buffers[number % 2][: len(self._ids) * width].reshape(-1, width)
         self._store.read(self._ids, out, group.start)
         return out
+
+    @property
+    def num_positions(self) -> int:
+        """See `TokenRows.num_positions`."""
+        return self.index.numel()
 
     def wait(self) -> None:
         """Nothing can be had ready beforehand: reading goes on while the model computes."""

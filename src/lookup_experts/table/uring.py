@@ -49,6 +49,8 @@ _REQUEST = struct.Struct("<B3xiQQI4xQ24x")
 """The same for a read: opcode, fd, offset, address, length, user_data; the rest stays zero."""
 RESULT = np.dtype([("user_data", "u8"), ("result", "i4"), ("flags", "u4")])
 """struct io_uring_cqe."""
+_RESULT = struct.Struct("<Qi4x")
+"""The same: user_data and result."""
 
 _STRONGLY_ORDERED = platform.machine() in ("x86_64", "i686", "s390x")
 
@@ -76,7 +78,7 @@ class Ring:
             raise
         self.depth = int(parameters[0])
         self._process = os.getpid()
-        self._answers = np.zeros(0, np.int64)
+        self._answers: list[int] = []
 
     def _map(self, entries: list[int], sq: list[int], cq: list[int]) -> None:
         """Map the queues; `sq` and `cq` are io_sqring_offsets and io_cqring_offsets."""
@@ -86,15 +88,17 @@ class Ring:
             self._fd, entries[0] * REQUEST.itemsize, OFFSET_OF_REQUESTS
         )
 
-        def counters(offset: int, count: int = 1) -> np.ndarray:
-            return np.frombuffer(self._queues, np.uint32, count, offset)
+        def counter(offset: int) -> memoryview:
+            return memoryview(self._queues)[offset : offset + 4].cast("I")
 
-        self._sq_head, self._sq_tail = counters(sq[0]), counters(sq[1])
-        self._cq_head, self._cq_tail = counters(cq[0]), counters(cq[1])
-        self._sq_mask, self._cq_mask = int(counters(sq[2])[0]), int(counters(cq[2])[0])
+        self._sq_head, self._sq_tail = counter(sq[0]), counter(sq[1])
+        self._cq_head, self._cq_tail = counter(cq[0]), counter(cq[1])
+        self._sq_mask, self._cq_mask = counter(sq[2])[0], counter(cq[2])[0]
         self._requests = np.frombuffer(self._request_memory, REQUEST, entries[0])
+        self._start_of_results = cq[5]
         self._results = np.frombuffer(self._queues, RESULT, entries[1], cq[5])
-        counters(sq[6], entries[0])[:] = np.arange(entries[0])
+        order = np.frombuffer(self._queues, np.uint32, entries[0], sq[6])
+        order[:] = np.arange(entries[0])
 
     def read_rows(self, fds: np.ndarray, offsets: np.ndarray, target: np.ndarray) -> np.ndarray:
         """Read a row of `target` from each (file, offset), up to `depth` at once.
@@ -139,13 +143,13 @@ class Ring:
         if len(fds) > self.depth:
             raise ValueError(f"{len(fds)} reads, at most {self.depth} at once.")
         self._drain()
-        tail = int(self._sq_tail[0])
+        tail = self._sq_tail[0]
         for number, place in enumerate(zip(fds, offsets, addresses, strict=True)):
             slot = (tail + number) & self._sq_mask
             _REQUEST.pack_into(
                 self._request_memory, slot * REQUEST.itemsize, OP_READ, *place, length, number
             )
-        self._answers = np.zeros(len(fds), np.int64)
+        self._answers = [0] * len(fds)
         self._sq_tail[0] = (tail + len(fds)) & COUNTER_MASK
         try:
             self._call(len(fds), 0)
@@ -163,15 +167,15 @@ class Ring:
         Raises:
             OSError: the kernel refuses to go on; no read is under way any more.
         """
-        self._collect(self._answers)
+        self._collect_answers()
         try:
             while waiting := self._distance(self._cq_head, self._sq_tail):
                 self._enter(waiting)
-                self._collect(self._answers)
+                self._collect_answers()
         except OSError:
             self._drain()
             raise
-        return self._answers.tolist()
+        return self._answers
 
     def _run(self, requests: np.ndarray, results: np.ndarray) -> None:
         queued = answered = 0
@@ -185,7 +189,7 @@ class Ring:
 
     def _queue(self, requests: np.ndarray) -> int:
         """Put requests in the submission queue; how many."""
-        tail = int(self._sq_tail[0])
+        tail = self._sq_tail[0]
         slots = (tail + np.arange(len(requests))) & self._sq_mask
         self._requests[slots] = requests
         self._sq_tail[0] = (tail + len(requests)) & COUNTER_MASK
@@ -214,16 +218,29 @@ class Ring:
 
     def _collect(self, results: np.ndarray) -> int:
         """Take what the completion queue holds into `results`; how many."""
-        head = int(self._cq_head[0])
-        count = self._distance(self._cq_head, self._cq_tail)
-        if not _STRONGLY_ORDERED:
-            # Between loading the tail and loading results stands an entry into the kernel,
-            # which other processors order loads by; there is no fence in Python.
-            _syscall(ENTER, self._fd, 0, 0, 0)
+        head, count = self._answered()
         found = self._results[(head + np.arange(count)) & self._cq_mask]
         results[found["user_data"].astype(np.int64)] = found["result"]
         self._cq_head[0] = (head + count) & COUNTER_MASK
         return count
+
+    def _collect_answers(self) -> None:
+        """The same into the list of a few answers, without arrays."""
+        head, count = self._answered()
+        for place in range(head, head + count):
+            start = self._start_of_results + (place & self._cq_mask) * RESULT.itemsize
+            number, result = _RESULT.unpack_from(self._queues, start)
+            self._answers[number] = result
+        self._cq_head[0] = (head + count) & COUNTER_MASK
+
+    def _answered(self) -> tuple[int, int]:
+        """Where in the completion queue results begin, and how many can be loaded now."""
+        head, count = self._cq_head[0], self._distance(self._cq_head, self._cq_tail)
+        if not _STRONGLY_ORDERED:
+            # Between loading the tail and loading results stands an entry into the kernel,
+            # which other processors order loads by; there is no fence in Python.
+            _syscall(ENTER, self._fd, 0, 0, 0)
+        return head, count
 
     def _drain(self) -> None:
         """Withdraw what the kernel hasn't taken, wait for what it has, and forget the results."""
@@ -233,8 +250,8 @@ class Ring:
             self._cq_head[0] = self._cq_tail[0]
 
     @staticmethod
-    def _distance(start: np.ndarray, end: np.ndarray) -> int:
-        return (int(end[0]) - int(start[0])) & COUNTER_MASK
+    def _distance(start: memoryview, end: memoryview) -> int:
+        return (end[0] - start[0]) & COUNTER_MASK
 
     def close(self) -> None:
         """Give the ring back to the kernel; reads under way come to their end first."""
