@@ -227,9 +227,7 @@ class TableExperts:
             batch.abandon()
             raise
 
-    def _rows_of_batch(
-        self, batch: SlotBatch, places: list[int], shape: torch.Size
-    ) -> MemoryRows:
+    def _rows_of_batch(self, batch: SlotBatch, places: list[int], shape: torch.Size) -> MemoryRows:
         return MemoryRows(
             self._decoding,
             self._slots,
