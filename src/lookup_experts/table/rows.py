@@ -134,7 +134,6 @@ class MemoryRows:
         pending: PendingRead | None = None,
         on_release: Callable[[], None] | None = None,
     ) -> None:
-        self.num_positions = len(places)
         self._decoding = decoding
         self._memory = memory
         self._slots = slots
@@ -151,6 +150,11 @@ class MemoryRows:
         """The rows [N, d] of each layer, for one position in bfloat16."""
         if matrices is not None:
             self._lay_out(matrices, _select(slots, places), decoding.rows_per_record)
+
+    @property
+    def num_positions(self) -> int:
+        """See `TokenRows.num_positions`."""
+        return len(self._places)
 
     @property
     def index(self) -> Tensor:
