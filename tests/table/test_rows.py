@@ -94,6 +94,17 @@ def test_rows_of_awkward_shapes(shape, tmp_path):
         Expected(table, records).assert_right(reader.rows(ids), ids)
 
 
+@pytest.mark.parametrize("encoding", ["float32", "nf4"])
+@pytest.mark.parametrize("way", ways_here())
+def test_a_batch_without_ids(way, encoding, tmp_path):
+    table, records = make_table(tmp_path, encoding=encoding)
+    ids = torch.zeros((2, 0), dtype=torch.int64)
+    with open_reader_by(way, table) as reader:
+        for mode in MODES.values():
+            with mode():
+                Expected(table, records).assert_right(reader.rows(ids), ids)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.data(), table_settings(), st.sampled_from(sorted(MODES)), st.sampled_from(sorted(ORDERS)))
 def test_rows_of_any_table_and_batch(tmp_path_factory, data, shape, mode, order):

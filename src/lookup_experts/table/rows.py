@@ -192,9 +192,10 @@ class MemoryRows:
         records = self._memory.index_select(0, slots)[:, : layout.record_bytes]
         layers = records.view(len(slots), shape.num_layers, layout.layer_bytes).transpose(0, 1)
         rows = self._decoding.decode(layers.reshape(-1, layout.layer_bytes))
-        matrices = rows.reshape(shape.num_layers, -1, shape.hidden_size).unbind()
-        self._matrices = matrices
-        self._lay_out(matrices, self._places, shape.num_experts)
+        rows_per_layer = len(slots) * shape.num_experts
+        matrices = rows.reshape(shape.num_layers, rows_per_layer, shape.hidden_size)
+        self._matrices = matrices.unbind()
+        self._lay_out(self._matrices, self._places, shape.num_experts)
 
     def wait(self) -> None:
         """Return when the records are there."""
