@@ -92,6 +92,28 @@ def test_prefill(tmp_path, ids):
     assert [row["prompt"] for row in result_rows("prefill", results)] == ["300 tokens"]
 
 
+@pytest.mark.parametrize("what", ["decode", "prefill"])
+def test_a_comparison_asks_for_pairs(what):
+    done = run(cli.app, ["bench", what, "--pairs", "0"])
+    assert done.exit_code == 2 and "--pairs" in done.output
+
+
+def test_a_run_that_is_broken_off_keeps_the_sizes_it_has(tmp_path, ids, monkeypatch):
+    measure = speed.measure_prefill
+
+    def broken_off_at_200(dense, mole, windows, tokens, *rest):
+        if tokens == 200:
+            raise KeyboardInterrupt
+        return measure(dense, mole, windows, tokens, *rest)
+
+    monkeypatch.setattr(speed, "measure_prefill", broken_off_at_200)
+    out = tmp_path / "prefill.json"
+    common = ["--shape", "tiny", "--work", str(tmp_path / "work"), "--json", str(out)]
+    sizes = ["--ids", str(ids), "--tokens", "100,200", "--pairs", "2"]
+    assert run(cli.app, ["bench", "prefill", *common, *sizes]).exit_code != 0
+    assert [result["tokens"] for result in json.loads(out.read_text())["results"]] == [100, 100]
+
+
 WAY = ("under_way", "busy_thread", "switch_interval_ms")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lookup_experts import console
-from lookup_experts.commands.bench.report import counts, dtype_of, id_stream, line, report
+from lookup_experts.commands.bench.report import counts, dtype_of, id_stream, keep, line, report
 
 
 def compare(
@@ -48,11 +48,12 @@ def compare(
         from lookup_experts.benchmarks.graphs import DecodingByGraphs
 
         dense, mole = (DecodingByGraphs(each, CONTEXT + SEQUENCE_STEPS) for each in (dense, mole))
-    results = []
+    what, results = measure.__name__.removeprefix("measure_"), []
     for size in numbers:
-        with console.progress_bar(f"{measure.__name__.removeprefix('measure_')} {size}") as bar:
+        with console.progress_bar(f"{what} {size}") as bar:
             found = measure(dense, mole, windows, size, pairs, bar)
         with_options = {"dtype": dtype} | ({"cuda_graphs": True} if graphs else {})
         results += [result.to_dict() | with_options for result in found]
         console.say(line(results[-1]))
-    report(measure.__name__.removeprefix("measure_"), results, json, plot)
+        keep(what, results, json)
+    report(what, results, json, plot)

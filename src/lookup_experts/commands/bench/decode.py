@@ -18,7 +18,7 @@ def decode(
     store: options.Store = "direct",
     cache: options.Cache = "256MB",
     batch: bench_options.Counts = "1,8,32",
-    pairs: Annotated[int, typer.Option(help="Pairs of steps, dense and MoLE.")] = 200,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of steps, dense and MoLE.")] = 200,
     device: options.Device = "cpu",
     graphs: Annotated[
         bool, typer.Option("--graphs", help="On a GPU: static caches and CUDA graphs.")

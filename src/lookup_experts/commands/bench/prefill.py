@@ -18,7 +18,7 @@ def prefill(
     store: options.Store = "direct",
     cache: options.Cache = "0",
     tokens: bench_options.Counts = "512,2048",
-    pairs: Annotated[int, typer.Option(help="Pairs of prompts, dense and MoLE.")] = 15,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of prompts, dense and MoLE.")] = 200,
     device: options.Device = "cpu",
     ids: bench_options.Ids = None,
     work: bench_options.Work = Path("runs/bench"),

@@ -47,7 +47,16 @@ def line(result: dict[str, Any]) -> str:
     return "  " + ", ".join(words)
 
 
+def keep(what: str, results: list[dict[str, Any]], json: Path | None) -> None:
+    """Write what is measured so far, so that a run that is broken off keeps it."""
+    from lookup_experts.benchmarks.results import make_report, write_report
+
+    if json:
+        write_report(make_report(f"bench {what}", results), json)
+
+
 def report(what: str, results: list[dict[str, Any]], json: Path | None, plot: Path | None) -> None:
+    """Write the results to `json`, to the standard output if there is none, and draw `plot`."""
     from lookup_experts.benchmarks.plots import draw
     from lookup_experts.benchmarks.results import make_report, write_report
 
