@@ -35,6 +35,7 @@ SPEED: dict[str, Column] = {
     "waited, ms": "{wait_ms:.2f}",
     "of memory's bandwidth?": "{share_of_memory_bandwidth:.0%}",
     "of the disk's bandwidth?": "{share_of_disk_bandwidth:.0%}",
+    "of a plain product's FLOP/s?": "{share_of_matmul_flops:.0%}",
 }
 
 

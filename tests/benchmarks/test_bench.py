@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from result_rows import result_rows
 from typer.testing import CliRunner
 
@@ -78,6 +79,19 @@ def test_a_step_reads_every_weight_but_the_embedding_of_absent_tokens():
     assert speed.weight_bytes(model, 3) == whole - embedding.numel() * 2
 
 
+def test_a_prompt_multiplies_every_weight_but_the_embedding():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from lookup_experts.benchmarks.models import Case, dense_model
+
+    model = dense_model(Case("tiny"))
+    prompt = torch.arange(20).reshape(1, -1)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counted:
+        model(prompt, logits_to_keep=1)
+    products = counted.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert speed.prompt_flops(model, 20) == products
+
+
 def test_without_a_cache_nothing_is_hit(tmp_path, ids):
     arguments = ("--ids", ids, "--batch", "2", "--pairs", 4, "--cache", 0)
     mole = bench(tmp_path, "decode", *arguments)["results"][1]
@@ -89,6 +103,7 @@ def test_prefill(tmp_path, ids):
     results = bench(tmp_path, "prefill", "--ids", ids, "--tokens", "300", "--pairs", 2)["results"]
     assert [result["tokens"] for result in results] == [300, 300]
     assert results[1]["bytes_per_step"] > 0
+    assert all(0 < result["share_of_matmul_flops"] < 1 for result in results)
     assert [row["prompt"] for row in result_rows("prefill", results)] == ["300 tokens"]
 
 
@@ -118,9 +133,9 @@ WAY = ("under_way", "busy_thread", "switch_interval_ms")
 
 
 def test_read(tmp_path, monkeypatch):
-    from lookup_experts.benchmarks import bandwidth, reading
+    from lookup_experts.benchmarks import ceilings, reading
 
-    monkeypatch.setattr(bandwidth, "LARGE_READ", 2**20)
+    monkeypatch.setattr(ceilings, "LARGE_READ", 2**20)
     monkeypatch.setattr(reading, "DISK_SAMPLE_BYTES", 4 * 2**20)
     monkeypatch.setattr(reading, "SECONDS", 0.1)
     plot = tmp_path / "read.png"

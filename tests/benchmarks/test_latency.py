@@ -12,7 +12,7 @@ from result_rows import result_rows
 from typer.testing import CliRunner
 
 from lookup_experts import cli
-from lookup_experts.benchmarks import bandwidth
+from lookup_experts.benchmarks import ceilings
 from lookup_experts.benchmarks.latency import measure, worker
 from lookup_experts.benchmarks.latency.measure import Worker
 from lookup_experts.benchmarks.latency.models import Plan, build, prepare_tables
@@ -54,7 +54,7 @@ def be_without_memory(*arguments):
 
 @pytest.mark.slow
 def test_processes_take_turns_and_go_on_when_others_fail(tmp_path, ids, monkeypatch):
-    monkeypatch.setattr(bandwidth, "LARGE_READ", 2**16)
+    monkeypatch.setattr(ceilings, "LARGE_READ", 2**16)
     targets = {"dense": serve, "moe-6e-disk": serve, "moe-5e": be_killed,
                "moe-7e": be_without_memory}  # fmt: skip
     monkeypatch.setattr(

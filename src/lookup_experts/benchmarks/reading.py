@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lookup_experts.benchmarks.bandwidth import disk_bytes_per_second
+from lookup_experts.benchmarks.ceilings import disk_bytes_per_second
 from lookup_experts.benchmarks.timing import median
 from lookup_experts.table.direct import ThreadedReads
 from lookup_experts.table.format import Table

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lookup_experts.benchmarks.added_time import added_time
-from lookup_experts.benchmarks.bandwidth import (
+from lookup_experts.benchmarks.ceilings import (
     DiskCounter,
     disk_bytes_per_second,
+    matmul_flops_per_second,
     memory_bytes_per_second,
 )
 from lookup_experts.benchmarks.timing import median, pair_ratios, spread
@@ -67,6 +68,8 @@ class SpeedResult:
     """Of a decoding step: its weights and rows, over its time and what memory reaches at best."""
     share_of_disk_bandwidth: float | None = None
     """What the store read, over the time of the steps and what the disk reaches at best."""
+    share_of_matmul_flops: float | None = None
+    """Of a prompt: its products with weights, over its time and what a plain product reaches."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, without what doesn't apply."""
@@ -79,6 +82,7 @@ class Ceilings:
 
     memory_bytes_per_second: float
     disk_bytes_per_second: float
+    matmul_flops_per_second: float
 
     @classmethod
     def measure(cls, mole: Any) -> "Ceilings":
@@ -87,6 +91,7 @@ class Ceilings:
         return cls(
             memory_bytes_per_second(mole.device),
             disk_bytes_per_second(table.path(table.shards[0]), DISK_SAMPLE_BYTES),
+            matmul_flops_per_second(mole.dtype, mole.device),
         )
 
 
@@ -97,6 +102,21 @@ def weight_bytes(model: Any, batch: int) -> int:
     if embedding is model.get_output_embeddings().weight:
         return total
     return total - embedding.nbytes + batch * embedding[0].nbytes
+
+
+def prompt_flops(model: Any, tokens: int) -> float:
+    """Of a prompt's products with a model's weights, two for each number and token.
+
+    Only the last token goes through the output layer. What attention multiplies besides, keys and
+    values, is left out.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    per_token = sum(
+        weight.numel()
+        for weight in model.parameters()
+        if weight.dim() == 2 and weight is not embedding and weight is not head
+    )
+    return 2.0 * (tokens * per_token + head.numel())
 
 
 class TextWindows:
@@ -211,7 +231,16 @@ def measure_prefill(
             models[name](prompt, logits_to_keep=1)
             times[name].append(time_now(prompt.device) - started_at)
         advance(pair + 1, pairs)
-    return _results("prefill", times, reader.stats(), disk, reader, ceilings, tokens=tokens)
+    results = _results("prefill", times, reader.stats(), disk, reader, ceilings, tokens=tokens)
+    return [
+        _with_matmul_share(result, prompt_flops(models[result.system], tokens), ceilings)
+        for result in results
+    ]
+
+
+def _with_matmul_share(result: SpeedResult, flops: float, ceilings: Ceilings) -> SpeedResult:
+    rate = flops / (result.ms_per_step / 1e3)
+    return replace(result, share_of_matmul_flops=rate / ceilings.matmul_flops_per_second)
 
 
 def time_now(device: torch.device) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lookup_experts.benchmarks.bandwidth import disk_bytes_per_second
+from lookup_experts.benchmarks.ceilings import disk_bytes_per_second
 from lookup_experts.benchmarks.latency.models import SELECTED, Plan, expert_folder
 from lookup_experts.benchmarks.latency.systems import CAPPED, DISK, PEERS, Counts, System
 from lookup_experts.benchmarks.latency.worker import Failure, Pass, serve

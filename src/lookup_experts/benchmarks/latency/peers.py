@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lookup_experts.benchmarks.bandwidth import DiskCounter
+from lookup_experts.benchmarks.ceilings import DiskCounter
 from lookup_experts.benchmarks.latency.systems import Counts
 from lookup_experts.errors import UserError
 from lookup_experts.offloading.cache import Compute

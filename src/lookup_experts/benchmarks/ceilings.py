@@ -1,4 +1,4 @@
-"""The physical ceilings: what disk and memory reach at best, and whether the disk was read."""
+"""The physical ceilings: what disk, memory and cores reach at best; whether the disk was read."""
 
 import os
 import time
@@ -11,7 +11,8 @@ from lookup_experts.table.store import aligned_buffer
 LARGE_READ = 8 * 2**20
 MEMORY_SAMPLE_BYTES = 2**28
 """Well beyond the caches of a processor."""
-MEMORY_PASSES = 5
+MATRIX_SIZE = 4096
+PASSES = 5
 
 
 def disk_bytes_per_second(path: Path, num_bytes: int = 2**29, start: int = 0) -> float:
@@ -38,11 +39,22 @@ def memory_bytes_per_second(device: torch.device | str = "cpu") -> float:
     """Reading a device's memory from end to end, on all cores: the best of a few passes."""
     numbers = torch.ones(MEMORY_SAMPLE_BYTES // 4, device=device)
     fastest = float("inf")
-    for _ in range(MEMORY_PASSES):
+    for _ in range(PASSES):
         started_at = time.perf_counter()
         numbers.sum().item()  # which a GPU must have finished
         fastest = min(fastest, time.perf_counter() - started_at)
     return MEMORY_SAMPLE_BYTES / fastest
+
+
+def matmul_flops_per_second(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """A product of two large square matrices, on all cores: the best of a few passes."""
+    matrix = torch.ones(MATRIX_SIZE, MATRIX_SIZE, dtype=dtype, device=device)
+    fastest = float("inf")
+    for _ in range(1 + PASSES):  # the first prepares the library's kernels
+        started_at = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # which a GPU must have finished
+        fastest = min(fastest, time.perf_counter() - started_at)
+    return 2 * MATRIX_SIZE**3 / fastest
 
 
 class DiskCounter:
