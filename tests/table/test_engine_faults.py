@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from random_tables import flip_bit, make_table
-from reading import Expected, open_files, open_reader_by, resident_bytes, ways_here
+from reading import Expected, needs_ring, open_files, open_reader_by, resident_bytes, ways_here
 
 from lookup_experts.errors import TableError
 from lookup_experts.table import reader as reader_module
@@ -31,7 +31,7 @@ from lookup_experts.table.format import (
     write_manifest,
 )
 from lookup_experts.table.reader import GROUP_BYTES, SLOT_BATCH, TableExperts
-from lookup_experts.table.store import open_store
+from lookup_experts.table.store import RecordStore, open_store
 from lookup_experts.table.uring import Ring
 
 pytestmark = pytest.mark.timeout(60)
@@ -353,6 +353,67 @@ def test_ctrl_c_while_a_model_waits(never_changed, monkeypatch, way):
                     del rows
         everything_is_right(reader, expected)
         expected.assert_right(reader.rows(STEP + 1), STEP + 1)
+
+
+@pytest.mark.parametrize("way", READING)
+def test_ctrl_c_just_after_a_read_began(never_changed, monkeypatch, way):
+    """Nobody holds what was begun, so its slots are free only when it is over."""
+    table, records = never_changed
+
+    def begin_then_interrupt(real):
+        def begin(*arguments):
+            real(*arguments)
+            raise KeyboardInterrupt
+
+        return begin
+
+    with open_reader_by(way, table) as reader, torch.no_grad():
+        store, memory = reader._store, reader._cache.memory
+        some = torch.arange(60)[None]
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "begin", begin_then_interrupt(store.begin))
+            slow_reads(patch, store)
+            with pytest.raises(KeyboardInterrupt):
+                reader.rows(some)
+        memory[:] = 0xAA
+        time.sleep(0.1)
+        assert (memory == 0xAA).all()
+        everything_is_right(reader, Expected(table, records))
+        assert_slots_are_given_back(reader)
+
+
+def slow_reads(patch: pytest.MonkeyPatch, store: RecordStore) -> None:
+    """Where a thread of ours reads; the kernel takes its own time."""
+    fetch = store._fetch
+
+    def late(*arguments):
+        time.sleep(0.05)
+        return fetch(*arguments)
+
+    patch.setattr(store, "_fetch", late)
+
+
+@needs_ring
+def test_ctrl_c_between_the_kernel_and_the_reader(never_changed, monkeypatch):
+    """As above, where the ring has handed the read over and the store hasn't noted it."""
+    table, records = never_changed
+    start = Ring.start
+
+    def start_then_interrupt(self, *arguments):
+        start(self, *arguments)
+        raise KeyboardInterrupt
+
+    with open_reader_by("io_uring", table) as reader, torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(Ring, "start", start_then_interrupt)
+            for _ in range(3):
+                with pytest.raises(KeyboardInterrupt):
+                    reader.rows(STEP)
+        assert not reader._store.under_way
+        (ring,) = reader._store._idle_rings
+        assert ring._distance(ring._cq_head, ring._sq_tail) == 0
+        everything_is_right(reader, Expected(table, records))
+        assert_slots_are_given_back(reader)
 
 
 # ------------------------------------------------------------------------------ many at once

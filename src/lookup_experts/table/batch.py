@@ -30,6 +30,10 @@ class Filling(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """See `Store.settle`."""
+        ...
+
 
 @dataclass(frozen=True)
 class FillingFromStore:
@@ -42,6 +46,10 @@ class FillingFromStore:
     def begin(self, ids: np.ndarray, slots: np.ndarray) -> PendingRead:
         """See `Filling.begin`."""
         return self.store.begin(ids, self.memory, slots)
+
+    def settle(self) -> None:
+        """See `Filling.settle`."""
+        self.store.settle()
 
 
 class SlotBatch:
@@ -88,6 +96,8 @@ class SlotBatch:
     def abandon(self) -> None:
         """Give up a batch whose rows could not be made; those who wait for its reading get an
         error if that has not begun."""
+        # An interrupt may have come between the kernel's taking the read and our noting it.
+        self._filling.settle()
         self._taken.arrival.abandon()
         self.release()
 

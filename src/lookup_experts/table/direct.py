@@ -115,11 +115,13 @@ class RingRead:
         fds, offsets = store.places(ids)
         stride = memory.shape[1]
         addresses = [address + slot * stride for slot in slots.tolist()]
-        self._ring: Ring | None = store.take_ring()
+        ring = store.take_ring()
+        self._ring: Ring | None = ring
+        store.under_way.add(self)  # before it begins, so that an interrupt can't hide it
         try:
-            self._ring.start(fds, offsets, addresses, stride)
-        except BaseException:
-            store.give_ring_back(self._ring)
+            ring.start(fds, offsets, addresses, stride)
+        except OSError:  # nothing was begun; after Ctrl-C it may have been, and `settle` waits
+            self._forget(ring)
             raise
 
     def wait(self) -> None:
@@ -140,10 +142,13 @@ class RingRead:
         except Exception as error:
             self._error = error
         # Not after Ctrl-C: then the read goes on, and so does the next wait.
+        self._forget(ring)
+        self._store.count(len(self._ids), self._started_at)
+
+    def _forget(self, ring: Ring) -> None:
         self._ring = None
         self._store.under_way.discard(self)
         self._store.give_ring_back(ring)
-        self._store.count(len(self._ids), self._started_at)
 
 
 class DirectStore(RecordStore):
@@ -160,7 +165,7 @@ class DirectStore(RecordStore):
         self._bounce = aligned_buffer(bounce_rows * self._read_bytes).reshape(bounce_rows, -1)
         self._lock = threading.Lock()
         self.under_way: set[RingRead] = set()
-        """Reads that were begun and not waited for yet; kept, for the kernel writes."""
+        """Reads that may have begun and were not waited for yet; kept, for the kernel writes."""
         self._idle_rings: list[Ring] = []
         self._process = os.getpid()
         with ExitStack() as stack:
@@ -222,11 +227,16 @@ class DirectStore(RecordStore):
         self._check_ids(ids)
         self.check_process()
         try:
-            read = RingRead(self, ids, memory, address, slots)
+            return RingRead(self, ids, memory, address, slots)
         except OSError as error:
             raise TableError(f"{self.table.folder}: can't be read: {say_why(error)}") from error
-        self.under_way.add(read)
-        return read
+
+    def settle(self) -> None:
+        """See `Store.settle`."""
+        super().settle()
+        for read in list(self.under_way):
+            with suppress(Exception):  # told to who waits for it
+                read.wait()
 
     def _reads_alone(self, num_ids: int) -> bool:
         """Whether the ring can take so many reads at once, each a whole record."""
@@ -356,8 +366,6 @@ class DirectStore(RecordStore):
     def close(self) -> None:
         super().close()  # before the lock, which its thread may be waiting for
         if os.getpid() == self._process:
-            for read in list(self.under_way):
-                with suppress(TableError):  # told to who waits for it
-                    read.wait()
+            self.settle()
         with self._lock:
             self._resources.close()

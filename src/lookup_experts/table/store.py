@@ -113,6 +113,12 @@ class Store(Protocol):
             TableError: an id is outside the table.
         """
 
+    def settle(self) -> None:
+        """Return when nothing that was begun so far writes into memory any more.
+
+        For who was interrupted (Ctrl-C) while a read began, and so holds nothing to wait for.
+        """
+
     def whole(self) -> np.ndarray | None:
         """All records, uint8 [V, stride], where they are in memory anyway; else None."""
 
@@ -313,6 +319,11 @@ class RecordStore(ABC):
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, "table-reader")
             return self._thread
+
+    def settle(self) -> None:
+        """See `Store.settle`."""
+        if self._thread is not None:
+            submit_read(self._thread, lambda: None).exception()  # it reads one after the other
 
     def whole(self) -> np.ndarray | None:
         """See `Store.whole`."""

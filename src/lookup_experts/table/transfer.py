@@ -193,11 +193,16 @@ class Transfers:
         try:
             read = self._store.begin(ids, self._host_memory, np.array(rows))
         except BaseException:
+            self.settle()  # it may have begun before an interrupt
             self.ring.give_back(rows)
             raise
         transfer = Transfer(self, read, rows, slots.tolist())
         self.ring.lend(transfer)
         return transfer
+
+    def settle(self) -> None:
+        """See `Filling.settle`; copies are queued only by who waits."""
+        self._store.settle()
 
     def copy(self, rows: list[int], slots: list[int]) -> list[tuple[int, Mark]]:
         """Queue the copies of what has been read from rows of the ring into slots."""
