@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lookup_experts.benchmarks.ceilings import disk_bytes_per_second
+from lookup_experts.benchmarks.ceilings import DiskCounter, disk_bytes_per_second
 from lookup_experts.benchmarks.timing import median
 from lookup_experts.table.direct import ThreadedReads
 from lookup_experts.table.format import Table
@@ -75,10 +75,13 @@ class ReadResult:
     without a table: what the disk gives for such reads."""
     share_of_plain_reads: float
     ms_per_batch: float
+    page_cache_bypassed: bool | None = None
+    """Whether the kernel brought from the disk at least what the store says it read; None for a
+    store that doesn't read past the page cache."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
+        """As plain JSON values, without what doesn't apply."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def measure_read(
@@ -100,7 +103,7 @@ def measure_read(
     random = np.random.default_rng(0)
     under_way = way.under_way
     memory = aligned_buffer(under_way * batch * layout.stride).reshape(under_way, batch, -1)
-    rates, disk_rates, plain_rates = [], [], []
+    rates, disk_rates, plain_rates, bypassed = [], [], [], []
     path = table.path(table.shards[0])
     largest_start = max(0, table.shards[0].bytes - DISK_SAMPLE_BYTES)
     with _plain_reads(path, memory.reshape(under_way * batch, -1), random) as plain:
@@ -109,8 +112,10 @@ def measure_read(
             disk_rates.append(disk_bytes_per_second(path, DISK_SAMPLE_BYTES, start))
             plain_rates.append(plain(SECONDS))
             ids = _random_batches(random, layout.shape.vocab_size, batch)
+            disk, bytes_before = DiskCounter(), store.bytes_read
             with _busy(way.busy_thread), _switching_after(way.switch_interval_ms / 1e3):
                 rates.append(_bytes_per_second(store, ids, memory, SECONDS))
+            bypassed.append(disk.bytes_read() >= store.bytes_read - bytes_before)
     return ReadResult(
         what="read",
         store=store.name,
@@ -129,6 +134,7 @@ def measure_read(
             [rate / plain for rate, plain in zip(rates, plain_rates, strict=True)]
         ),
         ms_per_batch=batch * layout.stride / median(rates) * 1e3,
+        page_cache_bypassed=all(bypassed) if store.name == "direct" else None,
     )
 
 

@@ -82,7 +82,6 @@ class Ceilings:
 
     memory_bytes_per_second: float
     disk_bytes_per_second: float
-    matmul_flops_per_second: float
 
     @classmethod
     def measure(cls, mole: Any) -> "Ceilings":
@@ -91,7 +90,6 @@ class Ceilings:
         return cls(
             memory_bytes_per_second(mole.device),
             disk_bytes_per_second(table.path(table.shards[0]), DISK_SAMPLE_BYTES),
-            matmul_flops_per_second(mole.dtype, mole.device),
         )
 
 
@@ -146,13 +144,15 @@ def measure_decode(
     warm_cache(reader, windows)
     times: dict[str, list[float]] = {"dense": [], "mole": []}
     reader.reset_stats()
-    total = reader.stats()
-    disk = DiskCounter()
+    total, from_disk = reader.stats(), 0
     while len(times["dense"]) < pairs:
         tokens = windows.take(batch, CONTEXT + SEQUENCE_STEPS)
-        total = _sum(total, _decode_sequences(dense, mole, tokens, times))
+        statistics, disk_bytes = _decode_sequences(dense, mole, tokens, times)
+        total, from_disk = _sum(total, statistics), from_disk + disk_bytes
         advance(min(len(times["dense"]), pairs), pairs)
-    dense_result, result = _results("decode", times, total, disk, reader, ceilings, batch=batch)
+    dense_result, result = _results(
+        "decode", times, total, from_disk, reader, ceilings, batch=batch
+    )
     if reader.device.type == "cpu":
         result = _with_added_time(
             result, dense, mole, windows.take(batch, CONTEXT + SEQUENCE_STEPS)
@@ -179,8 +179,9 @@ def _with_memory_share(result: SpeedResult, num_bytes: float, ceilings: Ceilings
 
 def _decode_sequences(
     dense: Any, mole: Any, tokens: Tensor, times: dict[str, list[float]]
-) -> ReaderStatistics:
-    """Adds the seconds of each step to `times`; what the steps asked of the reader."""
+) -> tuple[ReaderStatistics, int]:
+    """Adds the seconds of each step to `times`; what the steps asked of the reader, and bytes that
+    came from the disk meanwhile."""
     models = {"dense": dense, "mole": mole}
     caches = {
         name: {
@@ -191,6 +192,7 @@ def _decode_sequences(
         for name, model in models.items()
     }
     mole.expert_source.reset_stats()
+    disk = DiskCounter()
     for step in range(SEQUENCE_STEPS):
         column = tokens[:, CONTEXT + step, None]
         for name in ("dense", "mole") if step % 2 else ("mole", "dense"):
@@ -199,7 +201,7 @@ def _decode_sequences(
             seconds = time_now(column.device) - started_at
             if step >= WARM_UP_STEPS:
                 times[name].append(seconds)
-    return mole.expert_source.stats()
+    return mole.expert_source.stats(), disk.bytes_read()
 
 
 def _sum(first: ReaderStatistics, second: ReaderStatistics) -> ReaderStatistics:
@@ -220,6 +222,7 @@ def measure_prefill(
     models = {"dense": dense, "mole": mole}
     times: dict[str, list[float]] = {"dense": [], "mole": []}
     ceilings = Ceilings.measure(mole)
+    product_rate = matmul_flops_per_second(mole.dtype, mole.device)
     for model in models.values():
         model(windows.take(1, tokens), logits_to_keep=1)
     disk = DiskCounter()
@@ -231,16 +234,18 @@ def measure_prefill(
             models[name](prompt, logits_to_keep=1)
             times[name].append(time_now(prompt.device) - started_at)
         advance(pair + 1, pairs)
-    results = _results("prefill", times, reader.stats(), disk, reader, ceilings, tokens=tokens)
+    results = _results(
+        "prefill", times, reader.stats(), disk.bytes_read(), reader, ceilings, tokens=tokens
+    )
     return [
-        _with_matmul_share(result, prompt_flops(models[result.system], tokens), ceilings)
+        _with_matmul_share(result, prompt_flops(models[result.system], tokens), product_rate)
         for result in results
     ]
 
 
-def _with_matmul_share(result: SpeedResult, flops: float, ceilings: Ceilings) -> SpeedResult:
+def _with_matmul_share(result: SpeedResult, flops: float, product_rate: float) -> SpeedResult:
     rate = flops / (result.ms_per_step / 1e3)
-    return replace(result, share_of_matmul_flops=rate / ceilings.matmul_flops_per_second)
+    return replace(result, share_of_matmul_flops=rate / product_rate)
 
 
 def time_now(device: torch.device) -> float:
@@ -267,7 +272,7 @@ def _results(
     what: str,
     times: dict[str, list[float]],
     statistics: ReaderStatistics,
-    disk: DiskCounter,
+    from_disk: int,
     reader: TableExperts,
     ceilings: Ceilings,
     *,
@@ -277,7 +282,6 @@ def _results(
     ratios = pair_ratios(times["mole"], times["dense"])
     batches = max(1, statistics.batches)
     bytes_per_step = statistics.bytes_read / batches
-    from_disk = disk.bytes_read()
     dense = SpeedResult(
         what=what,
         system="dense",

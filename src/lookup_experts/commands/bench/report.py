@@ -47,22 +47,33 @@ def line(result: dict[str, Any]) -> str:
     return "  " + ", ".join(words)
 
 
+def partial_file(json: Path) -> Path:
+    """Where a run keeps its results until it has all of them."""
+    return json.with_name(f"{json.name}.partial")
+
+
 def keep(what: str, results: list[dict[str, Any]], json: Path | None) -> None:
-    """Write what is measured so far, so that a run that is broken off keeps it."""
+    """Write what is measured so far beside `json`, so that a run that is broken off leaves it."""
     from lookup_experts.benchmarks.results import make_report, write_report
 
     if json:
-        write_report(make_report(f"bench {what}", results), json)
+        write_report(make_report(f"bench {what}", results), partial_file(json))
 
 
 def report(what: str, results: list[dict[str, Any]], json: Path | None, plot: Path | None) -> None:
-    """Write the results to `json`, to the standard output if there is none, and draw `plot`."""
+    """Write the results to `json`, to the standard output if there is none, and draw `plot`.
+
+    Warns of results that were to come from the disk and didn't.
+    """
     from lookup_experts.benchmarks.plots import draw
     from lookup_experts.benchmarks.results import make_report, write_report
 
     found = make_report(f"bench {what}", results)
+    if any(result.get("page_cache_bypassed") is False for result in results):
+        console.say("Warning: the page cache answered reads, so these figures are not the disk's.")
     if json:
         write_report(found, json)
+        partial_file(json).unlink(missing_ok=True)
     else:
         console.json_result(found)
     if plot:
