@@ -50,7 +50,8 @@ def test_two_models_beside_each_other(mole, training_folder, table_folder, data,
     assert (experts["form"], table["form"]) == ("experts", "table")
     assert experts["dtype"] == "float32"
     assert report["what"] == "eval" and {"torch", "lm-eval"} <= set(report["machine"]["versions"])
-    assert experts["recall"] is None
+    assert experts["recall"] is None and experts["reader"] is None
+    assert table["reader"]["ids_asked"] >= table["reader"]["ids_unique"] > 0
     assert experts["perplexity"]["perplexity"] == pytest.approx(table["perplexity"]["perplexity"])
     for one, other in zip(experts["tasks"]["scores"], table["tasks"]["scores"], strict=True):
         assert one["metrics"]["acc"] == other["metrics"]["acc"]
@@ -71,8 +72,10 @@ def test_two_models_beside_each_other(mole, training_folder, table_folder, data,
 
 
 def test_without_names_all_tasks(mole, table_folder, data):
-    code, stdout, stderr = mole(table_folder, "--data-dir", data, "--limit", 1)
+    asked = (table_folder, "--data-dir", data, "--limit", 1)
+    code, stdout, stderr = mole(*asked, "--stats", "--store", "direct")
     assert code == 0, stderr
+    assert f"{table_folder}, table: direct (" in stderr and " ids asked" in stderr
     assert "| average of 8 | acc |" in stdout
 
 

@@ -291,6 +291,20 @@ def test_commands_report_on_quality(
 
 
 @pytest.mark.parametrize("command", ["reparameterize", "reencode"])
+def test_commands_take_another_block_size(command, mole, training_folder, table_folder, tmp_path):
+    source = training_folder if command == "reparameterize" else table_folder
+    errors = {}
+    for size in (4, 32):
+        out = tmp_path / str(size)
+        told = ("--encoding", "nf4", "--block-size", size, "--json")
+        code, report, err = mole(command, source, out, *told)
+        assert code == 0, err
+        assert open_table(out / "table").layout.encoding.block_size == size
+        errors[size] = json.loads(report)["quality"]["rows"]["relative_error"]
+    assert errors[4] < errors[32]
+
+
+@pytest.mark.parametrize("command", ["reparameterize", "reencode"])
 def test_commands_report_on_rows_without_a_text(
     command, mole, training_folder, table_folder, tmp_path
 ):

@@ -526,13 +526,14 @@ def test_groups_are_read_while_others_are_used(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cached", [0, 50])
-def test_ten_thousand_steps_leave_nothing_behind(tmp_path, cached):
+@pytest.mark.parametrize("way", READING)
+def test_ten_thousand_steps_leave_nothing_behind(tmp_path, way, cached):
     table, _ = make_table(tmp_path, vocab_size=100, num_layers=1, hidden_size=1024)
     generator = torch.Generator().manual_seed(0)
     steps = torch.randint(0, 100, (5000, 1, 1), generator=generator).unbind()
     weights = torch.rand(1, 2).half()
     with (
-        open_reader_by(DIRECT[0], table, cache_bytes=cached * table.layout.stride) as reader,
+        open_reader_by(way, table, cache_bytes=cached * table.layout.stride) as reader,
         torch.inference_mode(),
     ):
 

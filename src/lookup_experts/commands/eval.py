@@ -49,6 +49,7 @@ def eval(  # noqa: A001
     tokenizer: options.Tokenizer = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    stats: options.Stats = False,
     json: options.Json = False,
 ) -> None:
     """Score models: the paper's eight tasks, zero-shot; perplexity of a text; recall.
@@ -62,6 +63,7 @@ def eval(  # noqa: A001
     from lookup_experts.evaluation.run import Request, evaluate_folders
     from lookup_experts.evaluation.summary import format_summaries
     from lookup_experts.evaluation.tasks import parse_tasks
+    from lookup_experts.generation.text import format_reader
 
     console.quiet_transformers()
     if tasks is None and perplexity is None and not recall:
@@ -85,3 +87,7 @@ def eval(  # noqa: A001
         console.json_result(report)
     else:
         console.result(format_summaries(results))
+    if stats:
+        for summary in summaries:
+            if summary.reader is not None:
+                console.say(f"{summary.model}, {format_reader(summary.reader)}")

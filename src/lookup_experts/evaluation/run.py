@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def _evaluate(
 ) -> ModelSummary:
     tokenizer = load_tokenizer(tokenizer_folder or folder)
     model = load(folder, notify=console.say, **loading)
-    summary = ModelSummary(
+    found = ModelSummary(
         model=folder,
         form=inspect_folder(folder)["form"],
         dtype=str(model.dtype).removeprefix("torch."),
@@ -118,8 +118,9 @@ def _evaluate(
     )
     source = getattr(model, "expert_source", None)
     if isinstance(source, TableExperts):
+        found = replace(found, reader=source.stats())
         source.close()
-    return summary
+    return found
 
 
 def _tasks(

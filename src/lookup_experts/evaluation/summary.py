@@ -7,6 +7,7 @@ from typing import Any
 from lookup_experts.evaluation.harness import Evaluation
 from lookup_experts.evaluation.perplexity import Perplexity
 from lookup_experts.evaluation.recall import Recall
+from lookup_experts.table.reader import ReaderStatistics
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class ModelSummary:
     tasks: Evaluation | None = None
     perplexity: Perplexity | None = None
     recall: Recall | None = None
+    reader: ReaderStatistics | None = None
+    """What its table was asked for; None for a model without one."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -39,6 +42,7 @@ class ModelSummary:
             "tasks": self.tasks.to_dict() if self.tasks else None,
             "perplexity": text,
             "recall": self.recall.to_dict() if self.recall else None,
+            "reader": self.reader.to_dict() if self.reader else None,
         }
 
 

@@ -213,14 +213,18 @@ def format_statistics(generation: Generation) -> str:
         f"first token after {generation.seconds_to_first_token * 1000:.0f} ms, "
         f"then {generation.tokens_per_second:.1f} tokens/s",
     ]
-    reader = generation.reader
-    if reader is not None:
-        from lookup_experts.units import format_bytes
-
-        lines.append(
-            f"table: {reader.store} ({reader.backend}), {reader.ids_asked} ids asked, "
-            f"{reader.ids_unique} unique, {reader.cache_hits} from the cache, "
-            f"{format_bytes(reader.bytes_read)} read in {reader.read_seconds * 1000:.0f} ms, "
-            f"waited {reader.wait_seconds * 1000:.0f} ms"
-        )
+    if generation.reader is not None:
+        lines.append(format_reader(generation.reader))
     return "\n".join(lines)
+
+
+def format_reader(reader: ReaderStatistics) -> str:
+    """What a table was asked for, in one line."""
+    from lookup_experts.units import format_bytes
+
+    return (
+        f"table: {reader.store} ({reader.backend}), {reader.ids_asked} ids asked, "
+        f"{reader.ids_unique} unique, {reader.cache_hits} from the cache, "
+        f"{format_bytes(reader.bytes_read)} read in {reader.read_seconds * 1000:.0f} ms, "
+        f"waited {reader.wait_seconds * 1000:.0f} ms"
+    )

@@ -201,7 +201,7 @@ class DirectStore(RecordStore):
             return self._probed_ring(), "io_uring"
         except OSError as error:
             if error.errno not in _RING_REFUSALS:
-                raise UserError(f"io_uring can't be set up: {error.strerror}.") from error
+                raise UserError(f"io_uring can't be set up: {say_why(error)}") from error
             notify(f"No io_uring here ({error.strerror}): reading with {_NUM_THREADS} threads.")
         return ThreadedReads(), f"preadv x{_NUM_THREADS} threads"
 
