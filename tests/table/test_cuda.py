@@ -13,7 +13,12 @@ from tiny_models import attached_model, greedy, logits_of, tiny_model, token_ids
 import lookup_experts as le
 from lookup_experts.model.cache_names import cache_argument, cache_of
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
-from lookup_experts.table.mixing import decode_and_mix, decode_and_mix_reference
+from lookup_experts.table.mixing import (
+    decode_and_mix,
+    decode_and_mix_reference,
+    route_mix_add,
+    route_mix_add_reference,
+)
 from lookup_experts.table.reader import SLOT_BATCH, TableExperts
 from lookup_experts.table.store import STORES
 
@@ -82,6 +87,32 @@ def test_the_kernel_gives_what_its_reference_gives(name, hidden):
             decode_and_mix_reference(*on_gpu, *settings).cpu(),
         ):
             torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("hidden", [1, 257, 768, 1024, 4096])
+@pytest.mark.parametrize("name", sorted(ENCODINGS))
+def test_the_kernel_for_all_gives_what_its_reference_gives(name, hidden):
+    encoding = get_encoding(name)
+    for experts, positions, dtype in (
+        (1, 1, torch.float32),
+        (4, 9, torch.bfloat16),
+        (16, 64, torch.float16),
+        (3, 256, torch.float32),
+    ):
+        layer_bytes = encoding.layer_bytes(experts, hidden)
+        records = torch.zeros(7, -(-3 * layer_bytes // 64) * 64, dtype=torch.uint8)
+        for layer in range(3):
+            rows = torch.randn(7, experts, hidden)
+            records[:, layer * layer_bytes : (layer + 1) * layer_bytes] = encoding.encode(rows)
+        places = torch.randint(0, 7, (positions,))
+        states, output = torch.randn(2, positions, 1, hidden).to(dtype).unbind()
+        router = (torch.randn(experts, hidden) / hidden**0.5).to(dtype)
+        tensors = (records, places, states, router, output)
+        on_gpu = [each.cuda() for each in tensors]
+        found = route_mix_add(*on_gpu, encoding, 2 * layer_bytes)
+        expected = route_mix_add_reference(*tensors, encoding, 2 * layer_bytes)
+        tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
 # ------------------------------------------------------------------------------------- reading

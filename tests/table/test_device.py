@@ -20,13 +20,19 @@ from tiny_models import greedy, logits_of, token_ids
 import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.model.experts import mix_reference
+from lookup_experts.table import device as device_module
 from lookup_experts.table import reader as reader_module
 from lookup_experts.table import transfer
 from lookup_experts.table.cache import SlotCache
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
 from lookup_experts.table.format import RecordLayout, TableShape
 from lookup_experts.table.lanes import HostLane, open_lane
-from lookup_experts.table.mixing import decode_and_mix, decode_and_mix_reference, prepare
+from lookup_experts.table.mixing import (
+    decode_and_mix,
+    decode_and_mix_reference,
+    prepare,
+    route_mix_add,
+)
 from lookup_experts.table.reader import TableExperts
 from lookup_experts.table.rows import WaitClock
 from lookup_experts.table.transfer import PinnedRing, copy_groups
@@ -435,7 +441,7 @@ def test_compiled_decoding_breaks_its_graph_at_the_entrance_alone(on_device, tra
     assert torch.equal(found, greedy(plain, prompt, 10))
     assert len(graphs) <= 3
     called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert sum("decode_and_mix" in name for name in called) == 3  # one in each layer
+    assert sum("route_mix_add" in name for name in called) == 3  # one in each layer
     torch._dynamo.reset()
 
 
@@ -462,14 +468,87 @@ def test_the_operation_in_a_graph_is_the_same(name):
     torch._dynamo.reset()
 
 
+def route_mix_add_arguments(encoding, dtype, shape=(3, 1), experts=3, hidden=40):
+    """Random ones, the record of each id in the second of two layers."""
+    layer_bytes = encoding.layer_bytes(experts, hidden)
+    records = torch.zeros(5, -(-2 * layer_bytes // 512) * 512, dtype=torch.uint8)
+    encoded = encoding.encode(torch.randn(5, experts, hidden))
+    records[:, layer_bytes : 2 * layer_bytes] = encoded
+    places = torch.randint(0, 5, shape).view(-1)
+    hidden_states, output = torch.randn(2, *shape, hidden).to(dtype).unbind()
+    router = torch.randn(experts, hidden).to(dtype)
+    return records, places, hidden_states, router, output, encoding, layer_bytes
+
+
+@pytest.mark.parametrize("name", sorted(ENCODINGS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_in_one_is_the_router_the_sum_and_the_addition(name, dtype):
+    encoding = get_encoding(name)
+    arguments = route_mix_add_arguments(encoding, dtype)
+    records, places, hidden_states, router, output, _, offset = arguments
+    found = route_mix_add(*arguments)
+    weights = (hidden_states @ router.T).softmax(dim=-1).view(3, 3)
+    rows = encoding.decode(records[:, offset : 2 * offset].contiguous(), 3, 40, torch.float32)
+    mixed = mix_reference(rows, places, weights.float()).view(output.shape)
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.float(), output.float() + mixed, rtol=tolerance, atol=tolerance
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(route_mix_add, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*arguments), found)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("most_weights", [0, 2**14])
+def test_a_block_takes_one_operation_if_nobody_looks(
+    most_weights, on_device, training_folder, monkeypatch
+):
+    plain, calls, seen = le.load(training_folder), [], []
+    monkeypatch.setattr(device_module, "MOST_ROUTER_WEIGHTS", most_weights)
+    monkeypatch.setattr(
+        device_module,
+        "route_mix_add",
+        lambda *arguments: calls.append(arguments) or route_mix_add(*arguments),
+    )
+    ids = token_ids(2, 3)
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits
+        found = on_device(input_ids=ids).logits
+        assert len(calls) == (3 if most_weights else 0)  # one in each layer
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        context = on_device.lookup_attachment.context
+        context.observe = lambda layer, weights: seen.append(weights)
+        torch.testing.assert_close(on_device(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 3 and len(calls) == (3 if most_weights else 0)
+
+
+def test_what_does_not_fit_together_takes_the_ways_that_say_so(on_device):
+    """Of another length or dtype: not in one operation, which would read beyond the ends."""
+    ids = token_ids(1, 3)
+    with torch.no_grad():
+        on_device(input_ids=ids)
+        module = on_device.lookup_attachment.modules[0]
+        rows, router = module.context.rows, module.router.weight
+        states = torch.randn(1, 3, router.shape[1])
+        assert rows.route_mix_add(0, states, router, states).shape == states.shape
+        assert rows.route_mix_add(0, states[:, :2], router, states[:, :2]) is None
+        assert rows.route_mix_add(0, states, router, states[:, :2]) is None
+        assert rows.route_mix_add(0, states, router.bfloat16(), states) is None
+        assert rows.route_mix_add(0, states, router[:1], states) is None
+        with pytest.raises(RuntimeError, match="don't belong to the token ids"):
+            module(states[:, :2])
+
+
 def test_without_triton_cuda_says_what_to_do(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "lookup_experts.table.kernels", raising=False)
     with pytest.raises(UserError, match="pip install triton"):
-        prepare(get_encoding("nf4"), torch.device("cuda"))
-    prepare(get_encoding("nf4"), torch.device("cpu"))
+        prepare(get_encoding("nf4"), 4, 768, torch.device("cuda"))
+    prepare(get_encoding("nf4"), 4, 768, torch.device("cpu"))
 
 
 def test_only_cuda_has_a_lane():

@@ -1,7 +1,7 @@
-"""The Triton kernel against its reference: by Triton's interpreter on the CPU, and compiled.
+"""The Triton kernels against their references: by Triton's interpreter on the CPU, and compiled.
 
 The interpreter is switched on by an environment variable that Triton reads when it is imported,
-so both run in processes of their own. On a GPU the kernel is compared in `test_cuda.py`.
+so both run in processes of their own. On a GPU the kernels are compared in `test_cuda.py`.
 """
 
 import importlib.util
@@ -22,8 +22,8 @@ INTERPRETED = """
 import torch
 from hypothesis import given, settings, strategies as st
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
-from lookup_experts.table.kernels import decode_and_mix_kernel
-from lookup_experts.table.mixing import decode_and_mix_reference
+from lookup_experts.table.kernels import decode_and_mix_kernel, route_mix_add_kernel
+from lookup_experts.table.mixing import decode_and_mix_reference, route_mix_add_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -53,6 +53,14 @@ def test(data):
     assert found.dtype == dtype and found.shape == (positions, hidden)
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
+    states = torch.randn(positions, hidden, generator=generator).to(dtype)
+    router = (torch.randn(experts, hidden, generator=generator) / hidden**0.5).to(dtype)
+    output = torch.randn(positions, hidden, generator=generator).to(dtype)
+    arguments = (records, places, states, router, output, encoding, offset)
+    found, expected = route_mix_add_kernel(*arguments), route_mix_add_reference(*arguments)
+    assert found.dtype == dtype and found.shape == (positions, hidden)
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
 test()
 """
 
@@ -62,14 +70,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lookup_experts.table import kernels
 
-names = kernels._decode_and_mix.arg_names
+def compile_for(architecture, kernel, types, constants):
+    source = ASTSource(kernel, dict(zip(kernel.arg_names, types)), constants)
+    assert triton.compile(source, GPUTarget("cuda", architecture, 32)).asm["cubin"]
+
 for architecture in (80, 90):
     for kind, stored in ((0, "*bf16"), (1, "*u8"), (4, "*u8"), (3, "*u8")):
-        types = [stored, "*i64", "*bf16", "*fp32", "*bf16", *["i32"] * 6, *["constexpr"] * 3]
         constants = {"num_experts": 4, "kind": kind, "piece": kernels.PIECE}
-        source = ASTSource(kernels._decode_and_mix, dict(zip(names, types)), constants)
-        compiled = triton.compile(source, GPUTarget("cuda", architecture, 32))
-        assert compiled.asm["cubin"]
+        sizes = ["*fp32", "*bf16", *["i32"] * 6]
+        types = [stored, "*i64", "*bf16", *sizes, *["constexpr"] * 3]
+        compile_for(architecture, kernels._decode_and_mix, types, constants)
+        types = [stored, "*i64", *["*bf16"] * 3, *sizes, *["constexpr"] * 4]
+        constants["padded_experts"] = 4
+        compile_for(architecture, kernels._route_mix_add, types, constants)
 """
 
 
@@ -85,9 +98,9 @@ def run(code: str, **environment: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_kernel_gives_what_its_reference_gives():
+def test_the_kernels_give_what_their_references_give():
     run(INTERPRETED, TRITON_INTERPRET="1")
 
 
-def test_the_kernel_compiles_for_gpus_without_one(tmp_path):
+def test_the_kernels_compile_for_gpus_without_one(tmp_path):
     run(COMPILED, TRITON_CACHE_DIR=str(tmp_path))

@@ -314,6 +314,17 @@ class LookupExperts(nn.Module):
         """[..., d], the input of the block's FFN -> [..., d], what its experts add."""
         return self.mixed(hidden_states).view(hidden_states.shape).to(hidden_states.dtype)
 
+    def added(self, hidden_states: Tensor, output: Tensor) -> Tensor | None:
+        """The FFN's output [..., d] with what the experts add, in one operation; None where the
+        rows know none, or somebody wants to see the router's weights. No gradients."""
+        in_one = getattr(self.context.rows, "route_mix_add", None)
+        router: Any = self._modules["router"]
+        if in_one is None or self.context.observe is not None:
+            return None
+        if not is_called_plainly(router, nn.Linear):
+            return None
+        return in_one(self.layer, hidden_states, router._parameters["weight"], output)
+
     def mixed(self, hidden_states: Tensor) -> Tensor:
         """What `forward` gives as it comes from the rows: [B·T, d] in their dtype."""
         rows = self.context.rows

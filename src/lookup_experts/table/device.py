@@ -12,7 +12,7 @@ were they one tensor for all batches, rows that somebody still holds would turn 
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from typing import Any
@@ -27,10 +27,13 @@ from lookup_experts.table.batch import SlotBatch, check_bounds
 from lookup_experts.table.cache import SlotCache
 from lookup_experts.table.device_prompt import PromptRows
 from lookup_experts.table.lanes import Lane, Mark
-from lookup_experts.table.mixing import decode_and_mix, prepare
+from lookup_experts.table.mixing import decode_and_mix, prepare, route_mix_add
 from lookup_experts.table.rows import Decoding, WaitClock
 from lookup_experts.table.store import Store
 from lookup_experts.table.transfer import PinnedRing, Transfer, Transfers
+
+MOST_ROUTER_WEIGHTS = 2**14
+"""Of a layer whose router's product is computed anew by every program of `route_mix_add`."""
 
 Count = Callable[[int, int, frozenset[int] | None], None]
 """Told (ids asked, unique ids, those among them that the cache didn't have) of every batch; None
@@ -61,14 +64,18 @@ class DeviceRows:
         arrival: "SlotArrival | None" = None,
     ) -> None:
         self._decoding, self._memory, self._arrival = decoding, memory, arrival
+        self._numbers, self._num_ids, self._shape = numbers, num_ids, shape
         self._record_of_position = numbers[0]
-        self.index = numbers[1].view(shape)
-        self._record_of_id = numbers[2, :num_ids]
+
+    @property
+    def index(self) -> Tensor:
+        """See `TokenRows.index`; made when it is asked for, which a step of decoding never does."""
+        return self._numbers[1].view(self._shape)
 
     @property
     def num_positions(self) -> int:
         """See `TokenRows.num_positions`."""
-        return self.index.numel()
+        return self._record_of_position.numel()
 
     def wait(self) -> None:
         """Return when the model's queue waits for all records, and the host for none."""
@@ -81,7 +88,8 @@ class DeviceRows:
         if self._arrival is not None:
             self._arrival.lead(layer)
         layout = self._decoding.layout
-        codes = self._memory[:, layout.layer_slice(layer)].index_select(0, self._record_of_id)
+        record_of_id = self._numbers[2, : self._num_ids]
+        codes = self._memory[:, layout.layer_slice(layer)].index_select(0, record_of_id)
         return self._decoding.decode(codes)
 
     def mix(self, layer: int, weights: Tensor) -> Tensor:
@@ -99,6 +107,45 @@ class DeviceRows:
             layout.shape.hidden_size,
             layer * layout.layer_bytes,
             self._decoding.dtype,
+        )
+
+    def route_mix_add(
+        self, layer: int, hidden_states: Tensor, router: Tensor, output: Tensor
+    ) -> Tensor | None:
+        """What a block's lookup experts make of its FFN's output, in one operation.
+
+        Args:
+            hidden_states: [..., d], what the FFN was given.
+            router: [N, d], the weight of the layer's router.
+            output: [..., d], what the FFN gave.
+
+        Returns:
+            Like `output`; None where several operations do it better, or with a clearer error.
+        """
+        if router.numel() > MOST_ROUTER_WEIGHTS or not self._are_alike(
+            hidden_states, router, output
+        ):
+            return None
+        if self._arrival is not None:
+            self._arrival.lead(layer)
+        layout = self._decoding.layout
+        return route_mix_add(
+            self._memory,
+            self._record_of_position,
+            hidden_states,
+            router,
+            output,
+            layout.encoding,
+            layer * layout.layer_bytes,
+        )
+
+    def _are_alike(self, hidden_states: Tensor, router: Tensor, output: Tensor) -> bool:
+        shape = self._decoding.layout.shape
+        return (
+            hidden_states.shape == output.shape
+            and hidden_states.numel() == self.num_positions * shape.hidden_size
+            and router.shape == (shape.num_experts, shape.hidden_size)
+            and hidden_states.dtype == router.dtype == output.dtype == self._decoding.dtype
         )
 
 
@@ -170,7 +217,8 @@ class DeviceReader:
         self._clock, self._lane, self._count = clock, lane, count
         self._slot_batch, self._group_bytes = slot_batch, group_bytes
         layout = decoding.layout
-        prepare(layout.encoding, lane.device)
+        shape = layout.shape
+        prepare(layout.encoding, shape.num_experts, shape.hidden_size, lane.device)
         cached = min(cache_bytes, layout.table_bytes) // layout.stride
         num_slots = max(cached, slot_batch)
         self._cache = SlotCache(num_slots, cached)
@@ -189,15 +237,14 @@ class DeviceReader:
     def rows(self, token_ids: Tensor, ready: bool) -> TokenRows:
         """See `TableExperts.rows`."""
         ids = self._lane.to_host(token_ids.reshape(-1))
-        unique_ids, index = np.unique(ids, return_inverse=True)
-        if len(ids):
-            vocab_size = self._decoding.layout.shape.vocab_size
-            check_bounds(int(unique_ids[0]), int(unique_ids[-1]), vocab_size)
         self._release_dropped()
-        if len(unique_ids) <= self._slot_batch and len(ids) <= 4 * self._slot_batch:
-            rows = self._rows_in_slots(unique_ids, index, token_ids.shape, ready)
+        if 0 < len(ids) <= 4 * self._slot_batch:
+            rows = self._rows_in_slots(ids.tolist(), token_ids.shape, ready)
             if rows is not None:
                 return rows
+        unique_ids, index = np.unique(ids, return_inverse=True)
+        if len(ids):
+            self._check_bounds(int(unique_ids[0]), int(unique_ids[-1]))
         self._count(len(ids), len(unique_ids), None)
         if ready or not len(ids):
             return self._rows_of_their_own(unique_ids, index, token_ids.shape)
@@ -212,53 +259,67 @@ class DeviceReader:
             self._lane,
         )
 
-    def _rows_in_slots(
-        self, unique_ids: np.ndarray, index: np.ndarray, shape: torch.Size, ready: bool
-    ) -> DeviceRows | None:
-        """Through the cache; None if other batches hold the slots."""
-        if not len(unique_ids):
+    def _check_bounds(self, low: int, high: int) -> None:
+        check_bounds(low, high, self._decoding.layout.shape.vocab_size)
+
+    def _rows_in_slots(self, ids: list[int], shape: torch.Size, ready: bool) -> DeviceRows | None:
+        """Through the cache; None for too many unique ids, or if other batches hold the slots.
+
+        In plain Python, which beats arrays for the few ids of a decoding step.
+        """
+        place_of_id: dict[int, int] = {}
+        places = [place_of_id.setdefault(token_id, len(place_of_id)) for token_id in ids]
+        unique_ids = list(place_of_id)
+        if len(unique_ids) > self._slot_batch:
             return None
-        taken = self._cache.take(unique_ids.tolist())
+        self._check_bounds(min(unique_ids), max(unique_ids))
+        taken = self._cache.take(unique_ids)
         if taken is None:
             return None
         batch = SlotBatch(self._transfers, self._cache, taken)
         with ExitStack() as failing:
             failing.callback(batch.abandon)
-            self._count(len(index), len(unique_ids), batch.missing_ids)
+            self._count(len(ids), len(unique_ids), batch.missing_ids)
             batch.begin()
-            rows = self._rows_of_batch(batch, index, shape)
+            rows = self._rows_of_batch(batch, places, shape)
             if ready:
                 rows.wait()
             failing.pop_all()
         finalize(rows, self._dropped.append, (batch, self._lane.model_queue())).atexit = False
         return rows
 
-    def _rows_of_batch(self, batch: SlotBatch, index: np.ndarray, shape: torch.Size) -> DeviceRows:
+    def _rows_of_batch(self, batch: SlotBatch, places: list[int], shape: torch.Size) -> DeviceRows:
         before = self._transfers.last
         if before is not None:  # hits may have been copied for another queue
             self._lane.lead(before)
         arrival = None
         if batch.is_pending:
             arrival = SlotArrival(batch, self._transfers, self._lane, self._clock)
-        return self._device_rows(self._memory, np.array(batch.slots()), index, shape, arrival)
+        slots = batch.slots()
+        return self._device_rows(self._memory, slots, places, shape, arrival)
 
     def _device_rows(
         self,
         memory: Tensor,
-        records: np.ndarray,
-        index: np.ndarray,
+        record_of_id: Sequence[int] | np.ndarray,
+        places: Sequence[int] | np.ndarray,
         shape: torch.Size,
         arrival: SlotArrival | None,
     ) -> DeviceRows:
-        numbers = np.zeros((3, len(index)), np.int64)
-        numbers[0] = records[index]
-        numbers[1] = index
-        numbers[2, : len(records)] = records
+        """
+        Args:
+            record_of_id: [U], the place in `memory` of each unique id.
+            places: [B·T], position -> place in `record_of_id`.
+        """
+        numbers = np.zeros((3, len(places)), np.int64)
+        numbers[1] = places
+        numbers[2, : len(record_of_id)] = record_of_id
+        numbers[0] = numbers[2][numbers[1]]
         return DeviceRows(
             self._decoding,
             memory,
             self._lane.to_device(numbers),
-            len(records),
+            len(record_of_id),
             shape,
             arrival,
         )

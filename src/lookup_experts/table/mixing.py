@@ -2,14 +2,21 @@
 
 `decode_and_mix` is one operation for the decoding of `encoding.py` and the sum of
 `model/experts.py`: for each position it reads its record's codes, and no row is ever written to
-memory. On CUDA it is the kernel of `kernels.py`; elsewhere it is its reference.
+memory. `route_mix_add` is all that a block's lookup experts do, in one operation: a step of
+decoding takes a GPU longer to be told of each operation than to do it. On CUDA both are kernels of
+`kernels.py`; elsewhere they are their references.
 """
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lookup_experts.errors import UserError
 from lookup_experts.table.encoding import Encoding, get_encoding
+
+_NOTHING = nullcontext()
 
 
 def decode_and_mix(
@@ -62,7 +69,58 @@ def decode_and_mix_reference(
     return torch.einsum("pnd,pn->pd", rows, weights.float()).to(dtype)
 
 
-def prepare(encoding: Encoding, device: torch.device) -> None:
+def route_mix_add(
+    records: Tensor,
+    places: Tensor,
+    hidden_states: Tensor,
+    router: Tensor,
+    output: Tensor,
+    encoding: Encoding,
+    offset: int,
+) -> Tensor:
+    """An FFN's output and what the layer's experts add: the router's softmax included, in float32
+    throughout, rounded once.
+
+    Args:
+        records: uint8 [M, W], contiguous.
+        places: int64 [P], each position's row of `records`.
+        hidden_states: [..., d], P positions; what the FFN and the router see.
+        router: [N, d], the router's weight.
+        output: [..., d], what the FFN gives.
+        encoding: of the records.
+        offset: the byte of a row where the layer's codes begin.
+
+    Returns:
+        Like `output`; no gradients.
+    """
+    if torch.compiler.is_compiling():
+        operation = torch.ops.lookup_experts.route_mix_add
+        block_size = encoding.block_size or 0
+        return operation(
+            records, places, hidden_states, router, output, encoding.name, block_size, offset
+        )
+    return _run_all(records, places, hidden_states, router, output, encoding, offset)
+
+
+def route_mix_add_reference(
+    records: Tensor,
+    places: Tensor,
+    hidden_states: Tensor,
+    router: Tensor,
+    output: Tensor,
+    encoding: Encoding,
+    offset: int,
+) -> Tensor:
+    """The same by the book: logits, their softmax, the weighted sum, the addition."""
+    hidden_size = router.shape[1]
+    logits = hidden_states.reshape(-1, hidden_size).float() @ router.float().T
+    mixed = decode_and_mix_reference(
+        records, places, logits.softmax(dim=-1), encoding, hidden_size, offset, torch.float32
+    )
+    return (output.float() + mixed.view(output.shape)).to(output.dtype)
+
+
+def prepare(encoding: Encoding, num_experts: int, hidden_size: int, device: torch.device) -> None:
     """Bring to the device what mixing there needs, so that no step has to.
 
     Raises:
@@ -77,7 +135,7 @@ def prepare(encoding: Encoding, device: torch.device) -> None:
             "Reading a table for a CUDA device needs Triton, which comes with torch for CUDA on "
             f"Linux and isn't here ({error}). Install it with: pip install triton"
         ) from error
-    kernels.codebook(encoding, device)
+    kernels.codes_of(encoding, num_experts, hidden_size, device)
 
 
 def _run(
@@ -95,8 +153,33 @@ def _run(
         )
     from lookup_experts.table.kernels import decode_and_mix_kernel
 
-    with torch.cuda.device(records.device):  # the current one is where Triton launches
+    with _current(records.device):
         return decode_and_mix_kernel(records, places, weights, encoding, hidden_size, offset, dtype)
+
+
+def _run_all(
+    records: Tensor,
+    places: Tensor,
+    hidden_states: Tensor,
+    router: Tensor,
+    output: Tensor,
+    encoding: Encoding,
+    offset: int,
+) -> Tensor:
+    arguments = (records, places, hidden_states, router, output, encoding, offset)
+    if records.device.type != "cuda":
+        return route_mix_add_reference(*arguments)
+    from lookup_experts.table.kernels import route_mix_add_kernel
+
+    with _current(records.device):
+        return route_mix_add_kernel(*arguments)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """The current device is where Triton launches; mostly it is the right one already."""
+    if device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
 
 
 @torch.library.custom_op("lookup_experts::decode_and_mix", mutates_args=())
@@ -126,3 +209,32 @@ def _shape_of_result(
     dtype: torch.dtype,
 ) -> Tensor:
     return weights.new_empty((weights.shape[0], hidden_size), dtype=dtype)
+
+
+@torch.library.custom_op("lookup_experts::route_mix_add", mutates_args=())
+def _operation_of_all(
+    records: Tensor,
+    places: Tensor,
+    hidden_states: Tensor,
+    router: Tensor,
+    output: Tensor,
+    encoding: str,
+    block_size: int,
+    offset: int,
+) -> Tensor:
+    found = get_encoding(encoding, block_size or None)
+    return _run_all(records, places, hidden_states, router, output, found, offset)
+
+
+@_operation_of_all.register_fake
+def _shape_of_all(
+    records: Tensor,
+    places: Tensor,
+    hidden_states: Tensor,
+    router: Tensor,
+    output: Tensor,
+    encoding: str,
+    block_size: int,
+    offset: int,
+) -> Tensor:
+    return output.new_empty(output.shape)
