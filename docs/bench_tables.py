@@ -44,6 +44,7 @@ def decode(reports: Sequence[Result]) -> str:
     columns = {
         "batch": "{batch}",
         "cache?": cache_budget,
+        "CUDA graphs?": lambda result: "yes" if result.get("cuda_graphs") else "no",
         **SPEED,
         "at the entrance, ms?": "{entrance_ms:.2f}",
         "in the blocks, ms?": "{blocks_ms:.2f}",

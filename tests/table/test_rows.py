@@ -146,6 +146,34 @@ def test_one_position_in_bfloat16(tmp_path, way, encoding):
             torch.testing.assert_close(weights.grad.flatten(), sums, rtol=0.05, atol=0.2)
 
 
+@pytest.mark.parametrize("encoding", ["bfloat16", "nf4"])
+def test_all_of_a_block_in_one_for_one_position_in_bfloat16(tmp_path, encoding):
+    """Router, softmax, sum and addition; whatever else there is takes the operations apart."""
+    shape = {"num_layers": 3, "num_experts": 4, "hidden_size": 768, "encoding": encoding}
+    table, records = make_table(tmp_path, vocab_size=9, **shape)
+    expected = Expected(table, records, torch.bfloat16)
+    states, output = torch.randn(2, 1, 1, 768).bfloat16().unbind()
+    router = torch.randn(4, 768).bfloat16() / 20
+    ids = torch.tensor([[5]])
+    with open_reader_by("threads", table, torch.bfloat16) as reader, torch.no_grad():
+        rows = reader.rows(ids)
+        for layer in range(3):
+            weights = (states.float() @ router.float().T).softmax(dim=-1)
+            mixed = expected.layer(layer, ids).float().view(4, 768).T @ weights.view(4)
+            found = rows.route_mix_add(layer, states, router, output)
+            assert found.shape == output.shape and found.dtype == torch.bfloat16
+            by_the_book = (output.float().view(-1) + mixed).view(output.shape)
+            torch.testing.assert_close(found.float(), by_the_book, rtol=2e-2, atol=2e-2)
+        assert rows.route_mix_add(0, states.float(), router, output) is None
+        assert rows.route_mix_add(0, states, router, output[..., :700]) is None
+        two = reader.rows(torch.tensor([[5, 6]]))
+        pair = states.expand(1, 2, 768)
+        assert two.route_mix_add(0, pair, router, pair) is None
+    with open_reader_by("threads", table, torch.float32) as reader, torch.no_grad():
+        rows = reader.rows(ids)
+        assert rows.route_mix_add(0, states.float(), router.float(), output.float()) is None
+
+
 @pytest.mark.parametrize("way", ways_here())
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_batch_of_so_many_unique_ids(wide_vocabulary, way, length):
