@@ -115,12 +115,31 @@ class Expected:
         rows = self.layer(layer, ids).flatten(0, -3)
         return mix_reference(rows, torch.arange(len(rows)), weights)
 
+    def block(self, layer: int, ids: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """Some hidden states [B, T, d], a router [N, d] and an FFN's output [B, T, d]; and that
+        output with what the experts add."""
+        shape = self.layout.shape
+        generator = torch.Generator().manual_seed(layer)
+        size = (2, *ids.shape, shape.hidden_size)
+        states, output = torch.randn(size, generator=generator).to(self.dtype).unbind()
+        router = torch.randn(shape.num_experts, shape.hidden_size, generator=generator)
+        router = (router / shape.hidden_size**0.5).to(self.dtype)
+        weights = (states.float() @ router.float().T).softmax(dim=-1)
+        mixed = torch.einsum("...nd,...n->...d", self.layer(layer, ids).float(), weights)
+        return (states, router, output), (output.float() + mixed).to(self.dtype)
+
     def assert_right(
         self, rows: TokenRows, ids: Tensor, layers: Sequence[int] | None = None
     ) -> None:
-        """Whether these are the rows of `ids` [B, T], bit for bit, and their mixes."""
+        """Whether these are the rows of `ids` [B, T], bit for bit, their mixes, and all of a block
+        where the rows can do that."""
         assert rows.index.shape == ids.shape
         for layer in range(self.num_layers) if layers is None else layers:
+            if hasattr(rows, "route_mix_add"):  # before anything else brings the layer
+                given, expected = self.block(layer, ids)
+                found = rows.route_mix_add(layer, *given)
+                if found is not None:
+                    self.assert_close(found, expected)
             assert torch.equal(rows.layer(layer)[rows.index], self.layer(layer, ids))
             weights = self.weights(ids, layer)
             self.assert_close(rows.mix(layer, weights), self.mixed(layer, ids, weights))

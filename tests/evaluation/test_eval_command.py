@@ -71,10 +71,11 @@ def test_two_models_beside_each_other(mole, training_folder, table_folder, data,
     assert "recall" not in stdout.replace('"recall": null', "")
 
 
-def test_without_names_all_tasks(mole, table_folder, data):
-    asked = (table_folder, "--data-dir", data, "--limit", 1)
+def test_without_names_all_tasks(mole, training_folder, table_folder, data):
+    asked = (training_folder, table_folder, "--data-dir", data, "--limit", 1)
     code, stdout, stderr = mole(*asked, "--stats", "--store", "direct")
     assert code == 0, stderr
+    assert f"{training_folder}, no table" in stderr
     assert f"{table_folder}, table: direct (" in stderr and " ids asked" in stderr
     assert "| average of 8 | acc |" in stdout
 

@@ -56,8 +56,13 @@ def open_on_gpu(wide):
 
 
 def assert_right(expected: Expected, rows, ids) -> None:
-    """Layers bit for bit, and mixes."""
+    """Layers bit for bit, mixes, and all of a block in one."""
     for layer in range(expected.num_layers):
+        given, with_experts = expected.block(layer, ids)
+        if hasattr(rows, "route_mix_add"):
+            found = rows.route_mix_add(layer, *(each.cuda() for each in given))
+            if found is not None:
+                expected.assert_close(found.cpu(), with_experts)
         weights = expected.weights(ids, layer)
         mixed = rows.mix(layer, weights.cuda()).cpu()
         expected.assert_close(mixed, expected.mixed(layer, ids, weights))
@@ -105,7 +110,7 @@ def test_the_kernel_for_all_gives_what_its_reference_gives(name, hidden):
             rows = torch.randn(7, experts, hidden)
             records[:, layer * layer_bytes : (layer + 1) * layer_bytes] = encoding.encode(rows)
         places = torch.randint(0, 7, (positions,))
-        states, output = torch.randn(2, positions, 1, hidden).to(dtype).unbind()
+        states, output = torch.randn(2, hidden, 1, positions).to(dtype).transpose(1, 3).unbind()
         router = (torch.randn(experts, hidden) / hidden**0.5).to(dtype)
         tensors = (records, places, states, router, output)
         on_gpu = [each.cuda() for each in tensors]
@@ -141,18 +146,18 @@ def test_slots_are_not_overwritten_while_the_gpu_still_reads_them(wide, open_on_
     several = [
         torch.arange(first, first + SLOT_BATCH).view(1, -1) for first in range(0, 256, SLOT_BATCH)
     ]
-    weights = [expected.weights(ids, 1) for ids in several]
-    on_gpu = [each.cuda() for each in weights]
-    mixed = []
+    blocks = [expected.block(1, ids) for ids in several]
+    on_gpu = [[each.cuda() for each in given] for given, _ in blocks]
+    added = []
     with torch.no_grad():
-        for ids, each in zip(several, on_gpu, strict=True):
+        for ids, given in zip(several, on_gpu, strict=True):
             # Ids that are on the host already, so that nothing waits for the GPU.
             rows = reader._on_device.rows(ids, ready=False)
             torch.cuda._sleep(100_000_000)
-            mixed.append(rows.mix(1, each))
+            added.append(rows.route_mix_add(1, *given))
             del rows
-    for ids, each, found in zip(several, weights, mixed, strict=True):
-        expected.assert_close(found.cpu(), expected.mixed(1, ids, each))
+    for (_, with_experts), found in zip(blocks, added, strict=True):
+        expected.assert_close(found.cpu(), with_experts)
 
 
 def test_a_prompts_buffers_are_not_overwritten_while_the_gpu_still_reads_them(

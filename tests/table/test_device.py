@@ -34,7 +34,7 @@ from lookup_experts.table.mixing import (
     route_mix_add,
 )
 from lookup_experts.table.reader import TableExperts
-from lookup_experts.table.rows import WaitClock
+from lookup_experts.table.rows import MemoryRows, WaitClock
 from lookup_experts.table.transfer import PinnedRing, copy_groups
 
 pytestmark = pytest.mark.timeout(60)
@@ -499,14 +499,20 @@ def test_all_in_one_is_the_router_the_sum_and_the_addition(name, dtype):
     compiled = torch.compile(route_mix_add, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(*arguments), found)
     torch._dynamo.reset()
+    scattered = [each.transpose(0, 1).contiguous().transpose(0, 1) for each in arguments[2:5:2]]
+    for states, out in (scattered, arguments[2:5:2]):
+        called = (records, places, states, router, out, name, encoding.block_size or 0, offset)
+        torch.library.opcheck(torch.ops.lookup_experts.route_mix_add.default, called)
 
 
-@pytest.mark.parametrize("most_weights", [0, 2**14])
+@pytest.mark.parametrize("limits", [(32, 0), (0, 2**14), (32, 2**14)])
 def test_a_block_takes_one_operation_if_nobody_looks(
-    most_weights, on_device, training_folder, monkeypatch
+    limits, on_device, training_folder, monkeypatch
 ):
     plain, calls, seen = le.load(training_folder), [], []
-    monkeypatch.setattr(device_module, "MOST_ROUTER_WEIGHTS", most_weights)
+    fuses = all(limits)
+    monkeypatch.setattr(device_module, "MOST_EXPERTS", limits[0])
+    monkeypatch.setattr(device_module, "MOST_ROUTER_WEIGHTS", limits[1])
     monkeypatch.setattr(
         device_module,
         "route_mix_add",
@@ -516,12 +522,77 @@ def test_a_block_takes_one_operation_if_nobody_looks(
     with torch.no_grad():
         expected = plain(input_ids=ids).logits
         found = on_device(input_ids=ids).logits
-        assert len(calls) == (3 if most_weights else 0)  # one in each layer
+        assert len(calls) == (3 if fuses else 0)  # one in each layer
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         context = on_device.lookup_attachment.context
         context.observe = lambda layer, weights: seen.append(weights)
         torch.testing.assert_close(on_device(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
-    assert len(seen) == 3 and len(calls) == (3 if most_weights else 0)
+    assert len(seen) == 3 and len(calls) == (3 if fuses else 0)
+
+
+class Wrapped(torch.Tensor):
+    """A weight of a kind of its own, as quantised ones are: doubled in products."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return 2 * function(args[0], args[1].as_subclass(torch.Tensor))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("kind", ["hook", "module", "weight"])
+@pytest.mark.parametrize("where", ["device", "ram"])
+def test_a_router_of_another_kind_is_asked_as_it_is(where, kind, request, table_folder):
+    """An adapter, a quantised weight or a hook on the router of a table's model."""
+    if where == "device":
+        model = request.getfixturevalue("on_device")
+    else:
+        model = le.load(table_folder, store="memory", dtype="bfloat16")
+    ids, seen = token_ids(1, 1), []
+    router = model.lookup_attachment.modules[1].router
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        weight = router.weight
+        if kind == "hook":
+            handle = router.register_forward_hook(lambda *call: seen.append(1) or 2 * call[-1])
+        elif kind == "module":
+            router.__class__ = type("Doubled", (torch.nn.Linear,), {
+                "forward": lambda self, inputs: 2 * torch.nn.Linear.forward(self, inputs)
+            })  # fmt: skip
+        else:
+            router.weight = torch.nn.Parameter(weight.as_subclass(Wrapped), requires_grad=False)
+            assert type(router.weight) is not torch.nn.Parameter
+        changed = model(input_ids=ids).logits
+        router.__class__ = torch.nn.Linear
+        if kind == "hook":
+            handle.remove()
+            assert seen == [1]
+        router.weight = torch.nn.Parameter(2 * weight)
+        tolerance = 1e-4 if where == "device" else 2e-2
+        assert not torch.equal(changed, plain)
+        torch.testing.assert_close(
+            changed, model(input_ids=ids).logits, rtol=tolerance, atol=tolerance
+        )
+
+
+def test_one_position_in_ram_takes_one_operation_too(table_folder, monkeypatch):
+    model, taken = le.load(table_folder, store="memory", dtype="bfloat16"), []
+    fused = MemoryRows.route_mix_add
+
+    def noted(rows, *arguments):
+        found = fused(rows, *arguments)
+        taken.append(found is not None)
+        return found
+
+    with torch.no_grad():
+        apart = [model(input_ids=token_ids(1, length)).logits for length in (1, 2)]
+        monkeypatch.setattr(MemoryRows, "route_mix_add", lambda *_: None)
+        expected = [model(input_ids=token_ids(1, length)).logits for length in (1, 2)]
+        monkeypatch.setattr(MemoryRows, "route_mix_add", noted)
+        for length in (1, 2):
+            model(input_ids=token_ids(1, length))
+    assert taken == [True] * 3 + [False] * 3
+    torch.testing.assert_close(apart, expected, rtol=5e-2, atol=5e-2)
 
 
 def test_what_does_not_fit_together_takes_the_ways_that_say_so(on_device):
@@ -537,6 +608,7 @@ def test_what_does_not_fit_together_takes_the_ways_that_say_so(on_device):
         assert rows.route_mix_add(0, states, router, states[:, :2]) is None
         assert rows.route_mix_add(0, states, router.bfloat16(), states) is None
         assert rows.route_mix_add(0, states, router[:1], states) is None
+        assert rows.route_mix_add(0, states, router, states.to("meta")) is None
         with pytest.raises(RuntimeError, match="don't belong to the token ids"):
             module(states[:, :2])
 

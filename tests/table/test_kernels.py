@@ -53,9 +53,12 @@ def test(data):
     assert found.dtype == dtype and found.shape == (positions, hidden)
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
-    states = torch.randn(positions, hidden, generator=generator).to(dtype)
+    states, output = torch.randn(2, hidden, positions, generator=generator).to(dtype).unbind()
+    if data.draw(st.booleans()):
+        states, output = states.T, output.T  # as they may come: not contiguous
+    else:
+        states, output = states.T.contiguous(), output.T.contiguous()
     router = (torch.randn(experts, hidden, generator=generator) / hidden**0.5).to(dtype)
-    output = torch.randn(positions, hidden, generator=generator).to(dtype)
     arguments = (records, places, states, router, output, encoding, offset)
     found, expected = route_mix_add_kernel(*arguments), route_mix_add_reference(*arguments)
     assert found.dtype == dtype and found.shape == (positions, hidden)

@@ -142,8 +142,8 @@ def measure_decode(
     reader: TableExperts = mole.expert_source
     ceilings = Ceilings.measure(mole)
     warm_cache(reader, windows)
-    # On a GPU attention is planned anew for each length that it meets first, which takes several
-    # steps' time; and compiled steps are compiled.
+    # Not counted: on a GPU attention is planned anew for each length that it meets first, which
+    # takes several steps' time, and with graphs the first steps are compiled.
     tokens = windows.take(batch, CONTEXT + SEQUENCE_STEPS)
     _decode_sequences(dense, mole, tokens, {"dense": [], "mole": []})
     times: dict[str, list[float]] = {"dense": [], "mole": []}

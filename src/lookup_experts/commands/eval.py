@@ -89,5 +89,5 @@ def eval(  # noqa: A001
         console.result(format_summaries(results))
     if stats:
         for summary in summaries:
-            if summary.reader is not None:
-                console.say(f"{summary.model}, {format_reader(summary.reader)}")
+            found = format_reader(summary.reader) if summary.reader else "no table"
+            console.say(f"{summary.model}, {found}")

@@ -23,7 +23,8 @@ class ModelSummary:
     perplexity: Perplexity | None = None
     recall: Recall | None = None
     reader: ReaderStatistics | None = None
-    """What its table was asked for; None for a model without one."""
+    """What its table was asked for, by this process (an answer journal may hold more answers);
+    None for a model without one."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""

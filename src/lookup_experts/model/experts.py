@@ -53,6 +53,26 @@ class TokenRows(Protocol):
         ...
 
 
+class FusedRows(TokenRows, Protocol):
+    """Rows that can also do all of a block's part in one go. Optional, for decoding, where a step
+    has many small operations."""
+
+    def route_mix_add(
+        self, layer: int, hidden_states: Tensor, router: Tensor, output: Tensor
+    ) -> Tensor | None:
+        """The FFN's output with what the layer's experts add; no gradients.
+
+        Args:
+            hidden_states: [..., d], what the FFN was given; B·T positions.
+            router: [N, d], the router's weight.
+            output: [..., d], what the FFN gave; it isn't written to.
+
+        Returns:
+            Like `output`; None where several operations do it better, or with a clearer error.
+        """
+        ...
+
+
 class ExpertSource(Protocol):
     """Where expert outputs come from."""
 
@@ -315,15 +335,24 @@ class LookupExperts(nn.Module):
         return self.mixed(hidden_states).view(hidden_states.shape).to(hidden_states.dtype)
 
     def added(self, hidden_states: Tensor, output: Tensor) -> Tensor | None:
-        """The FFN's output [..., d] with what the experts add, in one operation; None where the
-        rows know none, or somebody wants to see the router's weights. No gradients."""
-        in_one = getattr(self.context.rows, "route_mix_add", None)
+        """The FFN's output [..., d] with what the experts add, by `FusedRows`; no gradients.
+
+        None where the rows are none of these, where somebody wants to see the router's weights, or
+        where the router or a tensor is of a kind of its own (an adapter, a quantised weight). The
+        result of the operations apart, `mixed`, is rounded more often in a 16-bit type.
+        """
+        route_mix_add = getattr(self.context.rows, "route_mix_add", None)
+        if route_mix_add is None or self.context.observe is not None:
+            return None
         router: Any = self._modules["router"]
-        if in_one is None or self.context.observe is not None:
+        weight = router._parameters.get("weight")
+        if (
+            not is_called_plainly(router, nn.Linear)
+            or type(weight) is not nn.Parameter
+            or not (type(hidden_states) is type(output) is Tensor)
+        ):
             return None
-        if not is_called_plainly(router, nn.Linear):
-            return None
-        return in_one(self.layer, hidden_states, router._parameters["weight"], output)
+        return route_mix_add(self.layer, hidden_states, weight, output)
 
     def mixed(self, hidden_states: Tensor) -> Tensor:
         """What `forward` gives as it comes from the rows: [B·T, d] in their dtype."""

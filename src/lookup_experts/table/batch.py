@@ -20,6 +20,13 @@ def check_bounds(low: int, high: int, vocab_size: int) -> None:
         )
 
 
+def unique_in_order(ids: list[int]) -> tuple[list[int], list[int]]:
+    """The unique ids as they first appear, and each id's place among them."""
+    place_of_id: dict[int, int] = {}
+    places = [place_of_id.setdefault(token_id, len(place_of_id)) for token_id in ids]
+    return list(place_of_id), places
+
+
 class Filling(Protocol):
     """Puts records into slots, wherever these are."""
 

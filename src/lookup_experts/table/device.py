@@ -23,17 +23,20 @@ import torch
 from torch import Tensor
 
 from lookup_experts.model.experts import TokenRows, mix
-from lookup_experts.table.batch import SlotBatch, check_bounds
+from lookup_experts.table.batch import SlotBatch, check_bounds, unique_in_order
 from lookup_experts.table.cache import SlotCache
 from lookup_experts.table.device_prompt import PromptRows
+from lookup_experts.table.format import TableShape
 from lookup_experts.table.lanes import Lane, Mark
 from lookup_experts.table.mixing import decode_and_mix, prepare, route_mix_add
 from lookup_experts.table.rows import Decoding, WaitClock
 from lookup_experts.table.store import Store
 from lookup_experts.table.transfer import PinnedRing, Transfer, Transfers
 
+MOST_EXPERTS = 32
 MOST_ROUTER_WEIGHTS = 2**14
-"""Of a layer whose router's product is computed anew by every program of `route_mix_add`."""
+"""N and N·d of a layer whose router's product each program of `route_mix_add` computes anew: so
+many weights are a few kilobytes of the GPU's cache, and so many experts fit into registers."""
 
 Count = Callable[[int, int, frozenset[int] | None], None]
 """Told (ids asked, unique ids, those among them that the cache didn't have) of every batch; None
@@ -52,6 +55,7 @@ class DeviceRows:
         num_ids: how many unique ids there are.
         shape: (B, T).
         arrival: what brings the records; None if they are there.
+        is_step: whether positions are so few that each may compute its router's product anew.
     """
 
     def __init__(
@@ -62,7 +66,9 @@ class DeviceRows:
         num_ids: int,
         shape: torch.Size,
         arrival: "SlotArrival | None" = None,
+        is_step: bool = False,
     ) -> None:
+        self._fuses = is_step and _is_small(decoding.layout.shape)
         self._decoding, self._memory, self._arrival = decoding, memory, arrival
         self._numbers, self._num_ids, self._shape = numbers, num_ids, shape
         self._record_of_position = numbers[0]
@@ -112,19 +118,8 @@ class DeviceRows:
     def route_mix_add(
         self, layer: int, hidden_states: Tensor, router: Tensor, output: Tensor
     ) -> Tensor | None:
-        """What a block's lookup experts make of its FFN's output, in one operation.
-
-        Args:
-            hidden_states: [..., d], what the FFN was given.
-            router: [N, d], the weight of the layer's router.
-            output: [..., d], what the FFN gave.
-
-        Returns:
-            Like `output`; None where several operations do it better, or with a clearer error.
-        """
-        if router.numel() > MOST_ROUTER_WEIGHTS or not self._are_alike(
-            hidden_states, router, output
-        ):
+        """See `FusedRows.route_mix_add`."""
+        if not self._fuses or not self._fit(hidden_states, router, output):
             return None
         if self._arrival is not None:
             self._arrival.lead(layer)
@@ -139,14 +134,22 @@ class DeviceRows:
             layer * layout.layer_bytes,
         )
 
-    def _are_alike(self, hidden_states: Tensor, router: Tensor, output: Tensor) -> bool:
+    def _fit(self, hidden_states: Tensor, router: Tensor, output: Tensor) -> bool:
         shape = self._decoding.layout.shape
         return (
             hidden_states.shape == output.shape
             and hidden_states.numel() == self.num_positions * shape.hidden_size
             and router.shape == (shape.num_experts, shape.hidden_size)
             and hidden_states.dtype == router.dtype == output.dtype == self._decoding.dtype
+            and hidden_states.dtype != torch.float64  # it is summed in float32
+            and hidden_states.device == router.device == output.device == self._memory.device
         )
+
+
+def _is_small(shape: TableShape) -> bool:
+    """Whether a layer's router is."""
+    num_weights = shape.num_experts * shape.hidden_size
+    return shape.num_experts <= MOST_EXPERTS and num_weights <= MOST_ROUTER_WEIGHTS
 
 
 class SlotArrival:
@@ -267,9 +270,7 @@ class DeviceReader:
 
         In plain Python, which beats arrays for the few ids of a decoding step.
         """
-        place_of_id: dict[int, int] = {}
-        places = [place_of_id.setdefault(token_id, len(place_of_id)) for token_id in ids]
-        unique_ids = list(place_of_id)
+        unique_ids, places = unique_in_order(ids)
         if len(unique_ids) > self._slot_batch:
             return None
         self._check_bounds(min(unique_ids), max(unique_ids))
@@ -296,7 +297,7 @@ class DeviceReader:
         if batch.is_pending:
             arrival = SlotArrival(batch, self._transfers, self._lane, self._clock)
         slots = batch.slots()
-        return self._device_rows(self._memory, slots, places, shape, arrival)
+        return self._device_rows(self._memory, slots, places, shape, arrival, is_step=True)
 
     def _device_rows(
         self,
@@ -305,6 +306,7 @@ class DeviceReader:
         places: Sequence[int] | np.ndarray,
         shape: torch.Size,
         arrival: SlotArrival | None,
+        is_step: bool,
     ) -> DeviceRows:
         """
         Args:
@@ -322,6 +324,7 @@ class DeviceReader:
             len(record_of_id),
             shape,
             arrival,
+            is_step,
         )
 
     def _rows_of_their_own(
@@ -345,7 +348,7 @@ class DeviceReader:
             self._clock.wait(read)
         if transfers.last is not None:
             self._lane.lead(transfers.last)
-        return self._device_rows(memory, places, index, shape, None)
+        return self._device_rows(memory, places, index, shape, None, is_step=False)
 
     def _release_dropped(self) -> None:
         while self._dropped:

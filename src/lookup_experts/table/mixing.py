@@ -16,8 +16,6 @@ from torch import Tensor
 from lookup_experts.errors import UserError
 from lookup_experts.table.encoding import Encoding, get_encoding
 
-_NOTHING = nullcontext()
-
 
 def decode_and_mix(
     records: Tensor,
@@ -99,7 +97,7 @@ def route_mix_add(
         return operation(
             records, places, hidden_states, router, output, encoding.name, block_size, offset
         )
-    return _run_all(records, places, hidden_states, router, output, encoding, offset)
+    return _run_fused(records, places, hidden_states, router, output, encoding, offset)
 
 
 def route_mix_add_reference(
@@ -117,7 +115,7 @@ def route_mix_add_reference(
     mixed = decode_and_mix_reference(
         records, places, logits.softmax(dim=-1), encoding, hidden_size, offset, torch.float32
     )
-    return (output.float() + mixed.view(output.shape)).to(output.dtype)
+    return (output.float() + mixed.view(output.shape)).to(output.dtype).contiguous()
 
 
 def prepare(encoding: Encoding, num_experts: int, hidden_size: int, device: torch.device) -> None:
@@ -157,7 +155,7 @@ def _run(
         return decode_and_mix_kernel(records, places, weights, encoding, hidden_size, offset, dtype)
 
 
-def _run_all(
+def _run_fused(
     records: Tensor,
     places: Tensor,
     hidden_states: Tensor,
@@ -178,7 +176,7 @@ def _run_all(
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """The current device is where Triton launches; mostly it is the right one already."""
     if device.index == torch.cuda.current_device():
-        return _NOTHING
+        return nullcontext()
     return torch.cuda.device(device)
 
 
@@ -212,7 +210,7 @@ def _shape_of_result(
 
 
 @torch.library.custom_op("lookup_experts::route_mix_add", mutates_args=())
-def _operation_of_all(
+def _fused_operation(
     records: Tensor,
     places: Tensor,
     hidden_states: Tensor,
@@ -223,11 +221,11 @@ def _operation_of_all(
     offset: int,
 ) -> Tensor:
     found = get_encoding(encoding, block_size or None)
-    return _run_all(records, places, hidden_states, router, output, found, offset)
+    return _run_fused(records, places, hidden_states, router, output, found, offset)
 
 
-@_operation_of_all.register_fake
-def _shape_of_all(
+@_fused_operation.register_fake
+def _shape_of_fused_result(
     records: Tensor,
     places: Tensor,
     hidden_states: Tensor,

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from lookup_experts.errors import TableError
 from lookup_experts.model.experts import TokenRows
-from lookup_experts.table.batch import FillingFromStore, SlotBatch, check_bounds
+from lookup_experts.table.batch import (
+    FillingFromStore,
+    SlotBatch,
+    check_bounds,
+    unique_in_order,
+)
 from lookup_experts.table.cache import RowCache
 from lookup_experts.table.counts import most_frequent, read_counts
 from lookup_experts.table.device import DeviceReader
@@ -207,9 +212,7 @@ class TableExperts:
         In plain Python, which beats tensor operations for the few ids of a decoding step.
         """
         ids = token_ids.flatten().tolist()
-        place_of_id: dict[int, int] = {}
-        places = [place_of_id.setdefault(token_id, len(place_of_id)) for token_id in ids]
-        unique_ids = list(place_of_id)
+        unique_ids, places = unique_in_order(ids)
         if not ids or len(unique_ids) > SLOT_BATCH:
             return None
         self._check_bounds(min(unique_ids), max(unique_ids))

@@ -247,10 +247,7 @@ class MemoryRows:
     def route_mix_add(
         self, layer: int, hidden_states: Tensor, router: Tensor, output: Tensor
     ) -> Tensor | None:
-        """What a block's lookup experts make of its FFN's output, as `DeviceRows.route_mix_add`.
-
-        In the fewest operations, for one position in bfloat16; None for anything else.
-        """
+        """See `FusedRows.route_mix_add`; for one position in bfloat16 alone."""
         if len(self._places) != 1:
             return None
         if self._pending is not None or self._matrices is None:
@@ -258,8 +255,10 @@ class MemoryRows:
         if self._only is None:
             return None
         rows = self._only[layer]
-        if not (hidden_states.dtype == router.dtype == output.dtype == rows.dtype) or not (
-            hidden_states.numel() == output.numel() == rows.shape[1]
+        if (
+            not (hidden_states.dtype == router.dtype == output.dtype == rows.dtype)
+            or not (hidden_states.device == router.device == output.device == rows.device)
+            or not (hidden_states.numel() == output.numel() == rows.shape[1])
         ):
             return None
         weights = F.linear(hidden_states.reshape(1, -1), router).softmax(dim=-1)
