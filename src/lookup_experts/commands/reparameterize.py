@@ -38,6 +38,7 @@ def reparameterize(
 
     Example: `mole reparameterize runs/mole out/ --encoding nf4 --eval notes.txt --counts data/`
     """
+    from lookup_experts.allocation import keep_freed_memory
     from lookup_experts.evaluation.counting import count_tokens
     from lookup_experts.evaluation.quality import quality_against_experts
     from lookup_experts.evaluation.text import read_token_ids
@@ -45,6 +46,7 @@ def reparameterize(
     from lookup_experts.generation.loading import load, load_tokenizer
 
     console.quiet_transformers()
+    keep_freed_memory()  # every expert's activations are as large as the last one's
     token_ids = None
     if evaluate is not None:  # before the long work, so that what can't be read is told at once
         token_ids = read_token_ids(evaluate, load_tokenizer(folder))

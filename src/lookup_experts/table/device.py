@@ -65,8 +65,8 @@ class DeviceRows:
         numbers: Tensor,
         num_ids: int,
         shape: torch.Size,
-        arrival: "SlotArrival | None" = None,
-        is_step: bool = False,
+        arrival: "SlotArrival | None",
+        is_step: bool,
     ) -> None:
         self._fuses = is_step and _is_small(decoding.layout.shape)
         self._decoding, self._memory, self._arrival = decoding, memory, arrival

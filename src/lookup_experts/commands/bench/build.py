@@ -21,10 +21,12 @@ def build(
 
     Example: `mole bench build --encoding nf4`
     """
+    from lookup_experts.allocation import keep_freed_memory
     from lookup_experts.benchmarks.building import measure_build
     from lookup_experts.benchmarks.models import Case
     from lookup_experts.errors import UserError
 
+    keep_freed_memory()  # as `mole reparameterize` does
     case = Case(shape, experts, encoding)
     folder = work / case.built_name
     if folder.exists():
