@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lookup_experts.model.experts import TokenRows, mix_reference
+from lookup_experts.model.rows import TokenRows, mix_reference
 from lookup_experts.table import reader as reader_module
 from lookup_experts.table import uring
 from lookup_experts.table.format import Table

@@ -19,10 +19,9 @@ from lookup_experts.model.experts import (
     LayerExperts,
     LookupExperts,
     TokenContext,
-    mix,
-    mix_reference,
 )
 from lookup_experts.model.per_position import PerPositionExperts
+from lookup_experts.model.rows import mix, mix_reference
 
 U, N, D = 7, 3, 8
 

@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lookup_experts.model.attach import expert_layers
 from lookup_experts.model.expert_products import expert_outputs
-from lookup_experts.model.experts import EXPERT_KINDS, LayerExperts, mix_reference
+from lookup_experts.model.experts import EXPERT_KINDS, LayerExperts
 from lookup_experts.model.per_position import PerPositionExperts
 from lookup_experts.model.positions import Positions, mix_positions
+from lookup_experts.model.rows import mix_reference
 
 
 def relative(found: Tensor, exact: Tensor) -> float:

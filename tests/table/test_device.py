@@ -19,7 +19,7 @@ from tiny_models import greedy, logits_of, token_ids
 
 import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
-from lookup_experts.model.experts import mix_reference
+from lookup_experts.model.rows import mix_reference
 from lookup_experts.table import device as device_module
 from lookup_experts.table import reader as reader_module
 from lookup_experts.table import transfer

@@ -33,9 +33,9 @@ from lookup_experts.model.configuration import (
     MoeGatelessLlamaConfig,
     attached_config_class,
 )
-from lookup_experts.model.experts import ExpertSource
 from lookup_experts.model.joint_router import join_routers
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
+from lookup_experts.model.rows import ExpertSource
 
 TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lookup_experts.model.experts import TokenRows, mix
+from lookup_experts.model.rows import TokenRows, mix
 from lookup_experts.table.batch import SlotBatch, check_bounds, unique_in_order
 from lookup_experts.table.cache import SlotCache
 from lookup_experts.table.device_prompt import PromptRows

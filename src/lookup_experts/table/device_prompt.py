@@ -12,7 +12,7 @@ from concurrent.futures import Executor, Future
 import numpy as np
 from torch import Tensor
 
-from lookup_experts.model.experts import mix
+from lookup_experts.model.rows import mix
 from lookup_experts.table.lanes import Lane, Mark
 from lookup_experts.table.mixing import decode_and_mix
 from lookup_experts.table.rows import Decoding, LayerGroup, WaitClock, plan_groups

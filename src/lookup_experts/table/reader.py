@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lookup_experts.errors import TableError
-from lookup_experts.model.experts import TokenRows
+from lookup_experts.model.rows import TokenRows
 from lookup_experts.table.batch import (
     FillingFromStore,
     SlotBatch,

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lookup_experts.model.experts import mix
+from lookup_experts.model.rows import mix
 from lookup_experts.table.format import BLOCK, RecordLayout
 from lookup_experts.table.store import PendingRead, Store, aligned_buffer, submit_read
 

@@ -1,0 +1,123 @@
+"""The contract between a model's blocks and what brings their experts' outputs.
+
+A block adds `rows.mix(layer, weights)` to its FFN's output and never knows where rows come from: an
+`ExpertSource` gives those of a batch when its token ids enter the model. Training form computes
+them (`experts.py`), table form reads them (`table/reader.py`, which knows of this package only what
+is in this file).
+
+Shapes: B batch, T tokens, U unique token ids, N experts, d hidden size.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TokenRows(Protocol):
+    """The expert outputs of one batch, layer by layer."""
+
+    @property
+    def index(self) -> Tensor:
+        """[B, T] int64: position -> place of its token id among the unique ids."""
+        ...
+
+    @property
+    def num_positions(self) -> int:
+        """B·T."""
+        ...
+
+    def layer(self, layer: int, experts: nn.Module | None = None) -> Tensor:
+        """[U, N, d]: what the experts of the given layer (0 to L - 1) say of each unique id.
+
+        Args:
+            experts: the block's own, for rows that are computed rather than read. They are
+                handed in by the block, so that whoever wraps, copies or moves them is heeded.
+        """
+        ...
+
+    def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
+        """[B·T, d]: `mix(layer(layer, experts), index.view(-1), weights)`, weights [B·T, N]."""
+        ...
+
+
+class FusedRows(TokenRows, Protocol):
+    """Rows that can also do all of a block's part in one go. Optional, for decoding, where a step
+    has many small operations."""
+
+    def route_mix_add(
+        self, layer: int, hidden_states: Tensor, router: Tensor, output: Tensor
+    ) -> Tensor | None:
+        """The FFN's output with what the layer's experts add; no gradients.
+
+        Args:
+            hidden_states: [..., d], what the FFN was given; B·T positions.
+            router: [N, d], the router's weight.
+            output: [..., d], what the FFN gave; it isn't written to.
+
+        Returns:
+            Like `output`; None where several operations do it better, or with a clearer error.
+        """
+        ...
+
+
+class ExpertSource(Protocol):
+    """Where expert outputs come from."""
+
+    def rows(
+        self, token_ids: Tensor, ready: bool = False, base_model: nn.Module | None = None
+    ) -> TokenRows:
+        """Take a batch's token ids [B, T] int64; called once per forward, before any layer.
+
+        Args:
+            ready: True where blocks can't wait for rows later on: in a compiled graph.
+            base_model: the model that they enter, for a source that computes rows from its
+                embedding.
+        """
+        ...
+
+
+def mix(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Each position's weighted sum of its token's expert outputs.
+
+    Gathers and adds in one pass, so no [B, T, N, d] tensor is ever made, forward or backward.
+
+    Args:
+        rows: [U, N, d] floating point. Any strides of whole rows will do without a copy: a
+            slice of flat table records, or the view that `LayerExperts` gives.
+        index: [...] int64, position -> place in `rows`.
+        weights: [..., N] floating point; rounded to the rows' dtype.
+
+    Returns:
+        [..., d] in the rows' dtype.
+    """
+    num_experts, hidden_size = rows.shape[1:]
+    flat, id_step, expert_step = _flat_rows(rows)
+    experts = torch.arange(num_experts, device=index.device) * expert_step
+    bags = index.reshape(-1, 1) * id_step + experts
+    mixed = F.embedding_bag(
+        bags,
+        flat,
+        mode="sum",
+        per_sample_weights=weights.reshape(-1, num_experts).to(rows.dtype),
+    )
+    return mixed.view(*index.shape, hidden_size)
+
+
+def mix_reference(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """`mix` by the book: gather [..., N, d], then an einsum."""
+    return torch.einsum("...nd,...n->...d", rows[index], weights.to(rows.dtype))
+
+
+def _flat_rows(rows: Tensor) -> tuple[Tensor, int, int]:
+    """A [M, d] view over [U, N, d], and how many of its rows lie between ids and experts."""
+    num_ids, num_experts, hidden_size = rows.shape
+    if rows.transpose(0, 1).is_contiguous():
+        return rows.transpose(0, 1).reshape(-1, hidden_size), 1, num_ids
+    id_stride, expert_stride, unit = rows.stride()
+    if unit == 1 and id_stride % hidden_size == 0 and expert_stride == hidden_size:
+        id_step = id_stride // hidden_size
+        num_rows = (num_ids - 1) * id_step + num_experts if num_ids else 0
+        return rows.as_strided((num_rows, hidden_size), (hidden_size, 1)), id_step, 1
+    return rows.reshape(-1, hidden_size), num_experts, 1
