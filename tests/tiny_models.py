@@ -7,9 +7,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lookup_experts as le
-from lookup_experts.model.baselines import GatelessLlamaForCausalLM
-from lookup_experts.model.configuration import GatelessLlamaConfig, MoeGatelessLlamaConfig
-from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
+from lookup_experts.model.gateless_llama import GatelessLlamaConfig, GatelessLlamaForCausalLM
+from lookup_experts.model.moe import MoeGatelessLlamaConfig, MoeGatelessLlamaForCausalLM
 
 VOCAB = 97
 HIDDEN = 32

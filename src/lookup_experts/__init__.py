@@ -13,21 +13,21 @@ Importing this package imports neither torch nor transformers; once transformers
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lookup_experts._transformers_hook import register_when_transformers_is_imported
 from lookup_experts.errors import UserError
+from lookup_experts.folders.registration import register_when_transformers_is_imported
 
 if TYPE_CHECKING:
+    from lookup_experts.folders.attach import attach
+    from lookup_experts.folders.load import load
     from lookup_experts.generation.folding import reparameterize
-    from lookup_experts.generation.loading import load
-    from lookup_experts.model.attach import attach
     from lookup_experts.model.shared_outputs import shared_expert_outputs
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "attach", "load", "reparameterize", "shared_expert_outputs"]
 
 _WHERE = {
-    "attach": "lookup_experts.model.attach",
-    "load": "lookup_experts.generation.loading",
+    "attach": "lookup_experts.folders.attach",
+    "load": "lookup_experts.folders.load",
     "reparameterize": "lookup_experts.generation.folding",
     "shared_expert_outputs": "lookup_experts.model.shared_outputs",
 }

@@ -77,7 +77,7 @@ def test_silent_experts_are_stored_without_error(tmp_path):
     """An attached model's experts say nothing at first, and zero can't be divided by."""
     model = attached_model("llama")
     with torch.no_grad():
-        for module in model.lookup_attachment.modules:
+        for module in model.lookup_blocks:
             module.routed.down_proj.zero_()
     table = le.reparameterize(model, tmp_path / "out", encoding="nf4")
     found = quality_against_experts(table, model)
@@ -92,7 +92,7 @@ def test_row_errors_are_those_of_the_whole_table(encoding, model, tables):
     with torch.no_grad():
         embeddings = model.get_input_embeddings().weight
         differences, norms = [], []
-        for module in model.lookup_attachment.modules:
+        for module in model.lookup_blocks:
             rows = module.routed.forward_reference(embeddings)
             codes = layout.encoding.encode(rows)
             decoded = layout.encoding.decode(

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import lookup_experts as le
 from lookup_experts.errors import UserError
 from lookup_experts.model.fingerprint import fingerprint
+from lookup_experts.model.wiring import routed_experts
 from lookup_experts.table import build
 from lookup_experts.table.format import open_table
 from lookup_experts.table.store import STORES
@@ -132,7 +133,7 @@ def test_the_training_model_is_left_as_it_was(tmp_path):
 
 
 def test_an_inference_folder_holds_no_experts(table_folder):
-    from lookup_experts.model.checkpoint import tensor_names
+    from lookup_experts.folders.model_folder import tensor_names
 
     names = tensor_names(table_folder)
     assert not any(".routed." in name for name in names)
@@ -172,7 +173,7 @@ def test_an_inference_folder_can_be_moved_saved_and_loaded_by_transformers(
     )
     assert open_table(tmp_path / "moved" / "table").manifest.fingerprint == fingerprint(
         training_form.get_input_embeddings(),
-        [module.routed for module in training_form.lookup_attachment.modules],
+        routed_experts(training_form),
     )
 
 

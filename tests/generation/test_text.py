@@ -8,8 +8,8 @@ from tiny_models import VOCAB, greedy_reference, token_ids
 
 import lookup_experts as le
 from lookup_experts.errors import UserError
+from lookup_experts.folders.tokenizer import load_tokenizer
 from lookup_experts.generation.conversation import Conversation
-from lookup_experts.generation.loading import load_tokenizer
 from lookup_experts.generation.text import (
     Generation,
     Sampling,

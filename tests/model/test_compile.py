@@ -5,7 +5,7 @@ import torch
 from tiny_models import enable_checkpointing, logits_of, randomize_experts, tiny_model, token_ids
 
 import lookup_experts as le
-from lookup_experts.generation.loading import load
+from lookup_experts.folders.load import load
 
 
 def shallow_model():

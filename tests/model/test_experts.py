@@ -12,16 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lookup_experts as le
 from lookup_experts.errors import UserError
-from lookup_experts.model.attach import expert_layers
-from lookup_experts.model.experts import (
-    EXPERT_KINDS,
-    FFNExperts,
-    LayerExperts,
-    LookupExperts,
-    TokenContext,
-)
+from lookup_experts.model.computed_rows import FFNExperts
+from lookup_experts.model.experts import EXPERT_KINDS, LayerExperts, normalize
 from lookup_experts.model.per_position import PerPositionExperts
 from lookup_experts.model.rows import mix, mix_reference
+from lookup_experts.model.wiring import LookupExperts, routed_experts
 
 U, N, D = 7, 3, 8
 
@@ -159,6 +154,11 @@ def drawn_experts(kind: str, num_experts: int = 3) -> LayerExperts:
     return experts
 
 
+def evaluated(experts: LayerExperts, embeddings: Tensor) -> Tensor:
+    """[U, e] -> [U, N, d], as a model in training form does it."""
+    return experts(normalize(embeddings, experts.norm_eps)).transpose(0, 1)
+
+
 @pytest.mark.parametrize("num_ids", [0, 1, 6])
 @pytest.mark.parametrize("num_experts", [1, 3])
 @pytest.mark.parametrize("kind", EXPERT_KINDS)
@@ -167,8 +167,8 @@ def test_batched_experts_agree_with_one_after_the_other(kind, num_experts, num_i
     embeddings = torch.randn(num_ids, 10, requires_grad=True)
     upstream = torch.randn(num_ids, num_experts, 8)
     results = []
-    for function in (experts.forward, experts.forward_reference):
-        rows = function(embeddings)
+    for function in (evaluated, LayerExperts.forward_reference):
+        rows = function(experts, embeddings)
         gradients = torch.autograd.grad(rows, [embeddings, *experts.parameters()], upstream)
         results.append((rows, *gradients))
     for fast, slow in zip(*results, strict=True):
@@ -181,7 +181,7 @@ def test_an_expert_is_the_formula_of_the_paper():
     normed = embedding / (embedding.square().mean() + 1e-6).sqrt() * experts.norm.weight
     hidden = experts.up_proj[1] @ normed[0]
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-    torch.testing.assert_close(experts(embedding)[0, 1], experts.down_proj[1] @ hidden)
+    torch.testing.assert_close(evaluated(experts, embedding)[0, 1], experts.down_proj[1] @ hidden)
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest():
@@ -190,7 +190,7 @@ def test_an_unknown_kind_is_refused_with_the_nearest():
 
 
 def per_position(model) -> PerPositionExperts:
-    return PerPositionExperts(model.get_input_embeddings(), expert_layers(model.lookup_attachment))
+    return PerPositionExperts()
 
 
 BATCHES = {
@@ -259,32 +259,36 @@ def test_ids_outside_the_vocabulary_are_refused():
 
 
 def test_a_block_outside_of_a_forward_pass_says_what_is_missing():
-    block = LookupExperts(0, 8, 2, TokenContext(), None)
+    block = LookupExperts(0, 8, 2, None)
     with pytest.raises(RuntimeError, match="outside a forward pass of its base model"):
         block(torch.zeros(1, 2, 8))
 
 
 def test_hidden_states_of_another_batch_are_refused():
     model = attached_model("llama")
-    with torch.no_grad():
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_hook(
+        lambda *_: model.model.layers[0].mlp(torch.zeros(1, 3, 32)) and None
+    )
+    with torch.no_grad(), pytest.raises(RuntimeError, match="don't belong to the token ids"):
         model(input_ids=token_ids(2, 5))
-        with pytest.raises(RuntimeError, match="don't belong to the token ids"):
-            model.model.layers[0].mlp(torch.zeros(1, 3, 32))
 
 
-def test_a_context_without_a_source_says_so():
+def test_a_model_without_a_source_says_so():
+    model = attached_model("llama")
+    model.set_expert_source(None)
     with pytest.raises(RuntimeError, match="no expert source"):
-        TokenContext().enter(token_ids(1, 2))
+        model(input_ids=token_ids(1, 2))
 
 
 def test_the_scaling_of_an_embedding_is_part_of_what_experts_see():
     """gemma's embedding multiplies by sqrt(d); experts must be evaluated on what it gives."""
     model = attached_model("gemma3_text")
     embedding = model.get_input_embeddings()
-    rows = FFNExperts(embedding, expert_layers(model.lookup_attachment)).rows(token_ids(1, 4))
+    rows = FFNExperts(2, 1e-6).rows(token_ids(1, 4), base_model=model.base_model)
     unique = token_ids(1, 4).unique()
-    experts = expert_layers(model.lookup_attachment)[0]
-    torch.testing.assert_close(rows.layer(0), experts.forward_reference(embedding(unique)))
+    experts = routed_experts(model)[0]
+    torch.testing.assert_close(rows.layer(0, experts), experts.forward_reference(embedding(unique)))
     assert not torch.allclose(embedding(unique), embedding.weight[unique])
 
 
@@ -300,7 +304,7 @@ def test_zero_experts_are_silent_in_the_paper_backbone():
 def test_an_observer_sees_the_router_weights_of_every_layer():
     model = attached_model(num_experts=3)
     seen: dict[int, torch.Tensor] = {}
-    model.lookup_attachment.context.observe = lambda layer, weights: seen.update({layer: weights})
+    model.lookup_entrance.observe = lambda layer, weights: seen.update({layer: weights})
     with torch.no_grad():
         model(token_ids(1, 4))
     assert sorted(seen) == list(range(model.config.num_hidden_layers))

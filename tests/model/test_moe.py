@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import lookup_experts as le
 from lookup_experts.errors import UserError
 from lookup_experts.model import moe
-from lookup_experts.model.baselines import GatelessLlamaForCausalLM
+from lookup_experts.model.gateless_llama import GatelessLlamaForCausalLM
 from lookup_experts.model.moe import (
     MoeGatelessLlamaForCausalLM,
     count_active,

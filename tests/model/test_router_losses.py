@@ -134,8 +134,7 @@ def test_they_can_be_added_to_lookup_experts():
     model = attached_model("llama").train()
     ids = token_ids(2, 9)
     before = float(model(input_ids=ids, labels=ids).loss.detach())
-    routers = [module.router for module in model.lookup_attachment.modules]
-    add_router_losses(model, routers, 1, 0.3, 0.2)
+    add_router_losses(model, 1, 0.3, 0.2)
     loss = model(input_ids=ids, labels=ids).loss
     balance, z, _ = model.router_losses.take_sums("cpu").tolist()
     assert balance >= 1 - 1e-4

@@ -44,10 +44,10 @@ def test_gradients_are_those_of_plain_accumulation(family, num_batches):
 
 def test_experts_are_evaluated_once_per_layer(monkeypatch):
     calls = []
-    outputs = experts_module.LayerExperts.outputs
+    outputs = experts_module.LayerExperts.forward
     monkeypatch.setattr(
         experts_module.LayerExperts,
-        "outputs",
+        "forward",
         lambda self, normalized: calls.append(len(normalized)) or outputs(self, normalized),
     )
     model = attached_model()

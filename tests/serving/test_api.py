@@ -403,7 +403,7 @@ def test_key_files_that_are_none(tmp_path):
 
 
 def test_a_failed_record_is_a_503_and_the_server_goes_on(client, monkeypatch):
-    context = client.service._model.lookup_attachment.context
+    context = client.service._model.lookup_entrance
 
     class Broken:
         def rows(self, ids, ready=False):

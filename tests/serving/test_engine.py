@@ -166,7 +166,7 @@ def test_end_tokens_end_a_text(model):
 
 
 def test_the_model_is_told_of_only_when_somebody_asks(model):
-    context = model.lookup_attachment.context
+    context = model.lookup_entrance
     prompt = prompts_of(5)[0]
     with Bench(model) as bench:
         plain, asked = bench.run(
@@ -190,10 +190,10 @@ def test_router_weights_are_those_of_the_forward_that_gave_the_token(model):
         asked = bench.run(GenerationRequest(prompt, 4, lookup_details=True))[0]
         others[0].wait()
     seen = []
-    model.lookup_attachment.context.observe = lambda layer, weights: seen.append(weights)
+    model.lookup_entrance.observe = lambda layer, weights: seen.append(weights)
     with torch.no_grad():
         model(torch.tensor([prompt + asked.ids[:-1]]))
-    model.lookup_attachment.context.observe = None
+    model.lookup_entrance.observe = None
     expected = torch.stack(seen)[:, len(prompt) - 1 :]  # [L, tokens, N]
     told = torch.tensor([token.lookup.weights for token in asked.tokens]).transpose(0, 1)
     assert torch.allclose(told, expected, atol=2e-4)
@@ -350,7 +350,7 @@ def test_only_the_sequences_whose_records_fail_end(model, monkeypatch, place):
     else:  # a token that only one of them generates, and feeds
         others = {*prompts[0], *prompts[1], *prompts[2], *expected[0], *expected[2]}
         bad = next(one for one in expected[1][:-1] if one not in others)
-    context = model.lookup_attachment.context
+    context = model.lookup_entrance
     monkeypatch.setattr(context, "source", Unreadable(context.source, bad))
     with Bench(model) as bench:
         done = bench.run(*(GenerationRequest(prompt, 20) for prompt in prompts))

@@ -524,7 +524,7 @@ def test_a_block_takes_one_operation_if_nobody_looks(
         found = on_device(input_ids=ids).logits
         assert len(calls) == (3 if fuses else 0)  # one in each layer
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        context = on_device.lookup_attachment.context
+        context = on_device.lookup_entrance
         context.observe = lambda layer, weights: seen.append(weights)
         torch.testing.assert_close(on_device(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert len(seen) == 3 and len(calls) == (3 if fuses else 0)
@@ -549,7 +549,7 @@ def test_a_router_of_another_kind_is_asked_as_it_is(where, kind, request, table_
     else:
         model = le.load(table_folder, store="memory", dtype="bfloat16")
     ids, seen = token_ids(1, 1), []
-    router = model.lookup_attachment.modules[1].router
+    router = model.lookup_blocks[1].router
     with torch.no_grad():
         plain = model(input_ids=ids).logits
         weight = router.weight
@@ -600,7 +600,7 @@ def test_what_does_not_fit_together_takes_the_ways_that_say_so(on_device):
     ids = token_ids(1, 3)
     with torch.no_grad():
         on_device(input_ids=ids)
-        module = on_device.lookup_attachment.modules[0]
+        module = on_device.lookup_blocks[0]
         rows, router = module.context.rows, module.router.weight
         states = torch.randn(1, 3, router.shape[1])
         assert rows.route_mix_add(0, states, router, states).shape == states.shape

@@ -28,14 +28,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of ids of every evaluation of a layer's experts in training."""
     found: list[int] = []
-    outputs = LayerExperts.outputs
+    outputs = LayerExperts.forward
 
     def noted(self: LayerExperts, normalized: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             found.append(len(normalized))
         return outputs(self, normalized)
 
-    monkeypatch.setattr(LayerExperts, "outputs", noted)
+    monkeypatch.setattr(LayerExperts, "forward", noted)
     return found
 
 

@@ -126,7 +126,7 @@ def test_a_quantised_backbone_under_trained_experts(tmp_path, kind):
         # Where AVX512-BF16 is, 4-bit layers take another kernel in evaluation mode.
         plain = AutoModelForCausalLM.from_pretrained(folder, **load).train(kind == "nf4")
         before = logits_of(plain, IDS)
-    for module in model.lookup_attachment.modules:
+    for module in model.lookup_blocks:
         module.float()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(logits_of(model, IDS), before)

@@ -11,8 +11,8 @@ from torch import nn
 
 from lookup_experts.benchmarks.models import Case
 from lookup_experts.benchmarks.timing import median
-from lookup_experts.model.baselines import paper_config
 from lookup_experts.model.experts import LayerExperts
+from lookup_experts.model.gateless_llama import paper_config
 from lookup_experts.table.build import build_table, evaluate_experts, plan_table
 from lookup_experts.table.format import Progress
 

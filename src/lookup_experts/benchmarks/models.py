@@ -10,10 +10,10 @@ import torch
 
 from lookup_experts import __version__
 from lookup_experts.errors import DiskFullError
-from lookup_experts.model.attach import LookupSettings, install
-from lookup_experts.model.baselines import GatelessLlamaForCausalLM, paper_config
-from lookup_experts.model.huggingface import become_attached
-from lookup_experts.model.joint_router import join_routers
+from lookup_experts.folders.attached_model import become_attached
+from lookup_experts.model.gateless_llama import GatelessLlamaForCausalLM, paper_config
+from lookup_experts.model.settings import LookupSettings
+from lookup_experts.model.wiring import install
 from lookup_experts.table.encoding import get_encoding
 from lookup_experts.table.format import (
     MANIFEST_NAME,
@@ -98,10 +98,9 @@ def table_model(
     )
     install(model, settings)
     become_attached(model, settings)
-    for module in model.lookup_attachment.modules:
-        torch.nn.init.normal_(module.router.weight, 0.0, SPREAD)
+    for block in model.lookup_blocks:
+        torch.nn.init.normal_(block.router.weight, 0.0, SPREAD)
     opened = open_store(table, store, notify=notify)
-    join_routers(model)
     model.set_expert_source(TableExperts(table, opened, case.dtype, device, cache_bytes))
     return model
 

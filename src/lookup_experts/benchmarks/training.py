@@ -17,8 +17,7 @@ from torch import Tensor
 
 from lookup_experts.benchmarks.speed import TextWindows
 from lookup_experts.benchmarks.timing import interleave, median, pair_ratios, spread
-from lookup_experts.model.attach import expert_layers
-from lookup_experts.model.baselines import PAPER_VOCAB_SIZE, paper_config
+from lookup_experts.model.gateless_llama import PAPER_VOCAB_SIZE, paper_config
 from lookup_experts.model.per_position import PerPositionExperts
 from lookup_experts.model.shared_outputs import shared_expert_outputs
 from lookup_experts.training.costs import costs
@@ -136,7 +135,7 @@ class Systems:
         self.keys = list(keys)
         self._models = {count: case.build(count) for _, count in keys}
         self._sources = {
-            count: (model.expert_source, per_position_experts(model))
+            count: (model.expert_source, PerPositionExperts())
             for count, model in self._models.items()
             if count is not None
         }
@@ -160,11 +159,6 @@ class Systems:
     def _accumulate(self, model: Any, batches: Sequence[Tensor]) -> None:
         for batch in batches:
             forward_and_backward(model, batch, self.case.head)
-
-
-def per_position_experts(model: Any) -> PerPositionExperts:
-    """The reference source of an attached model."""
-    return PerPositionExperts(model.get_input_embeddings(), expert_layers(model.lookup_attachment))
 
 
 def forward_and_backward(model: Any, batch: Tensor, head: bool) -> None:

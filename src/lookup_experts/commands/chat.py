@@ -27,7 +27,8 @@ def chat(
 
     Example: `mole chat out/ --store direct`
     """
-    from lookup_experts.generation.loading import load, load_tokenizer
+    from lookup_experts.folders.load import load
+    from lookup_experts.folders.tokenizer import load_tokenizer
     from lookup_experts.generation.text import Sampling
 
     console.quiet_transformers()

@@ -39,7 +39,8 @@ def generate(
     if (prompt is None) == (prompt_ids is None):
         raise UserError("Give either --prompt TEXT or --prompt-ids 'ID ID ...'.")
 
-    from lookup_experts.generation.loading import load, load_tokenizer
+    from lookup_experts.folders.load import load
+    from lookup_experts.folders.tokenizer import load_tokenizer
     from lookup_experts.generation.text import (
         Sampling,
         format_statistics,

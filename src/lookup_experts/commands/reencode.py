@@ -29,7 +29,9 @@ def reencode(
     """
     from lookup_experts.evaluation.quality import quality_against_table
     from lookup_experts.evaluation.text import read_token_ids
-    from lookup_experts.generation.loading import load, load_tokenizer, local_folder
+    from lookup_experts.folders.load import load
+    from lookup_experts.folders.model_folder import local_folder
+    from lookup_experts.folders.tokenizer import load_tokenizer
     from lookup_experts.generation.reencoding import open_source
     from lookup_experts.generation.reencoding import reencode as write_again
 

@@ -42,8 +42,9 @@ def reparameterize(
     from lookup_experts.evaluation.counting import count_tokens
     from lookup_experts.evaluation.quality import quality_against_experts
     from lookup_experts.evaluation.text import read_token_ids
+    from lookup_experts.folders.load import load
+    from lookup_experts.folders.tokenizer import load_tokenizer
     from lookup_experts.generation.folding import reparameterize as fold
-    from lookup_experts.generation.loading import load, load_tokenizer
 
     console.quiet_transformers()
     keep_freed_memory()  # every expert's activations are as large as the last one's

@@ -53,7 +53,8 @@ def serve(
         raise UserError(f"--timeout is {timeout}; it must be above 0 seconds.")
 
     from lookup_experts.allocation import keep_freed_memory
-    from lookup_experts.generation.loading import load, load_tokenizer
+    from lookup_experts.folders.load import load
+    from lookup_experts.folders.tokenizer import load_tokenizer
 
     try:
         from lookup_experts.serving.prompts import check_chat_template, read_chat_template

@@ -23,7 +23,7 @@ from lookup_experts.evaluation.perplexity import (
     window_size,
     windows,
 )
-from lookup_experts.model.attach import expert_layers
+from lookup_experts.model.wiring import routed_experts
 from lookup_experts.table.build import RowsOf, decode_records, evaluate_experts
 from lookup_experts.table.encoding import ENCODINGS
 from lookup_experts.table.format import RecordLayout, Table
@@ -95,7 +95,7 @@ def quality_against_experts(
 
     See `measure_quality` for the rest.
     """
-    experts = expert_layers(model.lookup_attachment)
+    experts = routed_experts(model)
     reference = evaluate_experts(model.get_input_embeddings(), experts)
     return measure_quality(table, reference, model, token_ids, progress)
 

@@ -21,9 +21,10 @@ from lookup_experts.evaluation.recall import Recall, measure_recall, word_ids
 from lookup_experts.evaluation.summary import ModelSummary
 from lookup_experts.evaluation.tasks import EvaluationTask, local_file
 from lookup_experts.evaluation.text import find_text, read_token_ids
+from lookup_experts.folders.load import load
+from lookup_experts.folders.model_folder import local_folder, read_config
+from lookup_experts.folders.tokenizer import load_tokenizer
 from lookup_experts.generation.inspection import inspect_folder
-from lookup_experts.generation.loading import load, load_tokenizer, local_folder
-from lookup_experts.model.checkpoint import read_config
 from lookup_experts.table.reader import TableExperts
 
 

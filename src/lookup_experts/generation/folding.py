@@ -16,11 +16,13 @@ import numpy as np
 from torch import nn
 
 from lookup_experts.errors import UserError
-from lookup_experts.generation.loading import TOKENIZER_FILES, load, local_folder
-from lookup_experts.model.attach import expert_layers
-from lookup_experts.model.backbone import save_experts
-from lookup_experts.model.huggingface import LookupExpertsMixin
+from lookup_experts.folders.attached_model import LookupExpertsMixin
+from lookup_experts.folders.experts_alone import save_experts
+from lookup_experts.folders.load import load
+from lookup_experts.folders.model_folder import local_folder
+from lookup_experts.folders.tokenizer import TOKENIZER_FILES
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
+from lookup_experts.model.wiring import routed_experts
 from lookup_experts.table.build import (
     build_table,
     evaluate_experts,
@@ -91,7 +93,7 @@ def reparameterize(
     partial.mkdir(parents=True, exist_ok=True)
     _save_tokenizer(tokenizer, folder, partial)
     embedding = model.get_input_embeddings()
-    layers = expert_layers(model.lookup_attachment)
+    layers = routed_experts(model)
     plan = plan_table(
         embedding,
         layers,

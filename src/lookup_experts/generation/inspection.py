@@ -8,20 +8,16 @@ from typing import Any
 from safetensors import safe_open
 
 from lookup_experts.errors import TableError, UserError
+from lookup_experts.folders.attached_model import LookupExpertsConfig
+from lookup_experts.folders.experts_alone import backbone_folder
+from lookup_experts.folders.load import load
+from lookup_experts.folders.model_folder import local_folder, read_config, weight_files
+from lookup_experts.folders.official import moe_settings, official_kind, official_settings
 from lookup_experts.generation.folding import tokenizer_hash
-from lookup_experts.generation.loading import load, local_folder
-from lookup_experts.model.attach import LookupSettings
-from lookup_experts.model.backbone import backbone_folder
-from lookup_experts.model.checkpoint import (
-    moe_settings,
-    official_kind,
-    official_settings,
-    read_config,
-    weight_files,
-)
-from lookup_experts.model.configuration import LookupExpertsConfig, MoeGatelessLlamaConfig
 from lookup_experts.model.fingerprint import embedding_hash
+from lookup_experts.model.moe import MoeGatelessLlamaConfig
 from lookup_experts.model.offloaded import offloaded_mixture, offloaded_table
+from lookup_experts.model.settings import LookupSettings
 from lookup_experts.table.counts import read_counts
 from lookup_experts.table.format import (
     MANIFEST_NAME,

@@ -9,10 +9,9 @@ import shutil
 from pathlib import Path
 
 from lookup_experts.errors import TableError, UserError
+from lookup_experts.folders.attached_model import LookupExpertsConfig
+from lookup_experts.folders.model_folder import local_folder, read_config
 from lookup_experts.generation.inspection import attached_settings
-from lookup_experts.generation.loading import local_folder
-from lookup_experts.model.checkpoint import read_config
-from lookup_experts.model.configuration import LookupExpertsConfig
 from lookup_experts.table.build import (
     build_table,
     decode_records,

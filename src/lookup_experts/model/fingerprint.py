@@ -29,6 +29,6 @@ def fingerprint(embedding: nn.Module, layers: Iterable[LayerExperts]) -> str:
     """The hash over the embedding and the weights of every routed expert."""
     digest = hashlib.sha256(embedding_hash(embedding).encode())
     for number, experts in enumerate(layers):
-        digest.update(f"{number} {experts.kind} {experts.norm.eps}\n".encode())
+        digest.update(f"{number} {experts.kind} {experts.norm_eps}\n".encode())
         digest.update(hash_tensors(experts.named_parameters()).encode())
     return digest.hexdigest()

@@ -17,12 +17,40 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.initialization import guard_torch_init_functions
 
-from lookup_experts.model.baselines import GatelessMLP
-from lookup_experts.model.configuration import MoeGatelessLlamaConfig
-from lookup_experts.model.router_losses import add_router_losses
+from lookup_experts.errors import UserError
+from lookup_experts.model.gateless_llama import GatelessLlamaConfig, GatelessMLP
+from lookup_experts.model.router_losses import add_router_losses, record_logits
 
 _ALIGNMENT = 16
 """Bytes that the rows of a grouped matrix product must be a multiple of."""
+
+
+class MoeGatelessLlamaConfig(GatelessLlamaConfig):
+    """That of the backbone with a mixture of experts; `intermediate_size` is of one expert.
+
+    `shared_size` is the hidden size of an expert that every token uses; None: there is none.
+    """
+
+    model_type = "moe_gateless_llama"
+
+    num_experts: int = 10
+    num_experts_per_tok: int = 2
+    shared_size: int | None = None
+    load_balance_loss: float = 0.01
+    z_loss: float = 0.001
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        check_experts_per_token(self.num_experts_per_tok, self.num_experts)
+
+
+def check_experts_per_token(selected: int, num_experts: int) -> None:
+    """Raise a `UserError` unless so many of the experts can be selected."""
+    if not 1 <= selected <= num_experts:
+        raise UserError(
+            f"num_experts_per_tok is {selected}; expected 1 to {num_experts}, the number of "
+            "experts."
+        )
 
 
 def select_experts(logits: Tensor, num_selected: int) -> tuple[Tensor, Tensor]:
@@ -184,7 +212,9 @@ class MoeFFN(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., d] -> [..., d]"""
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-        selected, weights = select_experts(self.router(hidden), self.num_selected)
+        logits = self.router(hidden)
+        record_logits(logits)
+        selected, weights = select_experts(logits, self.num_selected)
         mixed = self.experts(hidden, selected, weights).view(hidden_states.shape)
         return mixed if self.shared is None else mixed + self.shared(hidden_states)
 
@@ -202,10 +232,7 @@ class MoeGatelessLlamaForCausalLM(LlamaForCausalLM):
         for block in self.model.layers:
             block.mlp = MoeFFN(config)
         self.init_weights()
-        routers = [ffn.router for ffn in self.moe_layers]
-        add_router_losses(
-            self, routers, config.num_experts_per_tok, config.load_balance_loss, config.z_loss
-        )
+        add_router_losses(self, config.num_experts_per_tok, config.load_balance_loss, config.z_loss)
 
     @property
     def moe_layers(self) -> list[MoeFFN]:

@@ -4,41 +4,41 @@ The reference of `FFNExperts`, in the plainest operations: what training cost be
 must give. Tests and `mole bench train` use it; `model.set_expert_source` takes it.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from lookup_experts.model.experts import LayerExperts
 
 
 class PerPositionRows:
     """The rows of every position of a batch, as if each had an id of its own."""
 
-    def __init__(self, index: Tensor, embeddings: Tensor, layers: Sequence[LayerExperts]) -> None:
+    def __init__(self, index: Tensor, embeddings: Tensor) -> None:
         self.index = index
         self._embeddings = embeddings
-        self._layers = layers
 
     @property
     def num_positions(self) -> int:
+        """See `TokenRows.num_positions`."""
         return self.index.numel()
 
-    def layer(self, layer: int) -> Tensor:
-        return self._layers[layer].forward_reference(self._embeddings)
+    def layer(self, layer: int, experts: Any = None) -> Tensor:
+        """See `TokenRows.layer`."""
+        return experts.forward_reference(self._embeddings)
 
-    def mix(self, layer: int, weights: Tensor) -> Tensor:
-        rows = self.layer(layer)
+    def mix(self, layer: int, weights: Tensor, experts: Any = None) -> Tensor:
+        """See `TokenRows.mix`."""
+        rows = self.layer(layer, experts)
         return torch.einsum("tnd,tn->td", rows, weights.to(rows.dtype))
 
 
 class PerPositionExperts:
-    """Training form, per position. The arguments are those of `FFNExperts`."""
+    """The `ExpertSource` of a model in training form, per position."""
 
-    def __init__(self, embedding: nn.Module, layers: Sequence[LayerExperts]) -> None:
-        self._embedding = embedding
-        self._layers = layers
-
-    def rows(self, token_ids: Tensor, ready: bool = False) -> PerPositionRows:
+    def rows(
+        self, token_ids: Tensor, ready: bool = False, base_model: Any = None
+    ) -> PerPositionRows:
+        """See `ExpertSource.rows`."""
+        embedding: nn.Module = base_model.get_input_embeddings()
         index = torch.arange(token_ids.numel(), device=token_ids.device).view(token_ids.shape)
-        return PerPositionRows(index, self._embedding(token_ids.reshape(-1)), self._layers)
+        return PerPositionRows(index, embedding(token_ids.reshape(-1)))

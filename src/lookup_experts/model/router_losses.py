@@ -5,18 +5,20 @@ extension to several experts per token; the z-loss is that of ST-MoE (arXiv 2202
 5). Both are computed for each layer and averaged over the layers: pooling the layers first, as
 transformers does for Mixtral, would let one layer's imbalance cancel that of another.
 
-Everything happens in hooks, so that the model's forward keeps its signature and any backbone can
-have them. In evaluation mode nothing is recorded and nothing added: a validation loss is the
-language-model loss alone.
+The model's forward keeps its signature, so any backbone can have them: its hooks begin a record, to
+which whoever computes a router's logits adds them, and add the losses to its own. The record is
+kept per thread, outside of all modules, so that routers may be copied, wrapped and replaced. In
+evaluation mode nothing is recorded and nothing added: a validation loss is the language-model loss
+alone.
 
 Shapes: S positions, N experts, k experts per token.
 """
 
-from collections.abc import Sequence
+import threading
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lookup_experts.errors import UserError
 
@@ -55,6 +57,19 @@ def _mean_over_positions(values: Tensor, mask: Tensor | None) -> Tensor:
     return torch.tensordot(weights, values, dims=1) / weights.sum()
 
 
+_of_thread = threading.local()
+
+
+def record_logits(logits: Tensor) -> None:
+    """Take one router's logits [..., N], if the forward pass under way wants them.
+
+    Recomputation in the backward pass is not recorded.
+    """
+    record: list[Tensor] | None = getattr(_of_thread, "record", None)
+    if record is not None:
+        record.append(logits)
+
+
 class RouterLosses:
     """Adds the auxiliary losses of a model's routers to its loss, and keeps account of them.
 
@@ -68,28 +83,16 @@ class RouterLosses:
         self.num_selected = num_selected
         self.load_balance = load_balance
         self.z = z
-        self._logits: list[Tensor] | None = None  # of a training forward under way
         self._sums: Tensor | None = None  # load balance, z, weights
 
-    def begin(self, training: bool) -> None:
-        """Start a forward pass; in training its routers' logits are recorded."""
-        self._logits = [] if training else None
-
-    def record(self, logits: Tensor) -> None:
-        """Take one router's logits [..., N]. Recomputation in the backward pass is not recorded."""
-        if self._logits is not None:
-            self._logits.append(logits)
-
-    def end(self, mask: Tensor | None, weight: Tensor | float) -> Tensor | None:
-        """The weighted sum of the losses of the forward pass that ends; None outside of training.
+    def of(self, logits: list[Tensor], mask: Tensor | None, weight: Tensor | float) -> Tensor:
+        """The weighted sum of the losses of a forward pass.
 
         Args:
+            logits: [..., N] of each layer.
             mask: [S], 0 for padding; None: no padding.
             weight: this micro batch's part of the optimizer step.
         """
-        logits, self._logits = self._logits, None
-        if not logits:
-            return None
         layers = [layer.reshape(-1, layer.shape[-1]) for layer in logits]
         balance = torch.stack([load_balance_loss(x, self.num_selected, mask) for x in layers])
         squares = torch.stack([z_loss(x, mask) for x in layers])
@@ -108,72 +111,42 @@ class RouterLosses:
         return torch.zeros(3, device=device) if sums is None else sums
 
 
-def add_router_losses(
-    model: Any, routers: Sequence[nn.Module], num_selected: int, load_balance: float, z: float
-) -> None:
+def add_router_losses(model: Any, num_selected: int, load_balance: float, z: float) -> None:
     """Let a model's training loss include the auxiliary losses of its routers.
 
     Sets `model.router_losses`. A micro batch weighs as much as its language-model loss does: where
     the caller gives `num_items_in_batch`, as transformers' Trainer does, by its share of them.
 
     Args:
-        model: a Hugging Face causal LM, called with `labels` by keyword.
-        routers: modules whose output are the logits [..., N], one per layer.
+        model: a Hugging Face causal LM, called with `labels` by keyword, whose routers'
+            logits go to `record_logits`.
         num_selected: k; 1 where no experts are selected (the share of a position then goes to
             the expert of the highest weight, as in Switch Transformer).
         load_balance: the coefficient of the load-balance loss.
         z: the coefficient of the z-loss.
     """
-    losses = RouterLosses(num_selected, load_balance, z)
-    for router in routers:
-        router.register_forward_hook(RecordLogits(losses))
-    model.register_forward_pre_hook(BeginRecording(losses))
-    model.register_forward_hook(AddToLoss(losses), with_kwargs=True)
-    model.router_losses = losses
+    model.router_losses = RouterLosses(num_selected, load_balance, z)
+    model.register_forward_pre_hook(_begin_record)
+    model.register_forward_hook(_add_to_loss, with_kwargs=True)
 
 
-class RecordLogits:
-    """Forward hook of a router."""
-
-    def __init__(self, losses: RouterLosses) -> None:
-        self.losses = losses
-
-    def __call__(self, router: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.losses.record(output)
-
-
-class BeginRecording:
+def _begin_record(model: Any, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of the model."""
-
-    def __init__(self, losses: RouterLosses) -> None:
-        self.losses = losses
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        self.losses.begin(model.training and torch.is_grad_enabled())
+    _of_thread.record = [] if model.training and torch.is_grad_enabled() else None
 
 
-class AddToLoss:
+def _add_to_loss(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the model: its loss, if it gives one, gains the auxiliary losses."""
-
-    def __init__(self, losses: RouterLosses) -> None:
-        self.losses = losses
-
-    def __call__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        labels = kwargs.get("labels")
-        if labels is None:
-            self.losses.begin(training=False)
-            return output
-        extra = self.losses.end(_flat_mask(kwargs), _weight(kwargs))
-        if extra is None:
-            return output
-        if isinstance(output, tuple):
-            _require_gradient(output[0], extra)
-            return (output[0] + extra, *output[1:])
-        _require_gradient(output.loss, extra)
-        output.loss = output.loss + extra
+    logits, _of_thread.record = getattr(_of_thread, "record", None), None
+    if not logits or kwargs.get("labels") is None:
         return output
+    extra = model.router_losses.of(logits, _flat_mask(kwargs), _weight(kwargs))
+    if isinstance(output, tuple):
+        _require_gradient(output[0], extra)
+        return (output[0] + extra, *output[1:])
+    _require_gradient(output.loss, extra)
+    output.loss = output.loss + extra
+    return output
 
 
 def _flat_mask(kwargs: dict[str, Any]) -> Tensor | None:

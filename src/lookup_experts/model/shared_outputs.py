@@ -23,12 +23,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.experts import FFNExperts
-from lookup_experts.model.positions import Positions, mix_positions
+from lookup_experts.model.computed_rows import FFNExperts, Positions, mix_positions
+from lookup_experts.model.wiring import routed_experts
 
 
 @contextmanager
@@ -55,7 +55,8 @@ def shared_expert_outputs(model: Any, token_ids: Sequence[Tensor]) -> Iterator[N
             "shared_expert_outputs needs a model with lookup experts in training form; got "
             f"{type(attached).__name__} with {type(experts).__name__ if experts else 'no experts'}."
         )
-    if any(hasattr(weight, "device_mesh") for weight in experts.layers[0].parameters()):
+    first = routed_experts(attached)[0]
+    if any(hasattr(weight, "device_mesh") for weight in first.parameters()):
         raise UserError(
             "Expert outputs can't be shared between micro batches under FSDP: the weights are "
             "whole only inside their own block. Leave sharing out, or train with DDP."
@@ -69,7 +70,6 @@ def shared_expert_outputs(model: Any, token_ids: Sequence[Tensor]) -> Iterator[N
         shared.check_complete()
     finally:
         attached.set_expert_source(experts)
-        attached.lookup_attachment.context.rows = None  # they hold the outputs
 
 
 class SharedOutputs:
@@ -84,9 +84,12 @@ class SharedOutputs:
         self._ledgers: list[Ledger] = []
 
     @torch.compiler.disable
-    def rows(self, token_ids: Tensor, ready: bool = False) -> Any:
+    def rows(
+        self, token_ids: Tensor, ready: bool = False, base_model: nn.Module | None = None
+    ) -> Any:
+        """See `ExpertSource.rows`."""
         if not torch.is_grad_enabled():
-            return self._experts.rows(token_ids, ready)
+            return self._experts.rows(token_ids, ready, base_model)
         if self._batches_begun == self._num_batches:
             raise RuntimeError(
                 f"shared_expert_outputs was given the token ids of {self._num_batches} micro "
@@ -94,12 +97,11 @@ class SharedOutputs:
             )
         self._batches_begun += 1
         if not self._outputs:
-            normalized = self._experts.normalized(self._unique_ids)
-            self._outputs = [layer.outputs(normalized) for layer in self._experts.layers]
+            normalized = self._experts.normalized(self._unique_ids, base_model)
+            self._outputs = [experts(normalized) for experts in routed_experts(base_model)]
             self._ledgers = [Ledger(outputs.requires_grad) for outputs in self._outputs]
-        positions = Positions(
-            self._index(token_ids), len(self._unique_ids), self._experts.layers[0].num_experts
-        )
+        index = self._index(token_ids)
+        positions = Positions(index, len(self._unique_ids), self._experts.num_experts)
         return SharedRows(positions, self._hand_out())
 
     def _index(self, token_ids: Tensor) -> Tensor:
@@ -159,10 +161,12 @@ class SharedRows:
     def num_positions(self) -> int:
         return self.index.numel()
 
-    def layer(self, layer: int) -> Tensor:
+    def layer(self, layer: int, experts: nn.Module | None = None) -> Tensor:
+        """See `TokenRows.layer`."""
         return self._outputs[layer].transpose(0, 1)
 
-    def mix(self, layer: int, weights: Tensor) -> Tensor:
+    def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
+        """See `TokenRows.mix`."""
         return mix_positions(self._outputs[layer], self._positions, weights)
 
 

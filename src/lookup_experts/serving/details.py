@@ -20,8 +20,8 @@ class LookupWatch:
     """
 
     def __init__(self, model: Any) -> None:
-        attachment = getattr(model, "lookup_attachment", None)
-        self._context = attachment.context if attachment is not None else None
+        self._model = model
+        self._entrance = getattr(model, "lookup_entrance", None)
         self._device = model.device
         source = getattr(model, "expert_source", None)
         self.table: TableExperts | None = source if isinstance(source, TableExperts) else None
@@ -39,11 +39,10 @@ class LookupWatch:
 
     def read_error(self, token_id: int) -> TableError | None:
         """Why the record of a token can't be read, or None if it can."""
-        source = self._context.source if self._context is not None else None
-        if source is None:
+        if self.table is None:
             return None
         try:
-            source.rows(torch.tensor([[token_id]], device=self._device)).layer(0)
+            self.table.rows(torch.tensor([[token_id]], device=self._device)).layer(0)
         except TableError as error:
             return error
         return None
@@ -52,14 +51,14 @@ class LookupWatch:
     def weights(self, asked: bool) -> Iterator[list[Tensor]]:
         """Within it, the router weights [B·T, N] of each layer are appended to what it gives."""
         seen: list[Tensor] = []
-        if self._context is None or not asked:
+        if self._entrance is None or not asked:
             yield seen
             return
-        self._context.observe = lambda layer, weights: seen.append(weights)
+        self._entrance.observe = lambda layer, weights: seen.append(weights)
         try:
             yield seen
         finally:
-            self._context.observe = None
+            self._entrance.observe = None
 
     def describe(
         self, row: int, num_rows: int, weights: list[Tensor], cached: bool | None, seconds: float

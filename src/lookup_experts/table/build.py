@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lookup_experts import __version__
 from lookup_experts.errors import DiskFullError, TableError
-from lookup_experts.model.experts import LayerExperts
+from lookup_experts.model.experts import LayerExperts, normalize
 from lookup_experts.model.fingerprint import embedding_hash, fingerprint
 from lookup_experts.table.encoding import Encoding
 from lookup_experts.table.format import (
@@ -94,9 +94,9 @@ def evaluate_experts(embedding: nn.Module, layers: Sequence[LayerExperts]) -> Ro
 
     def rows_of(token_ids: Tensor) -> Iterator[Tensor]:
         device = next(embedding.parameters()).device
-        embeddings = embedding(token_ids.to(device))
+        normalized = normalize(embedding(token_ids.to(device)), layers[0].norm_eps)
         for experts in layers:
-            yield experts(embeddings)
+            yield experts(normalized).transpose(0, 1)
 
     return rows_of
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from lookup_experts.model.rows import mix
 from lookup_experts.table.lanes import Lane, Mark
@@ -106,13 +106,13 @@ class PromptRows:
     def wait(self) -> None:
         """Nothing can be had ready beforehand: reading goes on while the model computes."""
 
-    def layer(self, layer: int) -> Tensor:
+    def layer(self, layer: int, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.layer`; a copy, since the buffers are soon read into again."""
         start = self._offset(layer)
         stop = start + self._decoding.layout.layer_bytes
         return self._decoding.decode(self._records(layer)[:, start:stop].clone())
 
-    def mix(self, layer: int, weights: Tensor) -> Tensor:
+    def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.mix`."""
         if weights.requires_grad:
             return mix(self.layer(layer), self.index.view(-1), weights)

@@ -181,7 +181,9 @@ class TableExperts:
 
     # What is read depends on the data; torch.compile breaks its graph here once, at the entrance.
     @torch.compiler.disable
-    def rows(self, token_ids: Tensor, ready: bool = False) -> TokenRows:
+    def rows(
+        self, token_ids: Tensor, ready: bool = False, base_model: nn.Module | None = None
+    ) -> TokenRows:
         """The rows of token_ids [B, T] int64; reading has begun when this returns.
 
         Args:

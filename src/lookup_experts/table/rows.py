@@ -22,7 +22,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lookup_experts.model.rows import mix
 from lookup_experts.table.format import BLOCK, RecordLayout
@@ -211,13 +211,13 @@ class MemoryRows:
         if self._matrices is None and self._decoding.decoded_bytes(num_ids) <= DECODED_BYTES:
             self._decode_at_once()
 
-    def layer(self, layer: int) -> Tensor:
+    def layer(self, layer: int, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.layer`."""
         self.wait()
         codes = self._memory[:, self._decoding.layout.layer_slice(layer)]
         return self._decoding.decode(codes.index_select(0, torch.as_tensor(self._slots)))
 
-    def mix(self, layer: int, weights: Tensor) -> Tensor:
+    def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.mix`."""
         # Autograd may keep the rows longer than the records stay; so it gets a copy.
         if weights.requires_grad and self._borrowed:
@@ -420,7 +420,7 @@ class StreamedRows:
     def wait(self) -> None:
         """Nothing can be had ready beforehand: reading goes on while the model computes."""
 
-    def layer(self, layer: int) -> Tensor:
+    def layer(self, layer: int, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.layer`; never a view of a buffer, which is soon read into again."""
         rows = self._decoding.decode(self._codes(layer))
         return rows.clone() if self._decoding.is_view else rows
@@ -443,7 +443,7 @@ class StreamedRows:
         part = layout.layer_slice(layer)
         return records[:, part.start - start : part.stop - start]
 
-    def mix(self, layer: int, weights: Tensor) -> Tensor:
+    def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.mix`."""
         index = self.index.view(-1)
         if weights.requires_grad:

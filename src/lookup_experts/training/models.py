@@ -10,11 +10,16 @@ from typing import Any
 import torch
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.attach import attach, expert_layers
-from lookup_experts.model.baselines import GatelessLlamaForCausalLM
-from lookup_experts.model.configuration import GatelessLlamaConfig, MoeGatelessLlamaConfig
-from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM, count_active
+from lookup_experts.folders.attach import attach
+from lookup_experts.folders.attached_model import LookupExpertsMixin
+from lookup_experts.model.gateless_llama import GatelessLlamaConfig, GatelessLlamaForCausalLM
+from lookup_experts.model.moe import (
+    MoeGatelessLlamaConfig,
+    MoeGatelessLlamaForCausalLM,
+    count_active,
+)
 from lookup_experts.model.router_losses import add_router_losses
+from lookup_experts.model.wiring import routed_experts
 from lookup_experts.training.initialization import give_weights
 from lookup_experts.training.recipe import ExpertsRecipe, Recipe
 from lookup_experts.training.sharding import shard_model
@@ -123,8 +128,7 @@ def _backbone(recipe: Recipe, vocab_size: int) -> Any:
 def _add_router_losses(model: Any, experts: ExpertsRecipe) -> None:
     """Lookup experts train without auxiliary losses, unless the recipe asks for them."""
     if experts.load_balance_loss or experts.z_loss:
-        routers = [module.router for module in model.lookup_attachment.modules]
-        add_router_losses(model, routers, 1, experts.load_balance_loss, experts.z_loss)
+        add_router_losses(model, 1, experts.load_balance_loss, experts.z_loss)
 
 
 def with_vocabulary(recipe: Recipe, tokenizer_size: int) -> Recipe:
@@ -144,8 +148,7 @@ def with_vocabulary(recipe: Recipe, tokenizer_size: int) -> Recipe:
 def count_parameters(model: Any) -> ParameterCounts:
     """A model's parameters; one that is used in two places counts once."""
     total = sum(p.numel() for p in model.parameters())
-    attachment = getattr(model, "lookup_attachment", None)
-    layers = expert_layers(attachment) if attachment is not None else []
+    layers = routed_experts(model) if isinstance(model, LookupExpertsMixin) else []
     routed = sum(p.numel() for layer in layers for p in layer.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return ParameterCounts(total, trained, total - routed, count_active(model) - routed)

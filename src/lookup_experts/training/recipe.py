@@ -23,8 +23,8 @@ from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_
 import yaml  # type: ignore[import-untyped]
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.model.baselines import SHAPES
 from lookup_experts.model.experts import EXPERT_KINDS
+from lookup_experts.model.gateless_llama import SHAPES
 
 PRECISIONS = ("bf16", "fp32")
 SUFFIX = ".yaml"

@@ -11,7 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import SCHEDULER_NAME
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.backbone import is_attached
+from lookup_experts.model.freezing import is_attached
 from lookup_experts.training.accumulation import SharesExpertOutputs
 from lookup_experts.training.checkpoints import (
     UNFINISHED,

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.generation.loading import load, local_folder
-from lookup_experts.model.attach import SAVES, attach, parse_layers
-from lookup_experts.model.backbone import is_attached, refer_to, set_backbone_reference
+from lookup_experts.folders.attach import SAVES, attach
+from lookup_experts.folders.attached_model import LookupExpertsMixin
+from lookup_experts.folders.experts_alone import refer_to, set_backbone_reference
+from lookup_experts.folders.load import load
+from lookup_experts.folders.model_folder import local_folder, read_config
 from lookup_experts.model.blocks import find_ffns
-from lookup_experts.model.checkpoint import read_config
+from lookup_experts.model.freezing import is_attached
+from lookup_experts.model.settings import parse_layers
 from lookup_experts.training.recipe import (
     ExpertsRecipe,
     RecipeFile,
@@ -181,7 +184,7 @@ def _token(folder: Path, token_id: int) -> str | None:
     """The token of an id in a model folder's tokenizer; None where it has none."""
     from transformers import AutoTokenizer
 
-    from lookup_experts.generation.loading import TOKENIZER_FILES
+    from lookup_experts.folders.tokenizer import TOKENIZER_FILES
 
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise UserError(
@@ -203,7 +206,7 @@ def upcycled_model(recipe: UpcycleRecipe) -> Any:
     quantised = "quantization_config" in read_config(folder)
     own_dtype = quantised or (frozen and recipe.training.precision == "bf16")
     model = load(folder, dtype="auto" if own_dtype else "float32")
-    if getattr(model, "lookup_attachment", None) is not None:
+    if isinstance(model, LookupExpertsMixin):
         raise UserError(f"{folder} has lookup experts already; give a model without.")
     model.name_or_path = recipe.backbone.name
     if recipe.experts is not None:
@@ -234,8 +237,8 @@ def _attach_experts(model: Any, recipe: UpcycleRecipe, experts: ExpertsRecipe) -
             train_backbone=not frozen,
             save="experts" if frozen else "full",
         )
-    for module in model.lookup_attachment.modules:
-        module.float()
+    for block in model.lookup_blocks:
+        block.float()
 
 
 def _choose_trained(model: Any, trained: str) -> None:

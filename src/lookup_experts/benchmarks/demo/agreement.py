@@ -5,7 +5,7 @@ from typing import Any
 
 from lookup_experts.benchmarks.demo.systems import SYSTEMS, load_system
 from lookup_experts.errors import TableError
-from lookup_experts.generation.loading import load_tokenizer
+from lookup_experts.folders.tokenizer import load_tokenizer
 from lookup_experts.generation.text import Generation, Sampling, generate_ids
 from lookup_experts.training.data import TokenShards
 

@@ -45,7 +45,7 @@ def measure_memory(folder: Path, store: str) -> dict[str, int]:
 def main(folder: str, store: str) -> None:
     """What the process does."""
     from lookup_experts.console import json_result, quiet_transformers
-    from lookup_experts.generation.loading import load
+    from lookup_experts.folders.load import load
 
     quiet_transformers()
     _generate(_smallest_model(), WARM_UP_TOKENS)
@@ -57,9 +57,8 @@ def main(folder: str, store: str) -> None:
 
 def _smallest_model() -> Any:
     """Running it imports and starts everything that running any model does."""
-    from lookup_experts.model.attach import attach
-    from lookup_experts.model.baselines import GatelessLlamaForCausalLM
-    from lookup_experts.model.configuration import GatelessLlamaConfig
+    from lookup_experts.folders.attach import attach
+    from lookup_experts.model.gateless_llama import GatelessLlamaConfig, GatelessLlamaForCausalLM
 
     config = GatelessLlamaConfig(
         vocab_size=64,

@@ -31,7 +31,7 @@ def load_system(system: System, demo: Path) -> Any:
 
     Where a store can't bypass the page cache, its statistics say so; nothing is said here.
     """
-    from lookup_experts.generation.loading import load
+    from lookup_experts.folders.load import load
 
     return load(demo / system.folder, store=system.store, notify=lambda message: None)
 

@@ -24,9 +24,8 @@ from lookup_experts.benchmarks.latency.systems import (
     System,
 )
 from lookup_experts.benchmarks.models import SPREAD, Case, dense_model, random_table, table_model
-from lookup_experts.model.baselines import paper_config
-from lookup_experts.model.configuration import MoeGatelessLlamaConfig
-from lookup_experts.model.moe import MoeExperts, MoeGatelessLlamaForCausalLM
+from lookup_experts.model.gateless_llama import paper_config
+from lookup_experts.model.moe import MoeExperts, MoeGatelessLlamaConfig, MoeGatelessLlamaForCausalLM
 from lookup_experts.offloading.expert_table import (
     check_belongs,
     expert_layout,

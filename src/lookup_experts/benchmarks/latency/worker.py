@@ -44,7 +44,7 @@ def serve(connection: Any, system: System, plan: Plan, sizes: dict[str, int]) ->
         connection: our end of the pipe.
         sizes: of the plan's shape, which may be one that only the parent knows.
     """
-    from lookup_experts.model.baselines import SHAPES
+    from lookup_experts.model.gateless_llama import SHAPES
 
     SHAPES[plan.shape] = sizes
     keep_freed_memory()

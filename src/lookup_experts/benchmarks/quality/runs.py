@@ -16,8 +16,8 @@ from lookup_experts import console
 from lookup_experts.benchmarks.processes import ProcessFailedError, in_own_process
 from lookup_experts.benchmarks.quality.systems import System
 from lookup_experts.evaluation.perplexity import perplexity
+from lookup_experts.folders.load import load
 from lookup_experts.generation.folding import reparameterize
-from lookup_experts.generation.loading import load
 from lookup_experts.training.checkpoints import checkpoint_step, last_checkpoint
 from lookup_experts.training.data import TokenShards
 from lookup_experts.training.progress import format_duration

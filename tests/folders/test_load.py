@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
-from lookup_experts.generation.loading import load_tokenizer, local_folder
+from lookup_experts.folders.model_folder import local_folder
+from lookup_experts.folders.tokenizer import load_tokenizer
 from lookup_experts.table import uring
 
 IDS = token_ids(2, 7)

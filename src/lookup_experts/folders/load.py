@@ -1,6 +1,5 @@
 """From a folder to a model that is ready to generate."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +7,21 @@ import torch
 from safetensors import SafetensorError
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.model.checkpoint import (
-    load_official,
-    moe_settings,
-    official_kind,
+from lookup_experts.folders.attached_model import LookupExpertsMixin, attached_class
+from lookup_experts.folders.configuration import MODEL_TYPE
+from lookup_experts.folders.model_folder import (
+    first_line,
+    local_folder,
     read_config,
     refuse_partial_loading,
     weight_files,
 )
-from lookup_experts.model.configuration import (
-    LookupExpertsConfig,
-    MoeGatelessLlamaConfig,
-    check_experts_per_token,
-)
-from lookup_experts.model.huggingface import LookupExpertsMixin
+from lookup_experts.folders.official import BACKBONES, load_official, moe_settings, official_kind
+from lookup_experts.model.moe import MoeGatelessLlamaConfig, check_experts_per_token
 from lookup_experts.table.lanes import check_device
 from lookup_experts.table.store import Notify, log
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load(
@@ -71,9 +66,11 @@ def load(
     kind = official_kind(path, config)
     selection = _expert_selection(path, kind, config, num_experts_per_tok)
     if kind is not None:
-        model = load_official(path, kind, config, _torch_dtype(dtype), **selection)
+        backbone = BACKBONES[kind]
+        model_class = attached_class(backbone) if kind == "mole" else backbone
+        model = load_official(path, kind, config, model_class, _torch_dtype(dtype), **selection)
         return model.to(device).eval()
-    if config.get("model_type") == LookupExpertsConfig.model_type:
+    if config.get("model_type") == MODEL_TYPE:
         weight_files(path)
         options = {
             "store": store,
@@ -100,49 +97,6 @@ def _expert_selection(
     return {"num_experts_per_tok": num_experts_per_tok}
 
 
-def local_folder(folder: str | Path) -> Path:
-    """The folder on this machine that a path or a name on the hub stands for."""
-    path = Path(folder)
-    if path.exists():
-        if not path.is_dir():
-            raise UserError(f"{path} is a file; give the model's folder.")
-        return path
-    if not isinstance(folder, str) or not _HUB_NAME.fullmatch(folder):
-        raise UserError(f"No such folder: {path}.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(folder))
-    except Exception as error:  # the hub's client raises many kinds, all of them: not to be had
-        raise UserError(
-            f"No such folder: {path}; and no model of that name could be fetched from the "
-            f"Hugging Face hub ({type(error).__name__})."
-        ) from error
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer beside a model.
-
-    Raises:
-        UserError: the folder has none.
-    """
-    from transformers import AutoTokenizer
-
-    path = local_folder(folder)
-    if not any((path / name).exists() for name in TOKENIZER_FILES):
-        raise UserError(
-            f"{path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}), so text can't become token "
-            "ids. Put the tokenizer's files there."
-        )
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # the tokenizers library raises plain exceptions
-        raise UserError(f"The tokenizer in {path} can't be read: {_first_line(error)}") from error
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
 def _load_huggingface(
     path: Path, device: str | torch.device, dtype: str, options: dict[str, Any]
 ) -> Any:
@@ -160,7 +114,7 @@ def _load_huggingface(
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} can't be loaded as a causal LM: {_first_line(error)}") from error
+        raise UserError(f"{path} can't be loaded as a causal LM: {first_line(error)}") from error
     refuse_partial_loading(path, report, "missing", "mismatched")
     model = model.to(device)
     if isinstance(model, LookupExpertsMixin) and model.lookup_settings.form == "table":
@@ -171,7 +125,3 @@ def _load_huggingface(
 
 def _torch_dtype(dtype: str) -> Any:
     return dtype if dtype == "auto" else getattr(torch, dtype)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,11 +8,9 @@ from tiny_models import attached_model, token_ids
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lookup_experts.model.attach import expert_layers
-from lookup_experts.model.expert_products import expert_outputs
-from lookup_experts.model.experts import EXPERT_KINDS, LayerExperts
+from lookup_experts.model.computed_rows import Positions, mix_positions
+from lookup_experts.model.experts import EXPERT_KINDS, LayerExperts, expert_outputs
 from lookup_experts.model.per_position import PerPositionExperts
-from lookup_experts.model.positions import Positions, mix_positions
 from lookup_experts.model.rows import mix_reference
 
 
@@ -119,7 +117,7 @@ def training_step(model, source, ids) -> None:
 
 
 def per_position(model) -> PerPositionExperts:
-    return PerPositionExperts(model.get_input_embeddings(), expert_layers(model.lookup_attachment))
+    return PerPositionExperts()
 
 
 def test_no_step_of_training_makes_a_tensor_of_all_positions_and_experts():

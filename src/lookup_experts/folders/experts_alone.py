@@ -22,17 +22,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.attach import BackboneReference, LookupSettings, install
-from lookup_experts.model.configuration import (
-    GatelessLlamaConfig,
-    LookupExpertsConfig,
-    register_models,
+from lookup_experts.folders.configuration import backbone_config_class
+from lookup_experts.folders.model_folder import (
+    find_folder,
+    read_config,
+    refuse_partial_loading,
+    weight_files,
 )
+from lookup_experts.folders.official import BACKBONES, load_official, official_kind
+from lookup_experts.model.freezing import is_attached
+from lookup_experts.model.settings import BackboneReference, LookupSettings
 
 SAMPLES = 16
 SAMPLE_BYTES = 4096
-_EXPERTS = ".lookup_experts."
-"""In the names of all parameters that `attach` adds, and of no other."""
 
 
 def require_reference(model: Any, save: str, train_backbone: bool) -> None:
@@ -62,19 +64,8 @@ def refer_to(name: str | Path) -> BackboneReference:
     return BackboneReference(stated, backbone_fingerprint(folder))
 
 
-def find_folder(name: str | Path, **hub: Any) -> Path:
-    """The folder on this machine that a path or a name on the hub stands for."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(name), **hub))
-
-
 def backbone_fingerprint(folder: Path) -> str:
     """The fingerprint of a model folder's weights; the same however they are cut into files."""
-    from lookup_experts.model.checkpoint import weight_files
-
     tensors = sorted(
         (name, path, place) for path in weight_files(folder) for name, place in _tensors(path)
     )
@@ -116,51 +107,6 @@ def _sample_offsets(start: int, stop: int) -> list[int]:
         return list(range(start, stop, SAMPLE_BYTES))
     last = stop - SAMPLE_BYTES
     return [start + (last - start) * number // (SAMPLES - 1) for number in range(SAMPLES)]
-
-
-def freeze_backbone(model: Any) -> None:
-    """Take the gradients from all parameters but those of experts and routers."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_attached(name))
-
-
-def allow_training(model: Any) -> None:
-    """Let transformers' Trainer train experts on a quantised backbone.
-
-    It refuses quantised models to which nothing trainable was added, and knows of no additions but
-    PEFT's. Whether gradients pass through the quantised layers is still for the quantiser to say.
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_qat_trainable:
-        kind = type(quantizer)
-        quantizer.__class__ = type(kind.__name__, (kind,), {"is_qat_trainable": True})
-    for layer in _packable_layers(model):
-        layer.support_avx512bf16_for_cpu = False
-
-
-def require_unpacked(model: Any) -> None:
-    """Raise a `UserError` if no gradient would pass through the model's quantised layers."""
-    for layer in _packable_layers(model):
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            raise UserError(
-                "This model's 4-bit layers were evaluated before, which packed them for inference: "
-                "no gradient would pass through them. Load the model anew and attach the experts "
-                "before anything is evaluated."
-            )
-
-
-def _packable_layers(model: Any) -> list[Any]:
-    """The 4-bit layers of bitsandbytes, which pack themselves for inference when first evaluated.
-
-    They do so where the processor has AVX512-BF16. From then on no gradient passes through them,
-    in training neither, and what is saved of them has its scales in another order (version 0.50).
-    """
-    return [layer for layer in model.modules() if hasattr(layer, "support_avx512bf16_for_cpu")]
-
-
-def is_attached(name: str) -> bool:
-    """Whether a parameter of this name belongs to the experts or a router, not to the backbone."""
-    return _EXPERTS in name
 
 
 def set_backbone_reference(model: Any, reference: BackboneReference | None) -> None:
@@ -218,44 +164,8 @@ def _config_to_save(model: Any) -> Any:
     return config
 
 
-def load_on_backbone(
-    folder: Path,
-    *args: Any,
-    config: Any = None,
-    output_loading_info: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """The model of a folder that refers to its backbone.
-
-    Args:
-        folder: what `save_experts` wrote.
-        config: its configuration, as `AutoConfig` gives it; read from the folder if None.
-        output_loading_info: give transformers' report on the backbone too.
-        args, kwargs: of `from_pretrained`, for the backbone: dtype, quantisation, devices ...
-
-    Raises:
-        UserError: the backbone isn't there, or is another one.
-    """
-    from lookup_experts.model.huggingface import become_attached
-
-    if config is None:
-        config = LookupExpertsConfig.from_pretrained(folder)
-    settings = LookupSettings.from_dict(config.lookup_experts)
-    place = backbone_folder(folder, settings)
-    model, report = _load_backbone(place, _plain(config), *args, **kwargs)
-    install(model, settings)
-    become_attached(model, settings)
-    load_experts(model, folder)
-    freeze_backbone(model)
-    allow_training(model)
-    model.eval()
-    return (model, report) if output_loading_info else model
-
-
 def load_experts(model: Any, folder: Path) -> None:
     """Give an attached model the experts and routers of a folder; all of them must be there."""
-    from lookup_experts.model.checkpoint import refuse_partial_loading, weight_files
-
     own = {name: weight for name, weight in model.state_dict().items() if is_attached(name)}
     given: set[str] = set()
     mismatched = []
@@ -305,23 +215,26 @@ def backbone_folder(folder: Path, settings: LookupSettings) -> Path:
 def _plain(config: Any) -> Any:
     """The backbone's configuration out of that of the attached model."""
     plain = copy.deepcopy(config)
-    plain.__class__ = type(config).__mro__[2]  # (ours, mixin, backbone)
+    plain.__class__ = backbone_config_class(type(config))
     del plain.lookup_experts
-    if isinstance(plain, GatelessLlamaConfig):
-        register_models(type(plain))  # as making one does, and this one was not made
     return plain
 
 
-def _load_backbone(place: Path, config: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    from lookup_experts.model.checkpoint import load_official, official_kind, read_config
+def load_backbone(place: Path, config: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """The backbone in a folder, and transformers' report on loading it.
 
+    Args:
+        place: what `backbone_folder` gives.
+        config: of the attached model.
+        args, kwargs: of `from_pretrained`: dtype, quantisation, devices ...
+    """
     stored = read_config(place)
     kind = official_kind(place, stored)
     if kind is not None:
         dtype = kwargs.get("dtype") or "auto"
         nothing: dict[str, list[str]] = {"missing_keys": [], "mismatched_keys": []}
-        return load_official(place, kind, stored, dtype), nothing
+        return load_official(place, kind, stored, BACKBONES[kind], dtype), nothing
     from transformers import AutoModelForCausalLM
 
     kwargs["output_loading_info"] = True
-    return AutoModelForCausalLM.from_pretrained(place, *args, config=config, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(place, *args, config=_plain(config), **kwargs)

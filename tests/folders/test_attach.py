@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import lookup_experts as le
 from lookup_experts.errors import UserError
-from lookup_experts.model.attach import LookupSettings, expert_layers
+from lookup_experts.model.settings import LookupSettings
+from lookup_experts.model.wiring import routed_experts
 
 IDS = token_ids(2, 9)
 
@@ -59,7 +60,7 @@ def test_both_kinds_start_silent():
 
 
 def _experts(model):
-    return expert_layers(model.lookup_attachment)
+    return routed_experts(model)
 
 
 def test_zero_experts_learn_from_the_first_step():
@@ -198,7 +199,7 @@ def test_a_copy_is_another_model():
     assert torch.equal(logits_of(copied, IDS), expected)
     assert not torch.equal(logits_of(model, IDS), expected)
     logits_of(copied, token_ids(2, 9, seed=4))  # the copy's ids aren't the original's
-    assert copied.lookup_attachment.context is not model.lookup_attachment.context
+    assert copied.lookup_entrance is not model.lookup_entrance
 
 
 def test_a_model_can_be_copied_between_forward_and_backward():
@@ -236,7 +237,7 @@ def test_the_paper_backbone_is_a_llama_without_gates():
 
 
 def test_shapes_of_the_paper():
-    from lookup_experts.model.baselines import paper_config
+    from lookup_experts.model.gateless_llama import paper_config
 
     config = paper_config("410m", vocab_size=100)
     assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (

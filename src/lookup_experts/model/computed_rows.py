@@ -1,19 +1,104 @@
-"""The positions of a batch by their unique ids, and the weighted sum over them in training.
+"""Training form: expert outputs computed from the embeddings of a batch's unique token ids.
+
+Exact and differentiable: an expert's output depends on the token id alone, so one evaluation per
+unique id serves all its positions, and their gradients add up. A layer's experts are evaluated by
+the block that asks for them (`wiring.py`), which hands in its own.
 
 What mixing needs to know of a batch is the same in every layer, so it is found once, at the model's
 entrance. `mix_positions` gives what `mix` gives; on a CPU its backward pass is another: `mix`'s
 own, that of `F.embedding_bag`, sorts all positions times experts in every layer, and adds up
 gradients in the rows' dtype, which in bfloat16 loses 1 % of the gradient of a frequent id.
+
+Shapes: B batch, T tokens, U unique token ids, N experts, e embedding size, d hidden size.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lookup_experts.errors import UserError
+from lookup_experts.model.experts import normalize
+
 _SUM = 0  # the mode's number in aten
+
+
+class FFNExperts:
+    """The `ExpertSource` of a model in training form.
+
+    Args:
+        num_experts: N.
+        norm_eps: the epsilon of the RMSNorm on the embedding.
+    """
+
+    def __init__(self, num_experts: int, norm_eps: float) -> None:
+        self.num_experts = num_experts
+        self.norm_eps = norm_eps
+
+    # Finding the unique ids has a result whose size depends on the data, so torch.compile would
+    # break its graph here anyway; said once, it is one break at the entrance and none later.
+    @torch.compiler.disable
+    def rows(
+        self, token_ids: Tensor, ready: bool = False, base_model: nn.Module | None = None
+    ) -> "ComputedRows":
+        """See `ExpertSource.rows`."""
+        unique_ids, index = torch.unique(token_ids, return_inverse=True)
+        normalized = self.normalized(unique_ids, base_model)
+        positions = Positions(index, len(unique_ids), self.num_experts)
+        # The number of unique ids changes from batch to batch: no graph is to depend on it.
+        torch._dynamo.maybe_mark_dynamic(normalized, 0)
+        torch._dynamo.maybe_mark_dynamic(positions.starts, 0)
+        return ComputedRows(positions, normalized)
+
+    def normalized(self, unique_ids: Tensor, base_model: Any) -> Tensor:
+        """[U, e]: what the experts of `base_model` see of unique ids [U], but for their weight."""
+        embedding = base_model.get_input_embeddings()
+        _check_range(unique_ids, embedding)
+        return normalize(embedding(unique_ids), self.norm_eps)
+
+
+def _check_range(unique_ids: Tensor, embedding: Any) -> None:
+    # Only where looking costs no synchronisation; on a GPU the embedding itself asserts.
+    if unique_ids.device.type != "cpu" or unique_ids.numel() == 0:
+        return
+    vocab_size = embedding.weight.shape[0]
+    for token_id in (int(unique_ids[0]), int(unique_ids[-1])):  # sorted
+        if not 0 <= token_id < vocab_size:
+            raise UserError(
+                f"Token id {token_id} is outside the vocabulary (0 to {vocab_size - 1}). "
+                "Is this the tokenizer that belongs to the model?"
+            )
+
+
+class ComputedRows:
+    """The rows of `FFNExperts`: a layer is evaluated when it is asked for.
+
+    Evaluating late keeps a layer's experts inside its block, where gradient checkpointing
+    recomputes them and FSDP gathers their weights. What layers share has been done: `normalized`
+    [U, e] is what `normalize` gives, and `positions` knows where the ids stand.
+    """
+
+    def __init__(self, positions: "Positions", normalized: Tensor) -> None:
+        self.index = positions.index
+        self._positions = positions
+        self._normalized = normalized
+
+    @property
+    def num_positions(self) -> int:
+        """See `TokenRows.num_positions`."""
+        return self.index.numel()
+
+    def layer(self, layer: int, experts: nn.Module | None = None) -> Tensor:
+        """See `TokenRows.layer`."""
+        assert experts is not None, "training form: a block has its experts"
+        return experts(self._normalized).transpose(0, 1)
+
+    def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
+        """See `TokenRows.mix`."""
+        assert experts is not None, "training form: a block has its experts"
+        return mix_positions(experts(self._normalized), self._positions, weights)
 
 
 class Positions:

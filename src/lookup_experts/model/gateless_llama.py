@@ -8,9 +8,9 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lookup_experts.model.configuration import GatelessLlamaConfig
+from lookup_experts.errors import UserError, unknown_name
 
 # Hidden size, layers, heads and FFN size of the paper's models; vocabulary 50,304, context 2,048.
 SHAPES = {
@@ -21,10 +21,26 @@ SHAPES = {
 PAPER_VOCAB_SIZE = 50304
 
 
+class GatelessLlamaConfig(LlamaConfig):
+    """The paper's backbone: Llama's attention and norms, an FFN without a gate, exact GELU."""
+
+    model_type = "gateless_llama"
+
+    hidden_act: str = "gelu"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        stated = config_dict.get("model_type", cls.model_type)
+        if stated != cls.model_type:
+            raise UserError(
+                f"This is the configuration of a model of type {stated!r}, not {cls.model_type!r}; "
+                "load it with AutoModelForCausalLM or lookup_experts.load."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+
 def paper_config(shape: str, **overrides: Any) -> GatelessLlamaConfig:
     """The configuration of the paper's dense model of a shape: 160m, 410m or 1b."""
-    from lookup_experts.errors import unknown_name
-
     if shape not in SHAPES:
         raise unknown_name("shape", shape, SHAPES)
     sizes: dict[str, Any] = {

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 import lookup_experts as le
 from lookup_experts.errors import UserError
-from lookup_experts.model.attach import expert_layers
+from lookup_experts.model.wiring import routed_experts
 
 IDS = token_ids(2, 9)
 
@@ -56,7 +56,7 @@ def test_a_saved_model_loads_as_itself(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_the_names_of_saved_weights_are_the_backbone_names_and_ours(family, tmp_path):
-    from lookup_experts.model.checkpoint import tensor_names
+    from lookup_experts.folders.model_folder import tensor_names
 
     backbone = tiny_model(family)
     backbone.save_pretrained(tmp_path / "backbone")
@@ -333,9 +333,9 @@ def _train(model, folder, **arguments):
 
 def test_checkpoints_of_the_trainer_load_and_resume(tmp_path):
     model = le.attach(tiny_model("llama"), 2, expert_size=8).train()
-    before = [layer.down_proj.clone() for layer in expert_layers(model.lookup_attachment)]
+    before = [layer.down_proj.clone() for layer in routed_experts(model)]
     trainer = _train(model, tmp_path)
-    layers = expert_layers(model.lookup_attachment)
+    layers = routed_experts(model)
     assert all(
         not torch.equal(layer.down_proj, old) for layer, old in zip(layers, before, strict=True)
     )

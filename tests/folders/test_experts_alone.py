@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import lookup_experts as le
 from lookup_experts.errors import UserError
-from lookup_experts.model import backbone
-from lookup_experts.model.attach import parse_layers
-from lookup_experts.model.backbone import backbone_fingerprint
+from lookup_experts.folders.experts_alone import backbone_fingerprint
+from lookup_experts.model.settings import parse_layers
 
 IDS = token_ids(2, 9)
 
@@ -84,7 +83,7 @@ def test_a_loaded_model_trains_and_saves_its_experts_again(saved, tmp_path):
 
 
 def test_a_backbone_in_the_authors_format(official_oracles, tmp_path):
-    from lookup_experts.model.backbone import save_experts
+    from lookup_experts.folders.experts_alone import save_experts
 
     model = le.load(official_oracles / "dense")
     model.name_or_path = str(official_oracles / "dense")
@@ -178,8 +177,8 @@ def test_the_fingerprint_is_that_of_the_weights(tmp_path):
 
 
 def test_the_fingerprint_of_a_large_tensor_reads_its_ends_and_between(tmp_path, monkeypatch):
-    monkeypatch.setattr(backbone, "SAMPLES", 3)
-    monkeypatch.setattr(backbone, "SAMPLE_BYTES", 8)
+    monkeypatch.setattr("lookup_experts.folders.experts_alone.SAMPLES", 3)
+    monkeypatch.setattr("lookup_experts.folders.experts_alone.SAMPLE_BYTES", 8)
     values = torch.arange(100, dtype=torch.float32)
     found = set()
     for place in (None, 0, 49, 99):  # unchanged, and changed in one place that is read

@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lookup_experts as le
 from lookup_experts.errors import UserError
-from lookup_experts.model.attach import expert_layers
-from lookup_experts.model.checkpoint import official_kind, read_config, tensor_names, weight_files
+from lookup_experts.folders.model_folder import read_config, tensor_names, weight_files
+from lookup_experts.folders.official import official_kind
+from lookup_experts.model.experts import normalize
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
+from lookup_experts.model.wiring import routed_experts
 
 CONFIG = {
     "architectures": ["MoleForCausalLM"],
@@ -163,8 +165,9 @@ def test_the_published_oracle_of_mole(official_oracles):
     expected = load_file(folder / "expected.safetensors")["table"]
     embedding = model.get_input_embeddings().weight
     with torch.no_grad():
-        layers = expert_layers(model.lookup_attachment)
-        table = torch.stack([experts(embedding) for experts in layers], dim=1)
+        layers = routed_experts(model)
+        normalized = normalize(embedding, layers[0].norm_eps)
+        table = torch.stack([experts(normalized).transpose(0, 1) for experts in layers], dim=1)
     torch.testing.assert_close(table, expected, rtol=1e-5, atol=1e-5)
     _assert_greedy(model, folder)
 

@@ -13,56 +13,54 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import guard_torch_init_functions
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.attach import (
-    Attachment,
-    LookupSettings,
-    expert_layers,
-    initialize_experts,
-    initializer_std,
-    install,
-)
-from lookup_experts.model.baselines import GatelessLlamaForCausalLM
-from lookup_experts.model.configuration import (
-    GatelessLlamaConfig,
+from lookup_experts.folders.configuration import (
+    MODEL_TYPE,
     LookupConfigMixin,
-    LookupExpertsConfig,
-    MoeGatelessLlamaConfig,
     attached_config_class,
 )
-from lookup_experts.model.joint_router import join_routers
-from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
+from lookup_experts.folders.experts_alone import (
+    backbone_folder,
+    load_backbone,
+    load_experts,
+    save_experts,
+)
+from lookup_experts.folders.model_folder import find_folder
+from lookup_experts.made_classes import make_class
+from lookup_experts.model.freezing import allow_training, freeze_backbone
+from lookup_experts.model.initialization import initialize_experts, initializer_std
 from lookup_experts.model.rows import ExpertSource
+from lookup_experts.model.settings import LookupSettings
+from lookup_experts.model.wiring import (
+    Entrance,
+    forward_pass,
+    install,
+    lookup_blocks,
+    resumed,
+    routed_experts,
+)
+from lookup_experts.table.build import copy_table
+from lookup_experts.table.reader import open_reader
 
 TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""
 
 
-def model_class_for(config_class: type) -> Any:
-    """The model class that belongs to one of our configuration classes."""
-    if config_class is GatelessLlamaConfig:
-        return GatelessLlamaForCausalLM
-    if config_class is MoeGatelessLlamaConfig:
-        return MoeGatelessLlamaForCausalLM
-    if issubclass(config_class, LookupConfigMixin):
-        return attached_class(model_class_for(config_class.__mro__[2]))  # (ours, mixin, backbone)
-    return MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-
-
 @cache
 def attached_class(backbone: Any) -> Any:
     """The class of an attached model: a subclass of its backbone's; one for each backbone."""
-    return type(
+    return make_class(
+        attached_class,
+        backbone,
         f"LookupExperts{backbone.__name__}",
         (LookupExpertsMixin, backbone),
-        {
-            "__module__": __name__,
-            "__doc__": f"{backbone.__name__} with lookup experts.",
-            "config_class": attached_config_class(backbone.config_class),
-        },
+        __doc__=f"{backbone.__name__} with lookup experts.",
+        config_class=attached_config_class(backbone.config_class),
     )
 
 
@@ -75,10 +73,28 @@ def become_attached(model: Any, settings: LookupSettings) -> None:
     model.config.lookup_experts = settings.to_dict()
 
 
+class LookupExpertsConfig(PreTrainedConfig):
+    """The model type `lookup_experts` as `AutoConfig` meets it in a `config.json`.
+
+    It is never the configuration of a model: `from_dict` gives one of the backbone's kind, and
+    tells `AutoModelForCausalLM` which class belongs to it.
+    """
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        for key in ("backbone", "backbone_type", "lookup_experts"):
+            if key not in config_dict:
+                raise UserError(f"The configuration of a model with lookup experts has no {key!r}.")
+        backbone = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[config_dict["backbone_type"]]]
+        attached = attached_class(backbone)
+        AutoModelForCausalLM.register(attached.config_class, attached, exist_ok=True)
+        return attached.config_class.from_dict(config_dict, **kwargs)
+
+
 class LookupExpertsMixin:
     """What an attached model does differently from its backbone."""
-
-    lookup_attachment: Attachment | None = None
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -91,19 +107,23 @@ class LookupExpertsMixin:
         return LookupSettings.from_dict(self.config.lookup_experts)  # type: ignore[attr-defined]
 
     @property
+    def lookup_blocks(self) -> list[Any]:
+        """What each block with experts has of them, in order."""
+        return lookup_blocks(self)
+
+    @property
+    def lookup_entrance(self) -> Entrance:
+        """Where token ids become rows."""
+        return self.base_model.lookup_entrance  # type: ignore[attr-defined]
+
+    @property
     def expert_source(self) -> ExpertSource | None:
         """Where the model's expert outputs come from."""
-        return self._attachment.context.source
+        return self.lookup_entrance.source
 
     def set_expert_source(self, source: ExpertSource) -> None:
         """Take expert outputs from another source from the next forward pass on."""
-        self._attachment.context.source = source
-        self._attachment.context.rows = None
-
-    @property
-    def _attachment(self) -> Attachment:
-        assert self.lookup_attachment is not None
-        return self.lookup_attachment
+        self.lookup_entrance.source = source
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -112,11 +132,9 @@ class LookupExpertsMixin:
         The base model initialises what is inside of it by itself, and doesn't know experts.
         """
         super().initialize_weights()  # type: ignore[misc]
-        if self.lookup_attachment is None or self.lookup_settings.form != "experts":
-            return
         std = initializer_std(self.config)  # type: ignore[attr-defined]
         with guard_torch_init_functions():  # weights that were loaded stay
-            for experts in expert_layers(self.lookup_attachment):
+            for experts in routed_experts(self):
                 initialize_experts(experts, "zero", std)
 
     def _set_gradient_checkpointing(
@@ -134,7 +152,7 @@ class LookupExpertsMixin:
                     "Gradient checkpointing with lookup experts needs use_reentrant=False; pass "
                     'gradient_checkpointing_kwargs={"use_reentrant": False}.'
                 )
-            context_fn = partial(self._checkpoint_contexts, given.get("context_fn", _no_contexts))
+            context_fn = partial(_checkpoint_contexts, given.get("context_fn", _no_contexts))
             gradient_checkpointing_func = partial(
                 _checkpoint_block,
                 gradient_checkpointing_func,
@@ -143,13 +161,6 @@ class LookupExpertsMixin:
         super()._set_gradient_checkpointing(  # type: ignore[misc]
             enable=enable, gradient_checkpointing_func=gradient_checkpointing_func, **kwargs
         )
-
-    def _checkpoint_contexts(
-        self, inner: Callable[[], tuple[Any, Any]]
-    ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        forward, recompute = inner()
-        context = self._attachment.context
-        return forward, _both(context.restored(context.rows), recompute)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -160,40 +171,61 @@ class LookupExpertsMixin:
         """
         options = {name: kwargs.pop(name) for name in TABLE_OPTIONS if name in kwargs}
         if _refers_to_backbone(pretrained_model_name_or_path, kwargs):
-            from lookup_experts.model.backbone import load_on_backbone
-
             folder = _local_folder(pretrained_model_name_or_path, kwargs)
-            loaded = load_on_backbone(folder, *args, **kwargs)
+            loaded = _load_on_backbone(folder, *args, **kwargs)
         else:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.lookup_settings.form == "table":
-            # transformers enters here, so this is the one place where an import goes upwards.
-            from lookup_experts.table.reader import open_reader
-
             folder = _local_folder(pretrained_model_name_or_path, kwargs)
             model.set_expert_source(open_reader(folder, model, **options))
-            join_routers(model)
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers does; in table form the table is saved with the weights.
 
-        A model that refers to its backbone saves its experts alone (`backbone.py`).
+        A model that refers to its backbone saves its experts alone (`experts_alone.py`).
         """
         if self.lookup_settings.backbone is not None:
-            from lookup_experts.model.backbone import save_experts
-
             names = ("is_main_process", "state_dict", "max_shard_size")
             options = {name: kwargs[name] for name in names if name in kwargs}
             save_experts(self, save_directory, *args, **options)
         else:
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if self.lookup_settings.form == "table" and kwargs.get("is_main_process", True):
-            from lookup_experts.table.build import copy_table
-
             source: Any = self.expert_source
             copy_table(source.folder, Path(save_directory) / "table")
+
+
+def _load_on_backbone(
+    folder: Path,
+    *args: Any,
+    config: Any = None,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """The model of a folder that refers to its backbone.
+
+    Args:
+        folder: what `save_experts` wrote.
+        config: its configuration, as `AutoConfig` gives it; read from the folder if None.
+        output_loading_info: give transformers' report on the backbone too.
+        args, kwargs: of `from_pretrained`, for the backbone: dtype, quantisation, devices ...
+
+    Raises:
+        UserError: the backbone isn't there, or is another one.
+    """
+    if config is None:
+        config = LookupExpertsConfig.from_pretrained(folder)
+    settings = LookupSettings.from_dict(config.lookup_experts)
+    model, report = load_backbone(backbone_folder(folder, settings), config, *args, **kwargs)
+    install(model, settings)
+    become_attached(model, settings)
+    load_experts(model, folder)
+    freeze_backbone(model)
+    allow_training(model)
+    model.eval()
+    return (model, report) if output_loading_info else model
 
 
 def _refers_to_backbone(name: Any, kwargs: dict[str, Any]) -> bool:
@@ -216,6 +248,13 @@ def _checkpoint_block(given: Any, restoring: Any, *args: Any, **kwargs: Any) -> 
     return checkpointed(*args, **kwargs)
 
 
+def _checkpoint_contexts(
+    inner: Callable[[], tuple[Any, Any]],
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    forward, recompute = inner()
+    return forward, _both(resumed(forward_pass()), recompute)
+
+
 def _no_contexts() -> tuple[Any, Any]:
     return nullcontext(), nullcontext()
 
@@ -229,10 +268,6 @@ def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any
 
 
 def _local_folder(name: Any, kwargs: dict[str, Any]) -> Path:
-    """The folder on this machine that a model name stands for."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
+    """The folder on this machine that a model name stands for, by what `from_pretrained` got."""
     hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token") if key in kwargs}
-    return Path(snapshot_download(str(name), **hub))
+    return find_folder(name, **hub)

@@ -1,33 +1,28 @@
-"""Model folders: what they are, and the authors' checkpoints among them.
+"""The folders that the authors of MoLE publish.
 
-The authors of MoLE publish folders whose `config.json` says `"model_type": "llama"` and whose
-weights are something else: an FFN without a gate and, for MoLE and MoE, experts and routers. Loaded
-as what they say they are, they give wrong logits without an error. So a folder is judged by the
-names of its tensors as well as by its configuration.
+Their `config.json` says `"model_type": "llama"` and their weights are something else: an FFN
+without a gate and, for MoLE and MoE, experts and routers. Loaded as what they say they are, they
+give wrong logits without an error. So a folder is judged by the names of its tensors as well as by
+its configuration.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.attach import LookupSettings
-from lookup_experts.model.baselines import GatelessLlamaForCausalLM
-from lookup_experts.model.configuration import (
-    GatelessLlamaConfig,
-    MoeGatelessLlamaConfig,
-    attached_config_class,
+from lookup_experts.folders.model_folder import (
+    read_state,
+    refuse_partial_loading,
+    tensor_names,
 )
-from lookup_experts.model.huggingface import attached_class
-from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
+from lookup_experts.model.gateless_llama import GatelessLlamaForCausalLM
+from lookup_experts.model.moe import MoeGatelessLlamaConfig, MoeGatelessLlamaForCausalLM
+from lookup_experts.model.settings import LookupSettings
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # Architectures that the authors' `config.json` files name.
 OFFICIAL = {"DenseForCausalLM": "dense", "MoleForCausalLM": "mole", "MoeForCausalLM": "moe"}
 _EXPERT_KEY = re.compile(r"(model\.layers\.\d+)\.experts\.(\d+)\.(up_proj|down_proj)\.weight")
@@ -41,53 +36,6 @@ _PLACES = {
 }
 """Where the authors' parts of a layer are in our models."""
 _LAYER_KEY = re.compile(r"(model\.layers\.\d+)\.(router|expert_layernorm)\.weight")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A model folder's `config.json`, as it stands there."""
-    if not folder.exists():
-        raise UserError(f"No such folder: {folder}.")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model folder: it has no config.json.")
-    return _read_json_object(folder / "config.json")
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should hold a JSON object, it holds a {type(content).__name__}.")
-    return content
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        places = _read_json_object(folder / INDEX).get("weight_map")
-        if not isinstance(places, dict):
-            raise UserError(f"{folder / INDEX} has no weight_map, so it is no index of weights.")
-        names = sorted(set(places.values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise UserError(f"{folder} is incomplete: {missing[0]}, named in {INDEX}, is missing.")
-        return [folder / name for name in names]
-    raise UserError(f"{folder} is not a model folder: it has neither {WEIGHTS} nor {INDEX}.")
-
-
-def tensor_names(folder: Path) -> set[str]:
-    """The names of all tensors in a model folder; only the files' headers are read."""
-    names: set[str] = set()
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names.update(file.keys())
-        except Exception as error:
-            raise UserError(f"{path} can't be read as safetensors: {error}.") from error
-    return names
 
 
 def official_kind(folder: Path, config: dict[str, Any]) -> str | None:
@@ -114,10 +62,19 @@ def official_kind(folder: Path, config: dict[str, Any]) -> str | None:
     return found
 
 
+BACKBONES: dict[str, Any] = {
+    "dense": GatelessLlamaForCausalLM,
+    "mole": GatelessLlamaForCausalLM,
+    "moe": MoeGatelessLlamaForCausalLM,
+}
+"""Kind -> the class of the model, for `mole` of what the experts are attached to."""
+
+
 def load_official(
     folder: Path,
     kind: str,
     config: dict[str, Any],
+    model_class: Any,
     dtype: Any = "auto",
     num_experts_per_tok: int | None = None,
 ) -> Any:
@@ -127,33 +84,28 @@ def load_official(
         folder: holds `config.json` and safetensors weights.
         kind: what `official_kind` says of it.
         config: its `config.json`.
+        model_class: of `BACKBONES`; for `mole` the class of such a backbone with experts attached.
         dtype: of the weights; `auto` keeps that of the files.
         num_experts_per_tok: of a mixture of experts, how many are selected; default: what
             `config.json` says, else 2, the paper's.
     """
-    state = _read_state(folder)
+    state = read_state(folder)
     fields = {
         key: value
         for key, value in config.items()
         if key not in ("architectures", "model_type", "hidden_act", "num_experts", "auto_map")
     }
-    model_class: Any = GatelessLlamaForCausalLM
-    config_class: Any = GatelessLlamaConfig
+    if kind in _PLACES:
+        state = _stack_experts(state, _PLACES[kind])
     if kind == "mole":
-        model_class = attached_class(GatelessLlamaForCausalLM)
-        config_class = attached_config_class(GatelessLlamaConfig)
-        state = _stack_experts(state, _PLACES["mole"])
         fields["lookup_experts"] = official_settings(folder, config).to_dict()
     elif kind == "moe":
-        model_class = MoeGatelessLlamaForCausalLM
-        config_class = MoeGatelessLlamaConfig
-        state = _stack_experts(state, _PLACES["moe"])
         fields["num_experts"] = _whole_number(folder, config, "num_experts")
         if num_experts_per_tok is not None:
             fields["num_experts_per_tok"] = num_experts_per_tok
     model, report = model_class.from_pretrained(
         None,
-        config=config_class(**fields),
+        config=model_class.config_class(**fields),
         state_dict=state,
         dtype=next(iter(state.values())).dtype if dtype == "auto" else dtype,
         output_loading_info=True,
@@ -196,14 +148,6 @@ def _whole_number(folder: Path, config: dict[str, Any], key: str) -> int:
     return value
 
 
-def _read_state(folder: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            state.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    return state
-
-
 def _stack_experts(state: dict[str, Tensor], places: dict[str, str]) -> dict[str, Tensor]:
     """The authors' names -> ours: one tensor per expert becomes one per layer.
 
@@ -224,20 +168,3 @@ def _stack_experts(state: dict[str, Tensor], places: dict[str, str]) -> dict[str
     for key, parts in experts.items():
         stacked[key] = torch.stack([parts[number] for number in sorted(parts)])
     return stacked
-
-
-def refuse_partial_loading(folder: Path, report: dict[str, Any], *kinds: str) -> None:
-    """Raise a `UserError` if transformers' loading report names tensors of the given kinds.
-
-    Args:
-        folder: what was loaded.
-        report: the loading info of `from_pretrained`.
-        kinds: of `missing`, `mismatched` (in shape) and `unexpected`.
-    """
-    for kind in kinds:
-        names = sorted(str(name) for name in report[f"{kind}_keys"])
-        if names:
-            raise UserError(
-                f"{folder}: the weights don't fit the model ({len(names)} {kind} tensors, the "
-                f"first is {names[0]})."
-            )

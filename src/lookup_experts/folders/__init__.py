@@ -1,0 +1,14 @@
+"""Models as folders: between the mathematics (`model/`), the bytes (`table/`) and Hugging Face.
+
+| file | has |
+|---|---|
+| `attach.py` | `attach`: lookup experts on any causal LM of transformers |
+| `load.py` | `load`: from a folder to a model that is ready to generate |
+| `attached_model.py` | the class of an attached model: saving, loading, checkpointing |
+| `configuration.py` | its configuration |
+| `experts_alone.py` | a folder that holds experts and refers to its backbone |
+| `official.py` | the folders that the authors of MoLE publish |
+| `weights.py` | the files of a model folder, whoever wrote them |
+| `tokenizer.py` | the tokenizer beside a model |
+| `registration.py` | what makes transformers know our model types; nothing else needs it |
+"""

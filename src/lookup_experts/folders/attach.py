@@ -1,0 +1,105 @@
+"""Lookup experts on any Hugging Face causal LM, in place."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lookup_experts.errors import UserError, unknown_name
+from lookup_experts.folders.attached_model import LookupExpertsMixin, become_attached
+from lookup_experts.folders.experts_alone import refer_to, require_reference
+from lookup_experts.model.blocks import ffn_size, find_ffns
+from lookup_experts.model.freezing import allow_training, freeze_backbone, require_unpacked
+from lookup_experts.model.initialization import INITS, initialize_experts, initializer_std
+from lookup_experts.model.settings import LookupSettings, parse_layers
+from lookup_experts.model.wiring import hidden_size_of, install
+
+SAVES = ("full", "experts")
+
+
+def attach(
+    model: Any,
+    num_experts: int = 4,
+    *,
+    expert_size: int | None = None,
+    expert_kind: str = "gelu",
+    layers: Sequence[int] | str | None = None,
+    init: str = "zero",
+    train_backbone: bool = True,
+    save: str = "full",
+) -> Any:
+    """Add routed experts to a Hugging Face causal LM, in place, and give it back.
+
+    The model keeps its class (a subclass of it, to be exact), its methods and its parameter
+    names. Every check happens before the first change.
+
+    Args:
+        model: a `PreTrainedModel` with a language-model head whose blocks have one FFN child.
+        num_experts: N, experts per layer.
+        expert_size: D, the hidden size of each expert; default: that of the backbone's FFN.
+        expert_kind: `gelu`, the paper's gate-less expert, or `swiglu`.
+        layers: the blocks that gain experts: their numbers, or in words `0-7`, `0,2,4` or
+            `every:2`; default: all.
+        init: `zero`: the experts' outputs are zero, so the model gives exactly the backbone's
+            logits at first. `normal`: all weights as the backbone initialises its own, for
+            training from scratch.
+        train_backbone: False takes the gradients from the backbone's parameters, so that experts
+            and routers alone are trained, and alone have optimizer state.
+        save: what `save_pretrained` writes, also when the Trainer calls it. `full`: everything.
+            `experts`: the experts and routers, with a reference to the folder or the hub's model
+            that the backbone was loaded from; needs `train_backbone=False`. A quantised backbone
+            can be trained on in this way only.
+
+    Raises:
+        UserError: the model's blocks have no single FFN, or an argument makes no sense.
+    """
+    if init not in INITS:
+        raise unknown_name("init", init, INITS)
+    if save not in SAVES:
+        raise unknown_name("value of save", save, SAVES)
+    if isinstance(model, LookupExpertsMixin):
+        raise UserError(f"This {type(model).__name__} has lookup experts already.")
+    settings = settings_for(model, num_experts, expert_size, expert_kind, layers)
+    require_reference(model, save, train_backbone)
+    require_unpacked(model)
+    if save == "experts":
+        settings = replace(settings, backbone=refer_to(model.name_or_path))
+    install(model, settings)
+    become_attached(model, settings)
+    if not train_backbone:
+        freeze_backbone(model)
+        allow_training(model)
+    std = initializer_std(model.config)
+    for block in model.lookup_blocks:
+        nn.init.normal_(block.router.weight, 0.0, std)
+        initialize_experts(block.routed, init, std)
+    return model
+
+
+def settings_for(
+    model: Any,
+    num_experts: int,
+    expert_size: int | None,
+    expert_kind: str,
+    layers: Sequence[int] | str | None,
+) -> LookupSettings:
+    """The settings that `attach` was asked for, checked against the model."""
+    num_blocks = len(find_ffns(model))
+    if isinstance(layers, str):
+        layers = parse_layers(layers, num_blocks)
+    chosen = tuple(range(num_blocks)) if layers is None else tuple(sorted(set(layers)))
+    if not chosen or not all(0 <= layer < num_blocks for layer in chosen):
+        raise UserError(
+            f"Layers {list(layers or ())} can't have experts: the model's blocks are 0 to "
+            f"{num_blocks - 1}."
+        )
+    return LookupSettings(
+        num_experts=num_experts,
+        expert_size=(
+            ffn_size(model.config, hidden_size_of(model)) if expert_size is None else expert_size
+        ),
+        layers=chosen,
+        expert_kind=expert_kind,
+        norm_eps=getattr(model.config, "rms_norm_eps", None) or 1e-6,
+    )

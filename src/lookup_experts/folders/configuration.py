@@ -1,0 +1,67 @@
+"""The configuration of an attached model: that of its backbone, saved in another shape.
+
+Its `config.json` nests the backbone's settings under another name than transformers looks for, and
+states a number of layers that is a sentence: without this package nothing can take the folder for
+the plain backbone.
+"""
+
+import json
+from functools import cache
+from typing import Any
+
+from lookup_experts.made_classes import make_class
+
+MODEL_TYPE = "lookup_experts"
+"""In the `config.json` of any backbone with experts attached."""
+LOADING_HINT = (
+    "This folder is a model with lookup experts, not a plain one: "
+    "`import lookup_experts`, then use AutoModelForCausalLM or lookup_experts.load"
+)
+# What a saved configuration keeps outside of the nested backbone.
+_TOP_LEVEL = ("architectures", "dtype", "transformers_version", "lookup_experts")
+
+
+class LookupConfigMixin:
+    """What the configuration of an attached model adds to that of its backbone.
+
+    In memory it looks like the backbone's, model type included, with one more attribute
+    `lookup_experts` (`LookupSettings` as a dict); only its file is of another shape.
+    """
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict(_flattened(config_dict), **kwargs)  # type: ignore[misc]
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        flat = json.loads(super().to_json_string(use_diff=use_diff))  # type: ignore[misc]
+        saved = {key: flat.pop(key) for key in _TOP_LEVEL if key in flat}
+        saved["backbone_type"] = flat.pop("model_type")
+        saved["backbone"] = flat
+        saved["model_type"] = MODEL_TYPE
+        saved["num_hidden_layers"] = LOADING_HINT
+        return json.dumps(saved, indent=2, sort_keys=True) + "\n"
+
+
+def _flattened(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as it is saved -> as it is in memory, where it already has that shape."""
+    if "backbone" not in config_dict:
+        return config_dict
+    top_level = {key: config_dict[key] for key in _TOP_LEVEL if key in config_dict}
+    return {**config_dict["backbone"], **top_level}
+
+
+@cache
+def attached_config_class(backbone: type) -> Any:
+    """The configuration class of a backbone with experts attached; one for each backbone."""
+    return make_class(
+        attached_config_class,
+        backbone,
+        f"LookupExperts{backbone.__name__}",
+        (LookupConfigMixin, backbone),
+        __doc__=f"{backbone.__name__} with lookup experts.",
+    )
+
+
+def backbone_config_class(config_class: type) -> Any:
+    """The backbone's configuration class, of the configuration class of an attached model."""
+    return config_class.__mro__[2]  # (ours, mixin, backbone)

@@ -1,0 +1,129 @@
+"""Where a model folder is, and its files, whoever wrote them: configuration and weights."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from lookup_experts.errors import UserError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def find_folder(name: str | Path, **hub: Any) -> Path:
+    """The folder on this machine that a path or a name on the hub stands for.
+
+    Args:
+        name: a folder's path, or a model's name on the hub, which is fetched.
+        hub: options of the hub's client: revision, cache_dir, token.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(name), **hub))
+
+
+def local_folder(folder: str | Path) -> Path:
+    """As `find_folder`, for what a user has given.
+
+    Raises:
+        UserError: there is no such folder, and none can be fetched.
+    """
+    path = Path(folder)
+    if path.exists():
+        if not path.is_dir():
+            raise UserError(f"{path} is a file; give the model's folder.")
+        return path
+    if not isinstance(folder, str) or not _HUB_NAME.fullmatch(folder):
+        raise UserError(f"No such folder: {path}.")
+    try:
+        return find_folder(folder)
+    except Exception as error:  # the hub's client raises many kinds, all of them: not to be had
+        raise UserError(
+            f"No such folder: {path}; and no model of that name could be fetched from the "
+            f"Hugging Face hub ({type(error).__name__})."
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's `config.json`, as it stands there."""
+    if not folder.exists():
+        raise UserError(f"No such folder: {folder}.")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model folder: it has no config.json.")
+    return _read_json_object(folder / "config.json")
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold a JSON object, it holds a {type(content).__name__}.")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        places = _read_json_object(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise UserError(f"{folder / INDEX} has no weight_map, so it is no index of weights.")
+        names = sorted(set(places.values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder} is incomplete: {missing[0]}, named in {INDEX}, is missing.")
+        return [folder / name for name in names]
+    raise UserError(f"{folder} is not a model folder: it has neither {WEIGHTS} nor {INDEX}.")
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """The names of all tensors in a model folder; only the files' headers are read."""
+    names: set[str] = set()
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        except Exception as error:
+            raise UserError(f"{path} can't be read as safetensors: {error}.") from error
+    return names
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder."""
+    state: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            state.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return state
+
+
+def refuse_partial_loading(folder: Path, report: dict[str, Any], *kinds: str) -> None:
+    """Raise a `UserError` if transformers' loading report names tensors of the given kinds.
+
+    Args:
+        folder: what was loaded.
+        report: the loading info of `from_pretrained`.
+        kinds: of `missing`, `mismatched` (in shape) and `unexpected`.
+    """
+    for kind in kinds:
+        names = sorted(str(name) for name in report[f"{kind}_keys"])
+        if names:
+            raise UserError(
+                f"{folder}: the weights don't fit the model ({len(names)} {kind} tensors, the "
+                f"first is {names[0]})."
+            )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,37 @@
+"""Classes that are made at run time out of others, and can be pickled nevertheless.
+
+Pickle finds a class by its module and name, where one that was made is not to be found in another
+process. One of these is pickled as the function that made it and what it was made of.
+"""
+
+import copyreg
+from collections.abc import Callable
+from typing import Any
+
+
+class MadeClass(type):
+    """The type of such a class."""
+
+
+def make_class(
+    maker: Callable[[Any], Any], base: Any, name: str, bases: tuple[type, ...], **attributes: Any
+) -> Any:
+    """A class of the given name and bases.
+
+    Args:
+        maker: a function at the top of a module that gives this very class for `base`.
+        base: what it is made of.
+        name: of the class.
+        bases: of the class.
+        attributes: of the class.
+    """
+    recipe = (maker, (base,))
+    return MadeClass(name, bases, {"__module__": maker.__module__, "_recipe": recipe, **attributes})
+
+
+def _reduce(made: type) -> Any:
+    # A subclass inherits the recipe, but was not made by it.
+    return made.__dict__.get("_recipe", made.__qualname__)
+
+
+copyreg.pickle(MadeClass, _reduce)
