@@ -9,6 +9,8 @@
 | `shared_outputs.py` | the same for several micro batches |
 | `per_position.py` | the slow reference of both |
 | `settings.py` | what was attached, as plain values |
-| `initialization.py`, `freezing.py`, `fingerprint.py` | how weights begin, which are trained, what they are |
-| `gateless_llama.py`, `moe.py`, `router_losses.py` | the paper's backbone, and the mixture of experts that it is compared with |
+| `initialization.py`, `freezing.py` | how weights begin, and which of them are trained |
+| `fingerprint.py` | what ties a table to the weights that were folded |
+| `gateless_llama.py` | the paper's backbone |
+| `moe.py`, `router_losses.py` | the mixture of experts that MoLE is compared with |
 """
