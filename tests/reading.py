@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lookup_experts.model.rows import TokenRows, mix_reference
+from lookup_experts.model.wiring import routed_experts
 from lookup_experts.table import reader as reader_module
 from lookup_experts.table import uring
 from lookup_experts.table.format import Table
@@ -178,3 +180,15 @@ def open_on(lane, table, way="threads", dtype=None, cache_bytes=0, group_bytes=2
         reader = TableExperts(table, store, dtype, cache_bytes=cache_bytes)
         yield reader
         reader.close()
+
+
+class RowsInTraining:
+    """The rows of a model in training form, each layer from its own experts."""
+
+    def __init__(self, model: Any, token_ids: Tensor) -> None:
+        self._rows = model.expert_source.rows(token_ids, base_model=model.base_model)
+        self._experts = routed_experts(model)
+        self.index = self._rows.index
+
+    def layer(self, layer: int) -> Tensor:
+        return self._rows.layer(layer, self._experts[layer])

@@ -15,16 +15,16 @@ class SlowSource:
     def __init__(self, source, entrance, block):
         self._source, self._entrance, self._block = source, entrance, block
 
-    def rows(self, token_ids, ready=False):
+    def rows(self, token_ids, ready=False, base_model=None):
         time.sleep(self._entrance)
-        rows, block = self._source.rows(token_ids, ready), self._block
+        rows, block = self._source.rows(token_ids, ready, base_model), self._block
 
         class SlowRows:
             num_positions = rows.num_positions
 
-            def mix(self, layer, weights):
+            def mix(self, layer, weights, experts=None):
                 time.sleep(block)
-                return rows.mix(layer, weights)
+                return rows.mix(layer, weights, experts)
 
         return SlowRows()
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from lookup_experts import allocation, cli
 from lookup_experts.benchmarks import ceilings, reading, speed
 from lookup_experts.errors import UserError
-from lookup_experts.model import baselines
+from lookup_experts.model import gateless_llama
 
 run = CliRunner().invoke
 
@@ -20,7 +20,7 @@ run = CliRunner().invoke
 @pytest.fixture(autouse=True)
 def tiny_shape(monkeypatch):
     shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    monkeypatch.setitem(baselines.SHAPES, "tiny", shape)
+    monkeypatch.setitem(gateless_llama.SHAPES, "tiny", shape)
     monkeypatch.setattr(speed, "SEQUENCE_STEPS", 12)
     monkeypatch.setattr(speed, "CACHE_WARM_UP_TOKENS", 640)
     monkeypatch.setattr(ceilings, "MATRIX_SIZE", 256)
@@ -223,8 +223,8 @@ def test_rows_of_a_prompt_take_less_than_all_layers_at_once(tmp_path, ids):
     shape = {"hidden_size": 512, "num_hidden_layers": 24, "num_attention_heads": 2}
     case = Case("wide", 4, "nf4")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(baselines.SHAPES, "wide", shape)
-        patch.setattr(baselines, "PAPER_VOCAB_SIZE", 1500)
+        patch.setitem(gateless_llama.SHAPES, "wide", shape)
+        patch.setattr(gateless_llama, "PAPER_VOCAB_SIZE", 1500)
         table = random_table(case, tmp_path)
         prompt = np.arange(3000) % 1500
         peak, reader = residency._peak_of_prompt(case, table.folder, "auto:0", prompt)

@@ -21,7 +21,7 @@ from lookup_experts.benchmarks.latency.pictures import table_of
 from lookup_experts.benchmarks.latency.systems import System, parse_systems
 from lookup_experts.benchmarks.latency.worker import Failure, Runner, serve
 from lookup_experts.errors import UserError
-from lookup_experts.model import baselines
+from lookup_experts.model import gateless_llama
 
 pytestmark = pytest.mark.timeout(240)
 run = CliRunner().invoke
@@ -32,7 +32,7 @@ PEERS = ("moe-6e-disk", "moe-6e-ram", "moe-6e-mmap", "moe-6e-accelerate")
 @pytest.fixture(autouse=True)
 def tiny_shape(monkeypatch):
     shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    monkeypatch.setitem(baselines.SHAPES, "tiny", shape)
+    monkeypatch.setitem(gateless_llama.SHAPES, "tiny", shape)
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_system_without_enough_memory_says_so(tmp_path, monkeypatch):
     ours, theirs = multiprocessing.Pipe()
     ours.send(("facts",))
     ours.send(("end",))
-    serve(theirs, System.parse("moe-6e"), Plan("tiny", 0, tmp_path), baselines.SHAPES["tiny"])
+    serve(theirs, System.parse("moe-6e"), Plan("tiny", 0, tmp_path), gateless_llama.SHAPES["tiny"])
     assert ours.recv() == Failure("out of memory")
 
 

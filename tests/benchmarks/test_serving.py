@@ -8,7 +8,7 @@ from result_rows import result_rows
 from typer.testing import CliRunner
 
 from lookup_experts import cli
-from lookup_experts.model import baselines
+from lookup_experts.model import gateless_llama
 
 pytest.importorskip("fastapi", reason="mole serve needs fastapi")
 pytest.importorskip("openai", reason="mole bench serve loads the server with OpenAI's client")
@@ -19,7 +19,7 @@ SIZES = ("--shape", "tiny", "--prompt", "8", "--tokens", "5")
 @pytest.fixture(autouse=True)
 def tiny_shape(monkeypatch):
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    monkeypatch.setitem(baselines.SHAPES, "tiny", shape)
+    monkeypatch.setitem(gateless_llama.SHAPES, "tiny", shape)
 
 
 def bench(tmp_path, *arguments: object) -> list[dict]:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from lookup_experts import cli
 from lookup_experts.benchmarks import training, training_memory
 from lookup_experts.errors import UserError
-from lookup_experts.model import baselines
+from lookup_experts.model import gateless_llama
 
 run = CliRunner().invoke
 
@@ -19,7 +19,7 @@ run = CliRunner().invoke
 @pytest.fixture(autouse=True)
 def tiny_shape(monkeypatch):
     shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    monkeypatch.setitem(baselines.SHAPES, "tiny", shape)
+    monkeypatch.setitem(gateless_llama.SHAPES, "tiny", shape)
 
 
 @pytest.fixture

@@ -406,7 +406,7 @@ def test_a_failed_record_is_a_503_and_the_server_goes_on(client, monkeypatch):
     context = client.service._model.lookup_entrance
 
     class Broken:
-        def rows(self, ids, ready=False):
+        def rows(self, ids, ready=False, base_model=None):
             raise TableError("table-00001.safetensors: record 5 can't be read.")
 
     with monkeypatch.context() as patched:

@@ -317,8 +317,8 @@ class Unreadable:
     def __init__(self, table, *ids: int) -> None:
         self._table, self._ids = table, ids
 
-    def rows(self, ids, ready=False):
-        rows = self._table.rows(ids, ready)
+    def rows(self, ids, ready=False, base_model=None):
+        rows = self._table.rows(ids, ready, base_model)
         return _Rows(rows, [one for one in self._ids if (ids == one).any()])
 
 
@@ -331,14 +331,14 @@ class _Rows:
         if self._unreadable:
             raise TableError(f"shard: record {self._unreadable[0]} can't be read.")
 
-    def layer(self, layer):
+    def layer(self, layer, experts=None):
         self._check()
-        return self._rows.layer(layer)
+        return self._rows.layer(layer, experts)
 
-    def mix(self, layer, weights):
+    def mix(self, layer, weights, experts=None):
         if layer == 1:  # some layers have been through already
             self._check()
-        return self._rows.mix(layer, weights)
+        return self._rows.mix(layer, weights, experts)
 
 
 @pytest.mark.parametrize("place", ["prompt", "step"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reading import RowsInTraining
 from tiny_models import attached_model, greedy, logits_of, token_ids
 
 import lookup_experts as le
@@ -55,7 +56,7 @@ BATCHES = {
 def test_rows_are_those_of_the_experts(store, batch, grad, training_form, table_folder):
     ids = BATCHES[batch]
     with torch.set_grad_enabled(grad):
-        expected = training_form.expert_source.rows(ids)
+        expected = RowsInTraining(training_form, ids)
         rows = opened(table_folder, store).expert_source.rows(ids)
         assert rows.index.shape == ids.shape
         for layer in range(3):
@@ -70,7 +71,7 @@ def test_layers_can_be_asked_for_again_and_in_any_order(training_form, table_fol
         for ids in (token_ids(1, 5), token_ids(4, 100)):
             with torch.no_grad():
                 rows = opened(table_folder, store).expert_source.rows(ids)
-                expected = training_form.expert_source.rows(ids)
+                expected = RowsInTraining(training_form, ids)
                 for layer in (2, 0, 0, 1, 2):
                     torch.testing.assert_close(
                         rows.layer(layer)[rows.index], expected.layer(layer)[expected.index]
@@ -83,7 +84,7 @@ def test_rows_stay_what_they_are_while_other_batches_are_read(training_form, tab
     with torch.no_grad():
         held = [(ids, source.rows(ids)) for ids in (token_ids(1, 4, seed=s) for s in range(8))]
         for ids, rows in held:
-            expected = training_form.expert_source.rows(ids)
+            expected = RowsInTraining(training_form, ids)
             for layer in range(3):
                 torch.testing.assert_close(
                     rows.layer(layer)[rows.index], expected.layer(layer)[expected.index]
