@@ -33,7 +33,7 @@ from lookup_experts.folders.experts_alone import (
 from lookup_experts.folders.model_folder import find_folder
 from lookup_experts.made_classes import make_class
 from lookup_experts.model.freezing import allow_training, freeze_backbone
-from lookup_experts.model.initialization import initialize_experts, initializer_std
+from lookup_experts.model.initialization import initialize_blocks
 from lookup_experts.model.rows import ExpertSource
 from lookup_experts.model.settings import LookupSettings
 from lookup_experts.model.wiring import (
@@ -42,7 +42,6 @@ from lookup_experts.model.wiring import (
     install,
     lookup_blocks,
     resumed,
-    routed_experts,
 )
 from lookup_experts.table.build import copy_table
 from lookup_experts.table.reader import open_reader
@@ -132,10 +131,9 @@ class LookupExpertsMixin:
         The base model initialises what is inside of it by itself, and doesn't know experts.
         """
         super().initialize_weights()  # type: ignore[misc]
-        std = initializer_std(self.config)  # type: ignore[attr-defined]
-        with guard_torch_init_functions():  # weights that were loaded stay
-            for experts in routed_experts(self):
-                initialize_experts(experts, "zero", std)
+        if self.lookup_settings.form == "experts":
+            with guard_torch_init_functions():  # weights that were loaded stay
+                initialize_blocks(self, self.lookup_settings, "zero")
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any

@@ -2,11 +2,11 @@
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lookup_experts.model.experts import LayerExperts
 
 
 def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -25,10 +25,10 @@ def embedding_hash(embedding: nn.Module) -> str:
     return hash_tensors(embedding.named_parameters())
 
 
-def fingerprint(embedding: nn.Module, layers: Iterable[LayerExperts]) -> str:
-    """The hash over the embedding and the weights of every routed expert."""
+def fingerprint(embedding: nn.Module, layers: Iterable[Any]) -> str:
+    """The hash over the embedding and the weights of whatever makes the rows of each layer."""
     digest = hashlib.sha256(embedding_hash(embedding).encode())
     for number, experts in enumerate(layers):
-        digest.update(f"{number} {experts.kind} {experts.norm_eps}\n".encode())
+        digest.update(f"{number} {experts.identity}\n".encode())
         digest.update(hash_tensors(experts.named_parameters()).encode())
     return digest.hexdigest()

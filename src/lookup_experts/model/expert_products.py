@@ -1,14 +1,11 @@
-"""The routed experts of one layer: FFNs on the token embedding, and their matrix products.
-
-The `FFN_j(e)` of Mixture of Lookup Experts (arXiv 2503.15798, section 3). Which ids they are
-evaluated for is decided in `computed_rows.py`.
+"""The matrix products of a layer's experts, and the normalisation of what they see.
 
 The products do what autograd would do, with two differences that pay on large batches: the
 activations are recomputed in the backward pass rather than kept, which halves the memory that
 experts need; and on a CPU the experts are computed one after the other, so that what lies between
 two products is of one expert's size. A GPU takes all experts in one batched product.
 
-Shapes: U unique token ids, N experts, e embedding size, D hidden size of an expert, d hidden size.
+Shapes: U unique token ids, N experts, e embedding size, D hidden size of an expert, r row size.
 """
 
 from collections.abc import Sequence
@@ -19,68 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lookup_experts.errors import unknown_name
-
 EXPERT_KINDS = ("gelu", "swiglu")
-
-
-class LayerExperts(nn.Module):
-    """The N routed experts of one layer as batched weights.
-
-    Each expert is an FFN on the RMS-normalised embedding: `gelu`, the paper's,
-    `down(gelu(up(x)))` with the exact GELU and no gate, or `swiglu`, `down(silu(gate(x)) * up(x))`.
-    Weights keep the layout of `nn.Linear`, [out, in], with the expert in front.
-
-    Args:
-        num_experts: N.
-        embedding_size: e, what comes in.
-        expert_size: D, the hidden size of each expert.
-        hidden_size: d, what goes out.
-        kind: one of `EXPERT_KINDS`.
-        norm_eps: the epsilon of the RMSNorm on the embedding.
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        embedding_size: int,
-        expert_size: int,
-        hidden_size: int,
-        kind: str = "gelu",
-        norm_eps: float = 1e-6,
-    ) -> None:
-        super().__init__()
-        if kind not in EXPERT_KINDS:
-            raise unknown_name("expert kind", kind, EXPERT_KINDS)
-        self.kind = kind
-        self.norm_eps = norm_eps
-        self.norm = NormWeight(embedding_size)
-        self.up_proj = nn.Parameter(torch.empty(num_experts, expert_size, embedding_size))
-        if kind == "swiglu":
-            self.gate_proj = nn.Parameter(torch.empty(num_experts, expert_size, embedding_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
-
-    def forward(self, normalized: Tensor) -> Tensor:
-        """[U, e], what `normalize` gives -> [N, U, d], contiguous."""
-        into = [self.up_proj]
-        if self.kind == "swiglu":
-            into.insert(0, self.gate_proj)
-        return expert_outputs(self.kind, self.norm(normalized), into, self.down_proj)
-
-    def forward_reference(self, embeddings: Tensor) -> Tensor:
-        """[U, e] -> [U, N, d]: the same from the embeddings themselves, one expert after the
-        other."""
-        size = embeddings.shape[-1:]
-        inputs = F.rms_norm(embeddings, size, self.norm.weight, self.norm_eps)
-        outputs = []
-        for expert in range(self.up_proj.shape[0]):
-            hidden = F.linear(inputs, self.up_proj[expert])
-            if self.kind == "swiglu":
-                hidden = F.silu(F.linear(inputs, self.gate_proj[expert])) * hidden
-            else:
-                hidden = F.gelu(hidden)
-            outputs.append(F.linear(hidden, self.down_proj[expert]))
-        return torch.stack(outputs, dim=1)
 
 
 class NormWeight(nn.Module):
