@@ -172,7 +172,19 @@ class LookupExpertsMixin:
             from lookup_experts.table.reader import open_reader
 
             folder = _local_folder(pretrained_model_name_or_path, kwargs)
-            model.set_expert_source(open_reader(folder, model, **options))
+            settings = model.lookup_settings
+            weight = next(model.get_input_embeddings().parameters())
+            reader = open_reader(
+                folder,
+                num_layers=len(settings.layers),
+                num_experts=settings.num_experts,
+                row_size=model.config.hidden_size,
+                fingerprint=settings.fingerprint,
+                dtype=weight.dtype,
+                device=weight.device,
+                **options,
+            )
+            model.set_expert_source(reader)
             join_routers(model)
         return loaded
 

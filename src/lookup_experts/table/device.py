@@ -20,14 +20,14 @@ from weakref import finalize
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lookup_experts.model.rows import TokenRows, mix
 from lookup_experts.table.batch import SlotBatch, check_bounds, unique_in_order
 from lookup_experts.table.cache import SlotCache
 from lookup_experts.table.device_prompt import PromptRows
-from lookup_experts.table.format import TableShape
 from lookup_experts.table.lanes import Lane, Mark
+from lookup_experts.table.layout import TableShape
 from lookup_experts.table.mixing import decode_and_mix, prepare, route_mix_add
 from lookup_experts.table.rows import Decoding, WaitClock
 from lookup_experts.table.store import Store
@@ -89,7 +89,7 @@ class DeviceRows:
             self._arrival.lead(self._decoding.layout.shape.num_layers - 1)
             self._arrival = None
 
-    def layer(self, layer: int) -> Tensor:
+    def layer(self, layer: int, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.layer`."""
         if self._arrival is not None:
             self._arrival.lead(layer)
@@ -98,7 +98,7 @@ class DeviceRows:
         codes = self._memory[:, layout.layer_slice(layer)].index_select(0, record_of_id)
         return self._decoding.decode(codes)
 
-    def mix(self, layer: int, weights: Tensor) -> Tensor:
+    def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.mix`."""
         if weights.requires_grad:
             return mix(self.layer(layer), self.index.view(-1), weights)

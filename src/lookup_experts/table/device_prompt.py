@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from lookup_experts.model.rows import mix
 from lookup_experts.table.lanes import Lane, Mark
 from lookup_experts.table.mixing import decode_and_mix
+from lookup_experts.table.reading_thread import submit_read
 from lookup_experts.table.rows import Decoding, LayerGroup, WaitClock, plan_groups
-from lookup_experts.table.store import Store, submit_read
+from lookup_experts.table.store import Store
 
 Piece = tuple[Tensor, Mark]
 """uint8 [U, width] on the device, and the mark to wait for."""
@@ -106,13 +107,13 @@ class PromptRows:
     def wait(self) -> None:
         """Nothing can be had ready beforehand: reading goes on while the model computes."""
 
-    def layer(self, layer: int) -> Tensor:
+    def layer(self, layer: int, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.layer`; a copy, since the buffers are soon read into again."""
         start = self._offset(layer)
         stop = start + self._decoding.layout.layer_bytes
         return self._decoding.decode(self._records(layer)[:, start:stop].clone())
 
-    def mix(self, layer: int, weights: Tensor) -> Tensor:
+    def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.mix`."""
         if weights.requires_grad:
             return mix(self.layer(layer), self.index.view(-1), weights)

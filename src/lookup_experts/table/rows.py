@@ -6,7 +6,7 @@ memory of the batch's own. For decoding, for tables in RAM, and under autograd.
 `StreamedRows`: records are read a few layers at a time into two buffers. For prompts: memory is
 bounded, and reading goes ahead of the compute.
 
-Both are `TokenRows` (`model/experts.py`). Float encodings are mixed straight out of the records;
+Both are `TokenRows` (`model/rows.py`). Float encodings are mixed straight out of the records;
 the others are decoded layer by layer, once per unique id.
 """
 
@@ -22,11 +22,14 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lookup_experts.model.rows import mix
-from lookup_experts.table.format import BLOCK, RecordLayout
-from lookup_experts.table.store import PendingRead, Store, aligned_buffer, submit_read
+from lookup_experts.table.format import BLOCK
+from lookup_experts.table.host_memory import aligned_buffer
+from lookup_experts.table.layout import RecordLayout
+from lookup_experts.table.reading_thread import submit_read
+from lookup_experts.table.store import PendingRead, Store
 
 DECODED_BYTES = 16 * 2**20
 """Encoded records are decoded for all layers at once up to this size, beyond it layer by layer."""
@@ -211,13 +214,13 @@ class MemoryRows:
         if self._matrices is None and self._decoding.decoded_bytes(num_ids) <= DECODED_BYTES:
             self._decode_at_once()
 
-    def layer(self, layer: int) -> Tensor:
+    def layer(self, layer: int, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.layer`."""
         self.wait()
         codes = self._memory[:, self._decoding.layout.layer_slice(layer)]
         return self._decoding.decode(codes.index_select(0, torch.as_tensor(self._slots)))
 
-    def mix(self, layer: int, weights: Tensor) -> Tensor:
+    def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.mix`."""
         # Autograd may keep the rows longer than the records stay; so it gets a copy.
         if weights.requires_grad and self._borrowed:
@@ -230,10 +233,8 @@ class MemoryRows:
             return mix(self.layer(layer), self.index.view(-1), weights)
         matrix = self._matrices[layer]
         weights = weights if weights.dtype == matrix.dtype else weights.to(matrix.dtype)
-        # Not by way of `torch.nn.functional`, whose checks take longer than a small sum, and
-        # without what a backward pass would need.
-        add_up = torch.embedding_bag if weights.requires_grad else torch._embedding_bag_forward_only
-        total, *_ = add_up(
+        # Not by way of `torch.nn.functional`, whose checks take longer than a small sum.
+        total, *_ = torch.embedding_bag(
             matrix,
             self._bags,
             self._starts,
@@ -420,7 +421,7 @@ class StreamedRows:
     def wait(self) -> None:
         """Nothing can be had ready beforehand: reading goes on while the model computes."""
 
-    def layer(self, layer: int) -> Tensor:
+    def layer(self, layer: int, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.layer`; never a view of a buffer, which is soon read into again."""
         rows = self._decoding.decode(self._codes(layer))
         return rows.clone() if self._decoding.is_view else rows
@@ -443,7 +444,7 @@ class StreamedRows:
         part = layout.layer_slice(layer)
         return records[:, part.start - start : part.stop - start]
 
-    def mix(self, layer: int, weights: Tensor) -> Tensor:
+    def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.mix`."""
         index = self.index.view(-1)
         if weights.requires_grad:
