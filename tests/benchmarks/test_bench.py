@@ -180,7 +180,7 @@ def test_read(tmp_path, monkeypatch):
 
 
 def test_build_leaves_a_table_that_opens(tmp_path):
-    from lookup_experts.table.format import open_table
+    from lookup_experts.table.opening import open_table
 
     plot = tmp_path / "build.png"
     (result,) = bench(tmp_path, "build", "--plot", plot)["results"]

@@ -11,10 +11,12 @@ from torch import nn
 
 from lookup_experts.benchmarks.models import Case
 from lookup_experts.benchmarks.timing import median
+from lookup_experts.generation.folding import plan_folding
 from lookup_experts.model.experts import LayerExperts
+from lookup_experts.model.folded import evaluate_experts
 from lookup_experts.model.gateless_llama import paper_config
-from lookup_experts.table.build import build_table, evaluate_experts, plan_table
-from lookup_experts.table.format import Progress
+from lookup_experts.table.build import build_table
+from lookup_experts.table.progress import Progress
 
 MATMUL_SAMPLES = 5
 
@@ -44,7 +46,7 @@ def measure_build(case: Case, folder: Path, progress: Progress | None = None) ->
     """
     embedding, layers = random_experts(case)
     before = _peak_bytes()
-    plan = plan_table(embedding, layers, case.layout.shape.vocab_size, case.layout.encoding)
+    plan = plan_folding(embedding, layers, case.layout.shape.vocab_size, case.layout.encoding)
     samples: list[float] = []
     num_chunks = sum(1 for _ in plan.chunks())
     every = max(1, num_chunks // MATMUL_SAMPLES)

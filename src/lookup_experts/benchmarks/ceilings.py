@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lookup_experts.table.store import aligned_buffer
+from lookup_experts.table.host_memory import aligned_buffer
 
 LARGE_READ = 8 * 2**20
 MEMORY_SAMPLE_BYTES = 2**28

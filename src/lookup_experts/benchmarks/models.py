@@ -15,20 +15,14 @@ from lookup_experts.model.gateless_llama import GatelessLlamaForCausalLM, paper_
 from lookup_experts.model.settings import LookupSettings
 from lookup_experts.model.wiring import install
 from lookup_experts.table.encoding import get_encoding
-from lookup_experts.table.format import (
-    MANIFEST_NAME,
-    Progress,
-    RecordLayout,
-    ShardWriter,
-    Table,
-    TableManifest,
-    TableShape,
-    open_table,
-    plan_shards,
-    write_manifest,
-)
+from lookup_experts.table.format import MANIFEST_NAME
+from lookup_experts.table.layout import RecordLayout, TableShape, plan_shards
+from lookup_experts.table.manifest import TableManifest, write_manifest
+from lookup_experts.table.opening import Table, open_table
+from lookup_experts.table.progress import Progress
 from lookup_experts.table.reader import TableExperts
-from lookup_experts.table.store import open_store
+from lookup_experts.table.shard_writer import ShardWriter
+from lookup_experts.table.store_choice import open_store
 from lookup_experts.units import format_bytes
 
 FINGERPRINT = "random numbers"

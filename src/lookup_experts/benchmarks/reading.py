@@ -17,8 +17,9 @@ import numpy as np
 from lookup_experts.benchmarks.ceilings import DiskCounter, disk_bytes_per_second
 from lookup_experts.benchmarks.timing import median
 from lookup_experts.table.direct import ThreadedReads
-from lookup_experts.table.format import Table
-from lookup_experts.table.store import PendingRead, RecordStore, aligned_buffer
+from lookup_experts.table.host_memory import aligned_buffer
+from lookup_experts.table.opening import Table
+from lookup_experts.table.store import PendingRead, RecordStore
 
 DISK_SAMPLE_BYTES = 256 * 2**20
 NUM_RANDOM_BATCHES = 512

@@ -11,9 +11,9 @@ from lookup_experts.benchmarks.models import Case, dense_model, table_model
 from lookup_experts.benchmarks.processes import in_fresh_process
 from lookup_experts.errors import UserError
 from lookup_experts.model.cache_names import cache_argument, cache_of
-from lookup_experts.table.format import open_table
+from lookup_experts.table.opening import open_table
 from lookup_experts.table.reader import ReaderStatistics, TableExperts
-from lookup_experts.table.store import open_store
+from lookup_experts.table.store_choice import open_store
 
 PROMPT_TOKENS = 512
 DECODING_STEPS = 128

@@ -9,7 +9,7 @@ from lookup_experts.evaluation.text import find_text, token_chunks
 from lookup_experts.folders.model_folder import local_folder
 from lookup_experts.folders.tokenizer import load_tokenizer
 from lookup_experts.generation.inspection import text_config
-from lookup_experts.table.format import Progress
+from lookup_experts.table.progress import Progress
 from lookup_experts.training.data import TokenShards
 from lookup_experts.training.sources import PreparedSource
 from lookup_experts.training.upcycling import check_tokenizer

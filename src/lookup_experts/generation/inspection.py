@@ -19,14 +19,10 @@ from lookup_experts.model.moe import MoeGatelessLlamaConfig
 from lookup_experts.model.offloaded import offloaded_mixture, offloaded_table
 from lookup_experts.model.settings import LookupSettings
 from lookup_experts.table.counts import read_counts
-from lookup_experts.table.format import (
-    MANIFEST_NAME,
-    Progress,
-    Table,
-    VerifyReport,
-    open_table,
-    verify_table,
-)
+from lookup_experts.table.format import MANIFEST_NAME
+from lookup_experts.table.opening import Table, open_table
+from lookup_experts.table.progress import Progress
+from lookup_experts.table.verifying import VerifyReport, verify_table
 
 EXPERT_MARKS = {
     "lookup-experts": (".lookup_experts.routed.",),

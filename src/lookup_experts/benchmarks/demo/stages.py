@@ -218,7 +218,7 @@ class Stages:
 
     def _fold(self, _: Mapping[str, Result]) -> Result:
         from lookup_experts.generation.folding import reparameterize
-        from lookup_experts.table.format import open_table
+        from lookup_experts.table.opening import open_table
 
         out = self._out / systems.TABLE
         if not out.exists():  # else it was finished just before an interruption

@@ -24,7 +24,7 @@ from lookup_experts.benchmarks.speed import TextWindows
 from lookup_experts.benchmarks.timing import median, pair_ratios, spread
 from lookup_experts.errors import UserError
 from lookup_experts.model.gateless_llama import SHAPES, paper_config
-from lookup_experts.table.format import Table, open_table
+from lookup_experts.table.opening import Table, open_table
 
 STEPS_PER_TURN = 4
 """Of which the first isn't counted: the processor's caches hold what another process left, as they

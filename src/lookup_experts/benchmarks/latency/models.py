@@ -34,8 +34,10 @@ from lookup_experts.offloading.expert_table import (
     write_expert_records,
 )
 from lookup_experts.offloading.experts import offload_experts
-from lookup_experts.table.format import MANIFEST_NAME, Progress, Table, open_table
-from lookup_experts.table.store import open_store
+from lookup_experts.table.format import MANIFEST_NAME
+from lookup_experts.table.opening import Table, open_table
+from lookup_experts.table.progress import Progress
+from lookup_experts.table.store_choice import open_store
 
 SELECTED = 2
 """Experts per token, as in the paper."""

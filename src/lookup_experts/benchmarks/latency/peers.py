@@ -26,8 +26,7 @@ from lookup_experts.errors import UserError
 from lookup_experts.offloading.cache import Compute
 from lookup_experts.offloading.expert_table import matrices_of
 from lookup_experts.offloading.experts import mix_visited
-from lookup_experts.table.format import Table
-from lookup_experts.table.store import open_shards
+from lookup_experts.table.opening import Table, open_shards
 
 Expert = tuple[int, int]
 """Layer, and number in it."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from lookup_experts.benchmarks.models import FINGERPRINT, Case, dense_model, table_model
 from lookup_experts.generation.folding import save_without_experts
-from lookup_experts.table.format import Table
+from lookup_experts.table.opening import Table
 
 
 def save_folders(case: Case, table: Table, work: Path) -> dict[str, Path]:

@@ -25,7 +25,7 @@ def read(
     from lookup_experts.benchmarks.models import Case, random_table
     from lookup_experts.benchmarks.reading import WAYS, measure_read
     from lookup_experts.table.reader import SLOT_BATCH
-    from lookup_experts.table.store import open_store
+    from lookup_experts.table.store_choice import open_store
 
     with console.progress_bar("Writing a table") as progress:
         table = random_table(Case(shape, experts, encoding), work, progress)
