@@ -21,10 +21,18 @@ sketch, because a vocabulary is small.
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from lookup_experts import console
+from lookup_experts.benchmarks.models import Case
+from lookup_experts.benchmarks.plots import draw_bars
+from lookup_experts.benchmarks.results import Result, Results
+from lookup_experts.benchmarks.text import id_stream
+from lookup_experts.benchmarks.timing import Advance
+from lookup_experts.errors import UserError
 from lookup_experts.table.counts import most_frequent
 
 FIRST_TOKENS = 4096
@@ -33,6 +41,24 @@ BEGINNINGS = 16
 """Places in the text that it is the mean of."""
 USES_PER_AGEING = 10
 """Counts are halved after this many uses for each record of the capacity."""
+
+
+def bench_cache(
+    capacities: Sequence[int],
+    num_streams: Sequence[int],
+    most_tokens: int,
+    ids: Path | None,
+    work: Path,
+    results: Results,
+) -> None:
+    """`mole bench cache`: caches of so many records, over so many tokens of the stream."""
+    stream = id_stream(ids, Case().layout.shape.vocab_size, work)[:most_tokens]
+    if len(stream) < 2 * max(num_streams):
+        raise UserError(f"{len(stream)} token ids are too few for {max(num_streams)} streams.")
+    with console.progress_bar("Simulating") as progress:
+        found = compare_policies(stream, capacities, num_streams, progress)
+    results.add(*found)
+    results.finish(draw)
 
 
 class Policy(Protocol):
@@ -212,8 +238,8 @@ def compare_policies(
     token_ids: np.ndarray,
     capacities: Sequence[int],
     num_streams: Sequence[int] = (1, 8, 32),
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[dict[str, Any]]:
+    progress: Advance = lambda done, total: None,
+) -> list[Result]:
     """What each policy saves on the second half of a text; the first half is counted, as
     `mole reparameterize --counts` counts one.
 
@@ -230,7 +256,7 @@ def compare_policies(
     """
     seen, measured = np.array_split(token_ids, 2)
     counts = np.bincount(seen)
-    results: list[dict[str, Any]] = []
+    results: list[Result] = []
     num_runs = len(num_streams) * len(capacities) * len(_policies(1, counts))
     for streams in num_streams:
         steps = decoding_steps(measured, streams)
@@ -264,3 +290,22 @@ def _policies(capacity: int, counts: np.ndarray) -> dict[str, Callable[[], Polic
         "tinylfu": partial(TinyLeastFrequentlyUsed, capacity),
         "static": partial(MostFrequent, capacity, counts),
     }
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """The hit rate of each policy at the middle capacity and the fewest streams."""
+    capacities = sorted({result["capacity"] for result in results})
+    capacity = capacities[len(capacities) // 2]
+    streams = min(result["streams"] for result in results)
+    found = [
+        result
+        for result in results
+        if result["capacity"] == capacity and result["streams"] == streams
+    ]
+    draw_bars(
+        path,
+        f"{capacity} records cached, {streams} stream{'s' if streams > 1 else ''}",
+        "hit rate",
+        [result["policy"] for result in found],
+        [result["hit_rate"] for result in found],
+    )

@@ -58,6 +58,11 @@ class Case:
         return RecordLayout(shape, get_encoding(self.encoding))
 
     @property
+    def dtype_name(self) -> str:
+        """As `--dtype` names it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def name(self) -> str:
         """For files: `160m-4e-bfloat16`."""
         return f"{self.shape}-{self.num_experts}e-{self.encoding}"
@@ -68,15 +73,21 @@ class Case:
         return f"{self.name}-built"
 
 
-def dense_model(case: Case, seed: int = 0, device: str = "cpu") -> Any:
-    """The backbone alone, with random weights."""
+def random_model(model_class: Any, config: Any, dtype: torch.dtype, seed: int = 0) -> Any:
+    """A model of a class of transformers with random weights, to generate with."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(case.dtype)
+    torch.set_default_dtype(dtype)
     try:
-        return GatelessLlamaForCausalLM(paper_config(case.shape)).eval().to(device)
+        return model_class(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def dense_model(case: Case, device: str = "cpu") -> Any:
+    """The backbone alone, with random weights."""
+    config = paper_config(case.shape)
+    return random_model(GatelessLlamaForCausalLM, config, case.dtype).to(device)
 
 
 def table_model(

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lookup_experts.benchmarks.ceilings import DiskCounter
-from lookup_experts.benchmarks.latency.systems import Counts
+from lookup_experts.benchmarks.processes import DiskCounter
 from lookup_experts.errors import UserError
 from lookup_experts.offloading.cache import Compute
 from lookup_experts.offloading.expert_table import matrices_of
@@ -31,6 +30,17 @@ from lookup_experts.table.store import open_shards
 
 Expert = tuple[int, int]
 """Layer, and number in it."""
+
+
+@dataclass
+class Counts:
+    """What a system did for one forward pass."""
+
+    bytes_loaded: int = 0
+    stall_seconds: float = 0.0
+    experts_used: int = 0
+    """Summed over layers."""
+    experts_loaded: int = 0
 
 
 @dataclass(frozen=True)
