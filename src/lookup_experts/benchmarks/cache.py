@@ -18,11 +18,11 @@ counts (`table/counts.py`). `tinylfu` is TinyLFU (arXiv 1512.00727) with exact c
 sketch, because a vocabulary is small.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -61,27 +61,29 @@ def bench_cache(
     results.finish(draw)
 
 
-class Policy(Protocol):
-    """A cache of records, as far as it decides which to keep."""
+class Policy(ABC):
+    """A cache of so many records, at least 1, as far as it decides which to keep."""
 
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+
+    @abstractmethod
     def use(self, ids: Sequence[int]) -> int:
         """Look up the unique ids of one step; how many of them were there."""
 
 
-class LeastRecentlyUsed:
+class LeastRecentlyUsed(Policy):
     """`lru`, the row cache of `table/cache.py`.
 
     Args:
-        capacity: records, at least 1.
         filled_with: ids that are there from the start, those to be kept longest last.
     """
 
     def __init__(self, capacity: int, filled_with: Iterable[int] = ()) -> None:
-        self._capacity = capacity
+        super().__init__(capacity)
         self._kept: OrderedDict[int, None] = OrderedDict.fromkeys(filled_with)
 
     def use(self, ids: Sequence[int]) -> int:
-        """See `Policy.use`."""
         kept = self._kept
         hits = sum(id_ in kept for id_ in ids)
         for id_ in ids:
@@ -92,44 +94,51 @@ class LeastRecentlyUsed:
         return hits
 
 
-class LeastFrequentlyUsed:
-    """`lfu`: of those used least often, the least recently used goes first.
-
-    Args:
-        capacity: records, at least 1.
-    """
+class Ageing(Policy):
+    """A policy by how often records were used, which halves its counts as time goes by."""
 
     def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._counts: dict[int, int] = {}
-        self._by_count: defaultdict[int, OrderedDict[int, None]] = defaultdict(OrderedDict)
+        super().__init__(capacity)
         self._uses = 0
 
     def use(self, ids: Sequence[int]) -> int:
-        """See `Policy.use`."""
+        hits = self._use(ids)
+        self._uses += len(ids)
+        if self._uses >= USES_PER_AGEING * self._capacity:
+            self._uses = 0
+            self._age()
+        return hits
+
+    @abstractmethod
+    def _use(self, ids: Sequence[int]) -> int: ...
+
+    @abstractmethod
+    def _age(self) -> None: ...
+
+
+class LeastFrequentlyUsed(Ageing):
+    """`lfu`: of those used least often, the least recently used goes first."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._counts: dict[int, int] = {}
+        self._by_count: defaultdict[int, OrderedDict[int, None]] = defaultdict(OrderedDict)
+
+    def _use(self, ids: Sequence[int]) -> int:
         found = [id_ for id_ in ids if id_ in self._counts]
         missing = [id_ for id_ in ids if id_ not in self._counts]
         for id_ in found + missing:  # in this order, so that none is replaced before its use
-            self._use_one(id_)
-        self._uses += len(ids)
-        if self._uses >= USES_PER_AGEING * self._capacity:
-            self._age()
+            count = self._counts.pop(id_, 0)
+            if count:
+                self._take_from(count, id_)
+            elif len(self._counts) == self._capacity:
+                least = min(self._by_count)
+                evicted = next(iter(self._by_count[least]))
+                self._take_from(least, evicted)
+                del self._counts[evicted]
+            self._counts[id_] = count + 1
+            self._by_count[count + 1][id_] = None
         return len(found)
-
-    def _use_one(self, id_: int) -> None:
-        count = self._counts.pop(id_, 0)
-        if count:
-            self._take_from(count, id_)
-        elif len(self._counts) == self._capacity:
-            self._evict()
-        self._counts[id_] = count + 1
-        self._by_count[count + 1][id_] = None
-
-    def _evict(self) -> None:
-        least = min(self._by_count)
-        id_ = next(iter(self._by_count[least]))
-        self._take_from(least, id_)
-        del self._counts[id_]
 
     def _take_from(self, count: int, id_: int) -> None:
         del self._by_count[count][id_]
@@ -137,7 +146,6 @@ class LeastFrequentlyUsed:
             del self._by_count[count]
 
     def _age(self) -> None:
-        self._uses = 0
         older = sorted(self._by_count.items())
         self._by_count.clear()
         for count, ids in older:
@@ -146,21 +154,15 @@ class LeastFrequentlyUsed:
                 self._by_count[self._counts[id_]][id_] = None
 
 
-class TinyLeastFrequentlyUsed:
-    """`tinylfu`: least recently used, behind a filter by frequency.
-
-    Args:
-        capacity: records, at least 1.
-    """
+class TinyLeastFrequentlyUsed(Ageing):
+    """`tinylfu`: least recently used, behind a filter by frequency."""
 
     def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+        super().__init__(capacity)
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._counts: Counter[int] = Counter()
-        self._uses = 0
 
-    def use(self, ids: Sequence[int]) -> int:
-        """See `Policy.use`."""
+    def _use(self, ids: Sequence[int]) -> int:
         self._counts.update(ids)
         found = [id_ for id_ in ids if id_ in self._kept]
         for id_ in found:
@@ -168,9 +170,6 @@ class TinyLeastFrequentlyUsed:
         for id_ in ids:
             if id_ not in self._kept:
                 self._admit(id_)
-        self._uses += len(ids)
-        if self._uses >= USES_PER_AGEING * self._capacity:
-            self._age()
         return len(found)
 
     def _admit(self, id_: int) -> None:
@@ -182,24 +181,22 @@ class TinyLeastFrequentlyUsed:
         self._kept[id_] = None
 
     def _age(self) -> None:
-        self._uses = 0
         halves = {id_: count // 2 for id_, count in self._counts.items() if count > 1}
         self._counts = Counter(halves)
 
 
-class MostFrequent:
+class MostFrequent(Policy):
     """`static`: fixed from the start.
 
     Args:
-        capacity: records, at least 1.
         counts: int [V], how often each id occurs in another text.
     """
 
     def __init__(self, capacity: int, counts: np.ndarray) -> None:
+        super().__init__(capacity)
         self._kept = frozenset(most_frequent(counts, capacity).tolist())
 
     def use(self, ids: Sequence[int]) -> int:
-        """See `Policy.use`."""
         return sum(id_ in self._kept for id_ in ids)
 
 
@@ -264,15 +261,14 @@ def compare_policies(
         for capacity in capacities:
             for name, new_policy in _policies(capacity, counts).items():
                 rate = hit_rate(new_policy(), steps)
+                at_first = hit_rate_at_first(new_policy, steps, max(1, FIRST_TOKENS // streams))
                 results.append(
                     {
                         "policy": name,
                         "capacity": capacity,
                         "streams": streams,
                         "hit_rate": rate,
-                        "hit_rate_at_first": hit_rate_at_first(
-                            new_policy, steps, max(1, FIRST_TOKENS // streams)
-                        ),
+                        "hit_rate_at_first": at_first,
                         "reads_per_token": (1 - rate) * unique_per_token,
                     }
                 )

@@ -87,8 +87,9 @@ def measure_decode(
         # Apart from the steps that are compared: looking at the clock takes time as well.
         with added_time(mole) as added:
             _decode_sequences(models, windows.take(batch, length))
-        skip = 1 + WARM_UP_STEPS  # the first is the prompt
-        results[1]["entrance_ms"], results[1]["blocks_ms"] = added.medians_ms(skip)
+        # Nor is the first of them, which is the prompt.
+        entrance_ms, blocks_ms = medians_ms(*added, skip=1 + WARM_UP_STEPS)
+        results[1].update(entrance_ms=entrance_ms, blocks_ms=blocks_ms)
     rows = read.ids_unique / read.batches * reader.table.layout.record_bytes
     for result, row_bytes in zip(results, (0, rows), strict=True):
         num_bytes = weight_bytes(models[result["system"]], batch) + row_bytes
@@ -155,36 +156,20 @@ def warm_cache(reader: TableExperts, windows: TextWindows) -> None:
 # --------------------------------------------------------------------- where MoLE's time is spent
 
 
-class AddedTime:
-    """Seconds of every call, as they came.
-
-    Attributes:
-        entrance: of asking for a batch's records, before the first block; a number per pass.
-        blocks: of router, waiting, sum and addition; a number per block and pass.
-    """
-
-    def __init__(self) -> None:
-        self.entrance: list[float] = []
-        self.blocks: list[float] = []
-
-    def medians_ms(self, skip: int) -> tuple[float, float]:
-        """Milliseconds per pass, at the entrance and in all blocks, without the first passes."""
-        num_blocks = len(self.blocks) // len(self.entrance)
-        passes = [
-            sum(self.blocks[first : first + num_blocks])
-            for first in range(skip * num_blocks, len(self.blocks), num_blocks)
-        ]
-        return median(self.entrance[skip:]) * 1e3, median(passes) * 1e3
-
-
 @contextmanager
-def added_time(model: Any) -> Iterator[AddedTime]:
+def added_time(model: Any) -> Iterator[tuple[list[float], list[float]]]:
     """Times what attaching added to `model`, every time it is called within.
 
     By hooks right before and after those of `attach`. Only on a CPU: on a GPU the host is done
     before the work is.
+
+    Returns:
+        Seconds as they come: of asking for a batch's records, before the first block, a number per
+        pass; and of router, waiting, sum and addition, a number per block and pass.
     """
-    added, started_at = AddedTime(), 0.0
+    entrance: list[float] = []
+    blocks: list[float] = []
+    started_at = 0.0
 
     def start(*_: Any) -> None:
         nonlocal started_at
@@ -194,15 +179,26 @@ def added_time(model: Any) -> Iterator[AddedTime]:
         seconds.append(time.perf_counter() - started_at)
 
     with ExitStack() as hooks:
-        enter, block = partial(stop, added.entrance), partial(stop, added.blocks)
         base = model.base_model
         hooks.callback(base.register_forward_pre_hook(start, prepend=True).remove)
-        hooks.callback(base.register_forward_pre_hook(enter).remove)
+        hooks.callback(base.register_forward_pre_hook(partial(stop, entrance)).remove)
         for ffn in find_ffns(model):
             if hasattr(ffn, "lookup_experts"):
                 hooks.callback(ffn.register_forward_hook(start, prepend=True).remove)
-                hooks.callback(ffn.register_forward_hook(block).remove)
-        yield added
+                hooks.callback(ffn.register_forward_hook(partial(stop, blocks)).remove)
+        yield entrance, blocks
+
+
+def medians_ms(
+    entrance: Sequence[float], blocks: Sequence[float], skip: int
+) -> tuple[float, float]:
+    """Milliseconds per pass, at the entrance and in all blocks, without the first passes."""
+    num_blocks = len(blocks) // len(entrance)
+    passes = [
+        sum(blocks[first : first + num_blocks])
+        for first in range(skip * num_blocks, len(blocks), num_blocks)
+    ]
+    return median(entrance[skip:]) * 1e3, median(passes) * 1e3
 
 
 # ------------------------------------------------------------------------------------ on a GPU

@@ -334,14 +334,10 @@ def table_agreement(folder: Path, data: Path) -> dict[str, float]:
         reparameterize(folder, folded, encoding="float32")
     losses = {}
     for form, model in (("experts", load(folder)), ("table", load(folded, store="direct"))):
-        losses[form] = _nats_per_token(model, token_ids)
+        context = model.config.get_text_config().max_position_embeddings
+        losses[form] = perplexity(model, token_ids, context, batch_size=8).nats_per_token
     shutil.rmtree(folded)
     return losses
-
-
-def _nats_per_token(model: Any, token_ids: torch.Tensor) -> float:
-    context = model.config.get_text_config().max_position_embeddings
-    return perplexity(model, token_ids, context, batch_size=8).nats_per_token
 
 
 # ------------------------------------------------------------------------------------ results
@@ -358,10 +354,10 @@ def add_up(runs: Sequence[TrainedRun]) -> list[Result]:
     return [_add_up_system([run for run in runs if run.system == name]) for name in names]
 
 
-def _add_up_system(runs: Sequence[TrainedRun]) -> dict[str, Any]:
+def _add_up_system(runs: Sequence[TrainedRun]) -> Result:
     trained = [run for run in runs if run.summary is not None]
     counted = trained or runs
-    result: dict[str, Any] = {"system": runs[0].system, "seeds": [run.seed for run in counted]}
+    result: Result = {"system": runs[0].system, "seeds": [run.seed for run in counted]}
     failures = [(run.seed, run.failure) for run in runs if run.failure is not None]
     if failures:
         result["failures"] = [{"seed": seed, "why": why} for seed, why in failures]
@@ -369,16 +365,17 @@ def _add_up_system(runs: Sequence[TrainedRun]) -> dict[str, Any]:
         return {**result, "failed": "; ".join(dict.fromkeys(why for _, why in failures))}
     summaries = [run.summary for run in trained if run.summary is not None]
     losses = [s.validation_loss for s in summaries if s.validation_loss is not None]
-    seconds = [summary.seconds for summary in summaries]
+    points = zip(*(run.curve for run in trained), strict=True)
     result |= {
         "tokens": summaries[0].tokens,
         "validation_loss": statistics.mean(losses),
         "validation_losses": losses,
         # Medians: a run that was interrupted counts the pause.
-        "training_seconds": statistics.median(seconds),
+        "training_seconds": statistics.median(s.seconds for s in summaries),
         "tokens_per_second": statistics.median(s.tokens_per_second for s in summaries),
         "parameters": summaries[0].to_dict()["parameters"],
-        "curve": _mean_curve(trained),
+        # Tokens and loss, the mean over the seeds.
+        "curve": [[point[0][0], statistics.mean(loss for _, loss in point)] for point in points],
     }
     if len(losses) > 1:
         result["validation_loss_std"] = statistics.stdev(losses)
@@ -386,12 +383,6 @@ def _add_up_system(runs: Sequence[TrainedRun]) -> dict[str, Any]:
     if tables:
         result["table_difference"] = max(abs(found["table"] - found["experts"]) for found in tables)
     return result
-
-
-def _mean_curve(runs: Sequence[TrainedRun]) -> list[list[float]]:
-    """[tokens, validation loss], the mean over the seeds."""
-    points = zip(*(run.curve for run in runs), strict=True)
-    return [[point[0][0], statistics.mean(loss for _, loss in point)] for point in points]
 
 
 def in_words(result: Result) -> str:

@@ -2,12 +2,13 @@
 dense and MoLE from disk in turn on the same machine, or MoLE alone under steady load."""
 
 import asyncio
+import itertools
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -34,13 +35,11 @@ REQUEST_SECONDS = 300.0
 SAMPLE_SECONDS = 5.0
 WARM_UP_SHARE = 0.2
 """Of a soak; the memory after it is compared with that to its end."""
-_COMMAND = "from lookup_experts.cli import main; main()"
 
 
 def bench_serve(
     case: Case,
-    reading: Sequence[str],
-    device: str,
+    options: Mapping[str, Sequence[object]],
     streams: Sequence[int],
     rounds: int,
     prompt: int,
@@ -50,18 +49,12 @@ def bench_serve(
     work: Path,
     results: Results,
 ) -> None:
-    """`mole bench serve`.
+    """`mole bench serve`: each number of streams of requests, of `prompt` tokens that `tokens` are
+    generated for; or with `soak`, the largest for so many minutes.
 
     Args:
-        case: the models.
-        reading: options of `mole serve` that say how the table is read.
-        device: where the models run.
-        streams: numbers of requests at once.
+        options: of `mole serve`, for each system that is measured.
         rounds: loads of each system, in turn.
-        prompt, tokens: of each request, and to generate for it.
-        soak: minutes of steady load on MoLE instead.
-        ids: see `id_stream`.
-        work: where table and folders are kept.
     """
     console.quiet_transformers()
     with console.progress_bar("Writing a table") as progress:
@@ -71,20 +64,18 @@ def bench_serve(
         raise UserError(f"--ids has {len(text)} ids; a prompt of {prompt} needs more.")
     starts = range(0, len(text) - prompt, max(1, (len(text) - prompt) // MOST_PROMPTS))
     prompts = [text[start : start + prompt].tolist() for start in starts]
-    folders = save_folders(case, table, work)
-    options = {"dense": (), "mole": reading}
-    common = ("--device", device, "--max-batch", max(streams))
-    with ExitStack() as stack:
+    with ExitStack() as servers:
         clients = {}
-        for name in ("mole",) if soak else ("dense", "mole"):
-            server = stack.enter_context(ServerProcess(folders[name], *options[name], *common))
-            clients[name] = Client(server, prompts, tokens)
+        for name, words in options.items():
+            folder = save_folder(name, case, table, work)
+            served = servers.enter_context(_server(folder, *words))
+            clients[name] = Client(*served, prompts, tokens)
         with console.progress_bar("Serving") as progress:
             if soak:
-                steady = measure_soak("mole", clients["mole"], max(streams), soak, progress)
-                found = [asyncio.run(steady)]
+                (name,) = clients
+                found = [asyncio.run(_soak(name, clients[name], max(streams), soak, progress))]
             else:
-                found = asyncio.run(measure_streams(clients, streams, rounds, progress))
+                found = asyncio.run(_take_turns(clients, streams, rounds, progress))
     results.add(*(result | {"dtype": case.dtype_name} for result in found))
     results.finish(draw)
 
@@ -92,32 +83,25 @@ def bench_serve(
 # ------------------------------------------------------------------------------------ servers
 
 
-def save_folders(case: Case, table: Table, work: Path) -> dict[str, Path]:
-    """A folder for each system, by name, written anew; the table stays where it is.
-
-    Args:
-        case: the shape and the number of experts.
-        table: of the case.
-        work: where the folders go.
-    """
-    folders = {name: work / "serve" / f"{case.name}-{name}" for name in ("dense", "mole")}
-    models = {"dense": dense_model(case), "mole": table_model(case, table, "direct")}
-    for name, folder in folders.items():
-        model = models[name]
-        # Random weights would end some texts early, and the systems' at different places.
-        model.config.eos_token_id = model.generation_config.eos_token_id = None
-        if name == "mole":
-            save_without_experts(model, folder, FINGERPRINT)
-            link = folder / "table"
-            link.unlink(missing_ok=True)
-            link.symlink_to(table.folder.resolve())
-        else:
-            model.save_pretrained(folder)
-        counting_tokenizer(case.layout.shape.vocab_size).save_pretrained(folder)
-    return folders
+def save_folder(system: str, case: Case, table: Table, work: Path) -> Path:
+    """A folder that `mole serve` takes, of `dense` or `mole`, written anew; the table stays where
+    it is."""
+    folder = work / "serve" / f"{case.name}-{system}"
+    model = dense_model(case) if system == "dense" else table_model(case, table, "direct")
+    # Random weights would end some texts early, and the systems' at different places.
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    if system == "dense":
+        model.save_pretrained(folder)
+    else:
+        save_without_experts(model, folder, FINGERPRINT)
+        link = folder / "table"
+        link.unlink(missing_ok=True)
+        link.symlink_to(table.folder.resolve())
+    _counting_tokenizer(case.layout.shape.vocab_size).save_pretrained(folder)
+    return folder
 
 
-def counting_tokenizer(vocab_size: int) -> Any:
+def _counting_tokenizer(vocab_size: int) -> Any:
     """A text for every id: the bytes, then a made-up word for each further id.
 
     Prompts are sent as ids, so it only turns what is generated into text of a usual length.
@@ -134,45 +118,35 @@ def counting_tokenizer(vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
-class ServerProcess:
-    """A running server, ready when this returns; ends with the `with` block.
-
-    Args:
-        folder: of the model.
-        options: of `mole serve`.
-
-    Raises:
-        UserError: it did not start.
-    """
-
-    def __init__(self, folder: Path, *options: object) -> None:
-        words = ["serve", str(folder), "--port", "0", *map(str, options)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-u", "-c", _COMMAND, *words],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        assert self._process.stderr is not None
-        said = ""
-        for line in self._process.stderr:
-            said += line
-            if match := re.search(r"Serving (\S+) at (http://\S+)", line):
-                self.model, self.url = match[1], match[2]
-                return
-        self._process.wait()
-        raise UserError(f"mole serve did not start: {said.strip() or 'it said nothing'}")
-
-    def __enter__(self) -> "ServerProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
+@contextmanager
+def _server(folder: Path, *options: object) -> Iterator[tuple[str, str]]:
+    """A running server, which ends with the `with` block: the model's name, and its address."""
+    program = (sys.executable, "-u", "-c", "from lookup_experts.cli import main; main()")
+    process = subprocess.Popen(
+        [*program, "serve", str(folder), "--port", "0", *map(str, options)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        yield _when_it_serves(process)
+    finally:
+        process.terminate()
         try:
-            self._process.communicate(timeout=40)
+            process.communicate(timeout=40)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
+            process.kill()
+            process.communicate()
+
+
+def _when_it_serves(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if match := re.search(r"Serving (\S+) at (http://\S+)", line):
+            return match[1], match[2]
+    raise UserError(f"mole serve did not start: {said.strip() or 'it said nothing'}")
 
 
 # ------------------------------------------------------------------------------------ clients
@@ -188,34 +162,14 @@ class Stream:
     error: str | None = None
 
 
-@dataclass
-class Load:
-    """What a server gave."""
-
-    streams: list[Stream]
-    seconds: float
-    memory: list[tuple[float, int]] = field(default_factory=list)
-    """Seconds since the start, resident bytes of the server."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of all streams together."""
-        return sum(len(stream.token_times) for stream in self.streams) / self.seconds
-
-
 class Client:
-    """Sends requests of a fixed size to one server.
-
-    Args:
-        server: the server.
-        prompts: token ids of prompts, taken in turn.
-        tokens: to generate for each.
+    """Sends requests of a fixed size to one server, the prompts in turn.
 
     Raises:
         UserError: openai is not installed.
     """
 
-    def __init__(self, server: ServerProcess, prompts: Sequence[list[int]], tokens: int) -> None:
+    def __init__(self, model: str, url: str, prompts: Sequence[list[int]], tokens: int) -> None:
         try:
             import openai
         except ImportError as error:
@@ -223,77 +177,25 @@ class Client:
                 "mole bench serve loads the server with OpenAI's client: pip install openai."
             ) from error
         self._client = openai.AsyncOpenAI(
-            base_url=f"{server.url}/v1",
-            api_key="none",
-            max_retries=0,
-            timeout=REQUEST_SECONDS,
+            base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=REQUEST_SECONDS
         )
-        self._model, self._prompts, self._tokens = server.model, prompts, tokens
-        self._next = 0
+        self.prompts = prompts
+        self._model, self._tokens = model, tokens
+        self._in_turn = itertools.cycle(prompts)
 
-    async def load_once(self, streams: int) -> Load:
-        """So many requests at once, until all have ended."""
-        started_at = time.perf_counter()
-        done = await asyncio.gather(*(self._next_request() for _ in range(streams)))
-        return Load(list(done), time.perf_counter() - started_at)
-
-    async def send_all_prompts(self, streams: int, progress: Advance) -> None:
-        """Each prompt once, so many at a time, for a single token.
-
-        Raises:
-            UserError: one of them failed.
-        """
-        prompts = iter(enumerate(self._prompts))
-
-        async def work() -> None:
-            for number, prompt in prompts:
-                progress(number, len(self._prompts))
-                stream = await self._request(prompt, 1)
-                if stream.error:
-                    raise UserError(f"A request before the soak failed: {stream.error}")
-
-        await asyncio.gather(*(work() for _ in range(streams)))
-
-    async def soak(self, streams: int, seconds: float, progress: Advance) -> Load:
-        """So many requests at all times for so long; the server's memory is sampled meanwhile."""
-        started_at = time.perf_counter()
-        load = Load([], 0.0)
-
-        def elapsed() -> float:
-            return time.perf_counter() - started_at
-
-        async def work() -> None:
-            while elapsed() < seconds:
-                load.streams.append(await self._next_request())
-
-        async def watch() -> None:
-            while elapsed() < seconds:
-                load.memory.append((elapsed(), await self._resident_bytes()))
-                progress(int(elapsed()), int(seconds))
-                await asyncio.sleep(min(SAMPLE_SECONDS, seconds / 10))
-
-        await asyncio.gather(watch(), *(work() for _ in range(streams)))
-        load.seconds = elapsed()
-        load.memory.append((load.seconds, await self._resident_bytes()))
-        return load
-
-    async def _resident_bytes(self) -> int:
+    async def resident_bytes(self) -> int:
+        """Of the server."""
         told: Any = await self._client.get("/stats", cast_to=object)
         return int(told["resident_bytes"])
 
-    async def _next_request(self) -> Stream:
-        prompt = self._prompts[self._next % len(self._prompts)]
-        self._next += 1
-        return await self._request(prompt, self._tokens)
-
-    async def _request(self, prompt: list[int], tokens: int) -> Stream:
-        stream = Stream(time.perf_counter())
-        ended = False
+    async def request(self, prompt: list[int] | None = None, tokens: int | None = None) -> Stream:
+        """Generate after the next prompt as many tokens as are usual, or as it is said."""
+        stream, ended = Stream(time.perf_counter()), False
         try:
             chunks = await self._client.completions.create(
                 model=self._model,
-                prompt=prompt,
-                max_tokens=tokens,
+                prompt=prompt or next(self._in_turn),
+                max_tokens=tokens or self._tokens,
                 temperature=0,
                 stream=True,
             )
@@ -305,79 +207,105 @@ class Client:
         except Exception as error:  # of the client, or of what it is built on: the request is lost
             stream.error = f"{type(error).__name__}: {error}"
             return stream
-        stream.complete = ended and len(stream.token_times) == tokens
+        stream.complete = ended and len(stream.token_times) == (tokens or self._tokens)
         return stream
 
 
 # ------------------------------------------------------------------------------------ figures
 
 
-async def measure_streams(
+async def _take_turns(
     clients: Mapping[str, Client], counts: Sequence[int], rounds: int, progress: Advance
 ) -> list[Result]:
-    """For each number of streams: rounds in which each system is loaded once, the other idle.
-
-    Args:
-        clients: by system; `dense` is what the others are compared with.
-        counts: numbers of concurrent streams.
-        rounds: measured for each number, after one that isn't.
-        progress: told how many loads are done.
-    """
+    """For each number of streams: a round that isn't counted, and rounds in which each system is
+    loaded once, the other idle."""
     results: list[Result] = []
     done, total = 0, len(counts) * (rounds + 1) * len(clients)
-    names = list(clients)
     for streams in counts:
-        loads: dict[str, list[Load]] = {name: [] for name in names}
+        requests: dict[str, list[Stream]] = {name: [] for name in clients}
+        speeds: dict[str, list[float]] = {name: [] for name in clients}
         for number in range(rounds + 1):
-            for name in rotated(names, number):
-                loads[name].append(await clients[name].load_once(streams))
+            for name in rotated(list(clients), number):
+                started_at = time.perf_counter()
+                load = await asyncio.gather(*(clients[name].request() for _ in range(streams)))
+                if number > 0:
+                    requests[name] += load
+                    speeds[name].append(_num_tokens(load) / (time.perf_counter() - started_at))
                 done += 1
                 progress(done, total)
-        measured = {name: found[1:] for name, found in loads.items()}
-        dense = [load.tokens_per_second for load in measured["dense"]]
-        for name, found in measured.items():
-            speeds = [load.tokens_per_second for load in found]
-            requests = [stream for load in found for stream in load.streams]
-            results.append(
-                {
-                    "system": name,
-                    "streams": streams,
-                    "tokens_per_second": median(speeds),
-                    "ratio_to_dense": median(pair_ratios(speeds, dense)),
-                    **_latencies(requests),
-                    **_losses(requests),
-                }
-            )
+        results += [
+            {
+                "system": name,
+                "streams": streams,
+                "tokens_per_second": median(speeds[name]),
+                "ratio_to_dense": median(pair_ratios(speeds[name], speeds["dense"])),
+                **_latencies(requests[name]),
+                **_losses(requests[name]),
+            }
+            for name in clients
+        ]
     return results
 
 
-async def measure_soak(
+async def _soak(
     name: str, client: Client, streams: int, minutes: float, progress: Advance
 ) -> Result:
     """One system under steady load: requests lost, growth of memory, drift of latency.
 
     It has seen every prompt before, so what the first requests of each kind take is there.
     """
-    await client.send_all_prompts(streams, progress)
-    load = await client.soak(streams, minutes * 60, progress)
-    steady = [used for at, used in load.memory if at >= WARM_UP_SHARE * load.seconds]
-    middle = len(load.streams) // 2
+    prompts = iter(enumerate(client.prompts))
+    requests: list[Stream] = []
+    memory: list[tuple[float, int]] = []
+
+    async def send_prompts() -> None:
+        for number, prompt in prompts:
+            progress(number, len(client.prompts))
+            stream = await client.request(prompt, tokens=1)
+            if stream.error:
+                raise UserError(f"A request before the soak failed: {stream.error}")
+
+    await asyncio.gather(*(send_prompts() for _ in range(streams)))
+    started_at, seconds = time.perf_counter(), minutes * 60
+
+    def elapsed() -> float:
+        return time.perf_counter() - started_at
+
+    async def load() -> None:
+        while elapsed() < seconds:
+            requests.append(await client.request())
+
+    async def watch() -> None:
+        while elapsed() < seconds:
+            memory.append((elapsed(), await client.resident_bytes()))
+            progress(int(elapsed()), int(seconds))
+            await asyncio.sleep(min(SAMPLE_SECONDS, seconds / 10))
+
+    await asyncio.gather(watch(), *(load() for _ in range(streams)))
+    seconds = elapsed()
+    memory.append((seconds, await client.resident_bytes()))
+    steady = [used for at, used in memory if at >= WARM_UP_SHARE * seconds]
+    middle = len(requests) // 2
     return {
         "system": name,
         "streams": streams,
-        "soak_minutes": load.seconds / 60,
-        "tokens_per_second": load.tokens_per_second,
-        **_latencies(load.streams),
+        "soak_minutes": seconds / 60,
+        "tokens_per_second": _num_tokens(requests) / seconds,
+        **_latencies(requests),
         "inter_token_ms_p95_halves": [
             _latencies(half)["inter_token_ms"]["p95"]
-            for half in (load.streams[:middle], load.streams[middle:])
+            for half in (requests[:middle], requests[middle:])
         ],
-        **_losses(load.streams),
+        **_losses(requests),
         "resident_bytes_after_warm_up": steady[0],
         "resident_bytes_at_end": steady[-1],
         "resident_bytes_change": max(abs(used / steady[0] - 1) for used in steady),
-        "resident_bytes_over_time": [[round(at, 1), used] for at, used in load.memory],
+        "resident_bytes_over_time": [[round(at, 1), used] for at, used in memory],
     }
+
+
+def _num_tokens(streams: Sequence[Stream]) -> int:
+    return sum(len(stream.token_times) for stream in streams)
 
 
 def _losses(streams: Sequence[Stream]) -> Result:

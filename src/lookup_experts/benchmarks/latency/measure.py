@@ -9,8 +9,9 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from lookup_experts.benchmarks.text import TextWindows, id_stream
 from lookup_experts.benchmarks.timing import Advance, median, pair_ratios, spread
 from lookup_experts.errors import UserError
 from lookup_experts.model.baselines import paper_config
-from lookup_experts.table.format import Table, open_table
+from lookup_experts.table.format import open_table
 
 STEPS_PER_TURN = 4
 """Of which the first isn't counted: the processor's caches hold what another process left, as they
@@ -159,7 +160,7 @@ def _take_turns(workers: list[Worker], tokens: np.ndarray, prompt: int) -> Itera
     order = random.Random(0)
     workers = [worker for worker in workers if worker.failed is None]
     for worker in workers:
-        worker.taken[batch] = Taken()
+        worker.taken[batch] = Taken(batch)
     for _ in range(PROMPT_PASSES):
         for worker in order.sample(workers, len(workers)):
             if found := worker.ask("prompt", tokens[:, :prompt]):
@@ -204,111 +205,90 @@ def _goes_on(worker: Worker, batch: int) -> bool:
 
 def _results(workers: Sequence[Worker], plan: Plan, batch: int, prompt: int) -> list[Result]:
     """What each system did at a batch size; times in milliseconds."""
-    if workers[0].failed is not None:
-        raise UserError(f"The dense model, which all are compared with: {workers[0].failed}.")
-    results = []
+    dense = workers[0]
+    if dense.failed is not None:
+        raise UserError(f"The dense model, which all are compared with: {dense.failed}.")
+    done = {worker.system.name: worker for worker in workers if worker.failed is None}
+    mole = next((one for one in done.values() if one.system.family == "mole"), None)
+    results: list[Result] = []
     for worker in workers:
-        result: Result = {"what": "latency", "system": worker.system.name, "batch": batch}
+        system = worker.system
+        result: Result = {"what": "latency", "system": system.name, "batch": batch}
+        results.append(result)
         if worker.failed is not None:
-            results.append(result | {"failed": worker.failed})
+            result["failed"] = worker.failed
             continue
-        results.append(result | {"prompt": prompt} | _times(worker, workers[0], batch))
-        if worker.system.family == "mole":
-            results[-1]["cache_bytes"] = plan.cache_bytes
-        if worker.system.family == "moe":
-            results[-1] |= _against_mole(worker, workers, batch)
-            results[-1] |= _routing(worker, plan, batch)
-            results[-1] |= _agreement(worker, workers, batch)
-            if worker.system.way == DISK:
-                table = open_table(expert_folder(plan, worker.system.num_experts))
-                results[-1] |= _disk_floor(results[-1]["bytes_per_step"], table)
+        taken = worker.taken[batch]
+        result |= {"prompt": prompt, **_times(taken, dense.taken[batch]), **worker.facts}
+        if system.way not in PEERS:
+            result["stall_ms"] = _mean(taken, lambda counts: counts.stall_seconds) * 1e3
+        if system.family == "mole":
+            result["cache_bytes"] = plan.cache_bytes
+        if system.family == "moe" and mole:
+            result["ratio_to_mole"] = median(_ratios(taken, mole.taken[batch]))
+        if system.way in CAPPED and system.family == "moe":
+            result |= _routing(taken, plan, system.num_experts, batch)
+            if system.model_name in done:
+                resident = done[system.model_name].taken[batch]
+                same = [a == b for a, b in zip(taken.digests, resident.digests, strict=False)]
+                result["same_logits_as_resident"] = sum(same) / max(1, len(same))
+        if system.way == DISK and system.family == "moe":
+            # What no prefetching can beat: the time that the disk takes to give so many bytes.
+            table = open_table(expert_folder(plan, system.num_experts))
+            path = table.path(table.shards[0])
+            speed = max(disk_bytes_per_second(path, 2**29) for _ in range(DISK_PASSES))
+            result["disk_bytes_per_second"] = speed
+            result["disk_floor_ms"] = result["bytes_per_step"] / speed * 1e3
     return results
 
 
-def _times(worker: Worker, dense: Worker, batch: int) -> Result:
-    taken, baseline = worker.taken[batch], dense.taken[batch]
-    steps, ratios = list(taken.steps.values()), _ratios(taken, baseline)
-    seconds, prompts = median(_seconds(steps)), _seconds(taken.prompts)
-    result = {
+def _times(taken: Taken, dense: Taken) -> Result:
+    ratios, seconds = _ratios(taken, dense), median(_seconds(taken.steps.values()))
+    prompts = _seconds(taken.prompts)
+    return {
         "prefill_ms": median(prompts) * 1e3,
-        "prefill_ratio_to_dense": median(pair_ratios(prompts, _seconds(baseline.prompts))),
+        "prefill_ratio_to_dense": median(pair_ratios(prompts, _seconds(dense.prompts))),
         "prefill_bytes_loaded": taken.prompts[-1].counts.bytes_loaded,
         "ms_per_step": seconds * 1e3,
         "ratio_to_dense": median(ratios),
         "spread": list(spread(ratios)),
-        "tokens_per_second": batch / seconds,
-        "steps": len(steps),
-        "bytes_per_step": _mean(steps, lambda counts: counts.bytes_loaded),
+        "tokens_per_second": taken.batch / seconds,
+        "steps": len(taken.steps),
+        "bytes_per_step": _mean(taken, lambda counts: counts.bytes_loaded),
         "resident_bytes": taken.resident_bytes,
-        "beyond_dense_bytes": taken.resident_bytes - baseline.resident_bytes,
-        **worker.facts,
+        "beyond_dense_bytes": taken.resident_bytes - dense.resident_bytes,
     }
-    if worker.system.way not in PEERS:
-        result["stall_ms"] = _mean(steps, lambda counts: counts.stall_seconds) * 1e3
-    return result
 
 
-def _seconds(passes: Sequence[Pass]) -> list[float]:
+def _routing(taken: Taken, plan: Plan, num_experts: int, batch: int) -> Result:
+    """Experts per layer and step: measured, and as even routing would have it."""
+    config = plan.moe_config(num_experts)
+    layers, selected = config.num_hidden_layers, config.num_experts_per_tok
+    even = num_experts * (1 - (1 - selected / num_experts) ** batch)
+    return {
+        "cache_bytes": plan.expert_budget,
+        "experts_used_per_layer": _mean(taken, lambda counts: counts.experts_used) / layers,
+        "experts_loaded_per_layer": _mean(taken, lambda counts: counts.experts_loaded) / layers,
+        "even_routing_used_per_layer": even,
+        # The paper's count: two experts of each layer, those of the step before, are there.
+        "paper_loaded_per_layer": even * (1 - SELECTED / num_experts),
+    }
+
+
+def _seconds(passes: Iterable[Pass]) -> list[float]:
     return [one.seconds for one in passes]
+
+
+def _mean(taken: Taken, value: Callable[[Counts], float]) -> float:
+    return fmean(value(step.counts) for step in taken.steps.values())
 
 
 def _ratios(taken: Taken, baseline: Taken) -> list[float]:
     """How many times another system's time each step took; of the steps that both have."""
     shared = [number for number in taken.steps if number in baseline.steps]
     return pair_ratios(
-        *(_seconds([one.steps[number] for number in shared]) for one in (taken, baseline))
+        *(_seconds(one.steps[number] for number in shared) for one in (taken, baseline))
     )
-
-
-def _against_mole(worker: Worker, workers: Sequence[Worker], batch: int) -> Result:
-    """How many times the time of MoLE, where that was measured, a step of a mixture takes."""
-    for mole in workers:
-        if mole.system.family == "mole" and mole.failed is None:
-            return {"ratio_to_mole": median(_ratios(worker.taken[batch], mole.taken[batch]))}
-    return {}
-
-
-def _disk_floor(bytes_per_step: float, table: Table) -> Result:
-    """What no prefetching can beat: the time that the disk takes to give so many bytes."""
-    path = table.path(table.shards[0])
-    speed = max(disk_bytes_per_second(path, 2**29) for _ in range(DISK_PASSES))
-    return {
-        "disk_bytes_per_second": speed,
-        "disk_floor_ms": bytes_per_step / speed * 1e3,
-    }
-
-
-def _mean(steps: Sequence[Pass], value: Callable[[Counts], float]) -> float:
-    return sum(value(step.counts) for step in steps) / len(steps)
-
-
-def _routing(worker: Worker, plan: Plan, batch: int) -> Result:
-    """Experts per layer and step: measured, and as even routing would have it."""
-    if worker.system.way not in CAPPED:
-        return {}
-    steps = list(worker.taken[batch].steps.values())
-    config = plan.moe_config(worker.system.num_experts)
-    count, layers = config.num_experts, config.num_hidden_layers
-    selected = config.num_experts_per_tok
-    even = count * (1 - (1 - selected / count) ** batch)
-    return {
-        "cache_bytes": plan.expert_budget,
-        "experts_used_per_layer": _mean(steps, lambda counts: counts.experts_used) / layers,
-        "experts_loaded_per_layer": _mean(steps, lambda counts: counts.experts_loaded) / layers,
-        "even_routing_used_per_layer": even,
-        # The paper's count: two experts of each layer, those of the step before, are there.
-        "paper_loaded_per_layer": even * (1 - SELECTED / count),
-    }
-
-
-def _agreement(worker: Worker, workers: Sequence[Worker], batch: int) -> Result:
-    """The share of steps whose logits are those of the resident model, to the last bit."""
-    name = worker.system.model_name
-    resident = [other for other in workers if other.system.name == name]
-    if not resident or resident[0] is worker or batch not in resident[0].taken:
-        return {}
-    pairs = list(zip(worker.taken[batch].digests, resident[0].taken[batch].digests, strict=False))
-    return {"same_logits_as_resident": sum(a == b for a, b in pairs) / max(1, len(pairs))}
 
 
 # ------------------------------------------------------------------------------------ pictures

@@ -147,16 +147,12 @@ class Plan:
         return Case(self.shape, num_experts, encoding, self.dtype)
 
     @property
-    def ffn_bytes(self) -> int:
-        """What the FFNs of the dense model take: as much as k experts in each layer of the MoE."""
+    def expert_budget(self) -> int:
+        """Bytes for a MoE's experts, so that it has the dense model's memory, whose FFNs take as
+        much as k experts in each layer, and the cache."""
         config = paper_config(self.shape)
         numbers = 2 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
-        return numbers * self.dtype.itemsize
-
-    @property
-    def expert_budget(self) -> int:
-        """Bytes for a MoE's experts, so that it has the dense model's memory and the cache."""
-        return self.ffn_bytes + self.cache_bytes
+        return numbers * self.dtype.itemsize + self.cache_bytes
 
     def moe_config(self, num_experts: int) -> MoeGatelessLlamaConfig:
         """The paper's MoE of the shape: an expert is half as large as the dense FFN."""

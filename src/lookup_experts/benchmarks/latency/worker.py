@@ -120,6 +120,7 @@ def serve(connection: Any, system: System, plan: Plan, sizes: dict[str, int]) ->
 class Taken:
     """What a system did at one batch size."""
 
+    batch: int
     prompts: list[Pass] = field(default_factory=list)
     """The same prompt, read again from its beginning."""
     steps: dict[int, Pass] = field(default_factory=dict)

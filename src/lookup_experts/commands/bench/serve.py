@@ -38,10 +38,13 @@ def serve(
     from lookup_experts.benchmarks.results import Results
     from lookup_experts.benchmarks.serve import bench_serve
 
+    common = ("--device", device, "--max-batch", max(bench_options.counts(streams)))
+    servers = {"dense": common, "mole": ("--store", store, "--cache", cache, *common)}
+    if soak:
+        del servers["dense"]
     bench_serve(
         bench_options.case_of(shape, experts, encoding, dtype),
-        ("--store", store, "--cache", cache),
-        device,
+        servers,
         bench_options.counts(streams),
         rounds,
         prompt,

@@ -34,8 +34,7 @@ def train(
         bool, typer.Option(help="Measure peak memory as well, each in a process of its own.")
     ] = True,
     trainer: Annotated[
-        bool,
-        typer.Option("--trainer", help="Only measure the Trainer against a bare loop."),
+        bool, typer.Option("--trainer", help="Only measure the Trainer against a bare loop.")
     ] = False,
     dtype: bench_options.Dtype = "float32",
     device: options.Device = "cpu",
