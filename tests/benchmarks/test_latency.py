@@ -99,7 +99,7 @@ def test_processes_take_turns_and_go_on_when_others_fail(tmp_path, ids, monkeypa
 def test_every_way_of_one_model_says_the_same(tmp_path):
     plan = Plan("tiny", 200_000, tmp_path)
     systems = parse_systems(["moe-6e", *PEERS])
-    prepare_tables(plan, systems, lambda done, total: None)
+    prepare_tables(plan, systems)
     prompt = np.random.default_rng(0).integers(0, 5000, (2, 9))
     runners = {system.name: Runner(build(system, plan), "cpu") for system in systems[1:]}
     passes = {
@@ -120,7 +120,7 @@ def test_every_way_of_one_model_says_the_same(tmp_path):
 def test_every_way_runs_on_a_gpu(tmp_path):
     plan = Plan("tiny", 200_000, tmp_path, "cuda")
     systems = parse_systems(["mole-2e", "moe-6e", *PEERS])
-    prepare_tables(plan, systems, lambda done, total: None)
+    prepare_tables(plan, systems)
     prompt = np.random.default_rng(0).integers(0, 5000, (2, 9))
     for system in systems:
         built = build(system, plan)
@@ -135,7 +135,7 @@ def test_every_way_runs_on_a_gpu(tmp_path):
 
 def test_mole_counts_what_it_reads(tmp_path):
     plan, (_, mole) = Plan("tiny", 0, tmp_path), parse_systems(["mole-2e"])
-    prepare_tables(plan, [mole], lambda done, total: None)
+    prepare_tables(plan, [mole])
     found = Runner(build(mole, plan), "cpu").prompt(np.arange(12).reshape(2, 6))
     assert found.counts.bytes_loaded >= 12 * plan.case(2).layout.stride
 

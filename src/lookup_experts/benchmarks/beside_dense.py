@@ -45,8 +45,7 @@ class Comparison:
         """
         check_device(self.device)
         allocation.keep_freed_memory()
-        with console.progress_bar("Writing a table") as progress:
-            table = random_table(self.case, self.work, progress)
+        table = random_table(self.case, self.work)
         ids = id_stream(self.ids, self.case.layout.shape.vocab_size, self.work)
         dense = dense_model(self.case, self.device)
         mole = table_model(self.case, table, self.store, self.cache_bytes, console.say, self.device)

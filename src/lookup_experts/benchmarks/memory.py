@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lookup_experts import console
 from lookup_experts.benchmarks.models import Case, dense_model, random_table, table_model
 from lookup_experts.benchmarks.processes import (
     high_water_mark,
@@ -36,8 +35,7 @@ def bench_memory(
     results: Results,
 ) -> None:
     """`mole bench memory`; with `prompt`, of the rows of a prompt of so many tokens instead."""
-    with console.progress_bar("Writing a table") as progress:
-        folder = random_table(case, work, progress).folder
+    folder = random_table(case, work).folder
     stream = id_stream(ids, case.layout.shape.vocab_size, work)
     if prompt:
         results.add(measure_prompt(case, folder, store, prompt, stream))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lookup_experts import __version__
+from lookup_experts import __version__, console
 from lookup_experts.errors import DiskFullError
 from lookup_experts.model.attach import LookupSettings, install
 from lookup_experts.model.baselines import GatelessLlamaForCausalLM, paper_config
@@ -17,7 +17,6 @@ from lookup_experts.model.joint_router import join_routers
 from lookup_experts.table.encoding import get_encoding
 from lookup_experts.table.format import (
     MANIFEST_NAME,
-    Progress,
     RecordLayout,
     ShardWriter,
     Table,
@@ -117,7 +116,7 @@ def table_model(
     return model
 
 
-def random_table(case: Case, folder: Path, progress: Progress | None = None) -> Table:
+def random_table(case: Case, folder: Path) -> Table:
     """A table of the case's layout in `folder`, built from experts or made up; made if it isn't
     there.
 
@@ -145,13 +144,13 @@ def random_table(case: Case, folder: Path, progress: Progress | None = None) -> 
         created_by=f"lookup-experts {__version__}",
     )
     records = _random_records(layout)
-    for shard in manifest.shards:
-        with ShardWriter(target / shard.file, layout, shard, FINGERPRINT) as writer:
-            for first in range(0, shard.num_ids, len(records)):
-                writer.write(first, records[: shard.num_ids - first])
-                if progress:
+    with console.progress_bar("Writing a table") as progress:
+        for shard in manifest.shards:
+            with ShardWriter(target / shard.file, layout, shard, FINGERPRINT) as writer:
+                for first in range(0, shard.num_ids, len(records)):
+                    writer.write(first, records[: shard.num_ids - first])
                     progress(shard.first_id + first, layout.shape.vocab_size)
-            writer.finish()
+                writer.finish()
     write_manifest(target, manifest)
     return open_table(target)
 

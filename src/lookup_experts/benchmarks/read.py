@@ -62,8 +62,7 @@ def bench_read(
     case: Case, store: str, batches: Sequence[int], work: Path, results: Results
 ) -> None:
     """`mole bench read`: batches of each size, in all ways that the reader knows for it."""
-    with console.progress_bar("Writing a table") as progress:
-        table = random_table(case, work, progress)
+    table = random_table(case, work)
     with open_store(table, store, notify=console.say) as opened:
         for batch in batches:
             for way in WAYS:

@@ -57,8 +57,7 @@ def bench_serve(
         rounds: loads of each system, in turn.
     """
     console.quiet_transformers()
-    with console.progress_bar("Writing a table") as progress:
-        table = random_table(case, work, progress)
+    table = random_table(case, work)
     text = id_stream(ids, case.layout.shape.vocab_size, work)
     if len(text) <= prompt:
         raise UserError(f"--ids has {len(text)} ids; a prompt of {prompt} needs more.")

@@ -76,8 +76,7 @@ def bench_latency(
     check_picture(memory_plot)
     systems, batches = parse_systems(names), sorted(set(batches))
     windows = TextWindows(id_stream(ids, plan.case().layout.shape.vocab_size, plan.work))
-    with console.progress_bar("Writing tables") as progress:
-        prepare_tables(plan, systems, progress)
+    prepare_tables(plan, systems)
     results.resume()
     left = [size for size in batches if size not in {found["batch"] for found in results.found}]
     if len(left) < len(batches):

@@ -25,6 +25,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from lookup_experts import console
 from lookup_experts.benchmarks.latency.peers import Counts, dispatch_by_accelerate, map_experts
 from lookup_experts.benchmarks.models import (
     SPREAD,
@@ -46,7 +47,7 @@ from lookup_experts.offloading.expert_table import (
     write_expert_records,
 )
 from lookup_experts.offloading.experts import offload_experts
-from lookup_experts.table.format import MANIFEST_NAME, Progress, Table, open_table
+from lookup_experts.table.format import MANIFEST_NAME, Table, open_table
 from lookup_experts.table.store import open_store
 
 DEFAULT_SYSTEMS = (
@@ -166,7 +167,7 @@ class Plan:
         )
 
 
-def prepare_tables(plan: Plan, systems: list[System], progress: Progress) -> None:
+def prepare_tables(plan: Plan, systems: Sequence[System]) -> None:
     """Write the tables that the systems need, where they aren't there yet.
 
     Raises:
@@ -174,9 +175,9 @@ def prepare_tables(plan: Plan, systems: list[System], progress: Progress) -> Non
     """
     for system in {system.model_name: system for system in systems}.values():
         if system.family == "mole":
-            random_table(plan.case(system.num_experts), plan.work, progress)
+            random_table(plan.case(system.num_experts), plan.work)
         elif system.family == "moe":
-            _expert_table(plan, system.num_experts, progress)
+            _write_experts(plan, system.num_experts)
 
 
 def expert_folder(plan: Plan, num_experts: int) -> Path:
@@ -184,7 +185,7 @@ def expert_folder(plan: Plan, num_experts: int) -> Path:
     return plan.work / f"{plan.shape}-moe-{num_experts}e-{plan.case().encoding}"
 
 
-def _expert_table(plan: Plan, num_experts: int, progress: Progress) -> None:
+def _write_experts(plan: Plan, num_experts: int) -> None:
     folder = expert_folder(plan, num_experts)
     if (folder / MANIFEST_NAME).exists():
         return
@@ -198,7 +199,8 @@ def _expert_table(plan: Plan, num_experts: int, progress: Progress) -> None:
         down = torch.randn(shape.hidden_size, shape.num_experts, generator=generator)
         return up * SPREAD, down * SPREAD
 
-    write_expert_records(folder, layout, router_hash(model), matrices, progress)
+    with console.progress_bar("Writing experts") as progress:
+        write_expert_records(folder, layout, router_hash(model), matrices, progress)
 
 
 def build(system: System, plan: Plan) -> Built:
