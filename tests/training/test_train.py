@@ -248,8 +248,7 @@ def test_the_vocabulary_is_the_tokenizers_rounded_up_unless_stated() -> None:
     assert with_vocabulary(recipe, 320).model.vocab_size == 320
     stated = replace(recipe, model=replace(recipe.model, vocab_size=301))
     assert with_vocabulary(stated, 300).model.vocab_size == 301
-    with pytest.raises(UserError, match=r"model.vocab_size is 301.*has 302"):
-        with_vocabulary(stated, 302)
+    assert with_vocabulary(stated, 302).model.vocab_size == 301  # the text may use few of them
 
 
 def test_only_matrices_decay() -> None:
@@ -504,7 +503,7 @@ def test_the_command_says_what_came_out(
     [
         ("no-such-recipe", [], "Unknown recipe"),
         (None, ["--set", "training.step=3"], "Did you mean 'training.steps'"),
-        (None, ["--set", "model.vocab_size=64"], "tokenizer of the data has"),
+        (None, ["--set", "model.vocab_size=64"], "embedding has rows for the ids below 64 only"),
         (None, ["--data", "nowhere"], "has no weight"),
     ],
 )

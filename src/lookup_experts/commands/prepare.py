@@ -40,6 +40,14 @@ def prepare(
             help="The token to put after every document.", show_default="the tokenizer's eos"
         ),
     ] = None,
+    bos: Annotated[
+        bool,
+        typer.Option(
+            "--bos/--no-bos",
+            help="Begin each document as the tokenizer begins a text, for many with a BOS token; "
+            "--no-bos begins it with its text.",
+        ),
+    ] = True,
     workers: Annotated[
         int | None, typer.Option(help="Processes that tokenise.", show_default="one per core")
     ] = None,
@@ -62,6 +70,7 @@ def prepare(
         validation=validation,
         text_field=text_field,
         eos_token=eos_token,
+        bos=bos,
         num_workers=workers,
         progress=console.progress_bar,
     )
@@ -71,10 +80,23 @@ def prepare(
         console.result(_in_words(prepared))
 
 
+def _beginning(prepared: "PreparedText") -> str:
+    put, given = prepared.bos_tokens, prepared.tokenizer_bos_tokens
+    if put:
+        return f"Each document begins with {' '.join(put)}, as the tokenizer begins a text."
+    if given:
+        return (
+            f"Each document begins with its text, without the {' '.join(given)} that the tokenizer "
+            "begins a text with."
+        )
+    return "Each document begins with its text; the tokenizer puts nothing before it."
+
+
 def _in_words(prepared: "PreparedText") -> str:
     manifest = prepared.manifest
     done = "is complete already; nothing was done" if prepared.was_complete else "is complete"
     lines = [f"{prepared.folder} {done}."]
+    lines.append(_beginning(prepared))
     lines += [
         f"{split}: {manifest.num_tokens(split):,} tokens, "
         f"documents that end in it: {manifest.num_documents(split):,}"

@@ -122,6 +122,8 @@ class RefuseNonFinite(TrainerCallback):
         self._finite_at = state.global_step
 
     def _message(self, words: str, value: float, step: int) -> str:
+        if step == 0:
+            return f"The {words} is {value} before the first step; the backbone is not sound."
         last = last_checkpoint(self._run.checkpoints)
         kept = f"The last good checkpoint, {last}, is kept" if last else "There is no checkpoint"
         return (
@@ -235,8 +237,9 @@ class ShowProgress(TrainerCallback):
         if "loss" in logs:
             self._loss = f"{logs['loss']:.3f}"
         elif "eval_loss" in logs:
+            whose = "" if state.global_step else " of the backbone as it comes"
             self._display.message(
-                f"Step {state.global_step:,}: validation loss {logs['eval_loss']:.4f}, "
+                f"Step {state.global_step:,}: validation loss{whose} {logs['eval_loss']:.4f}, "
                 f"perplexity {logs['eval_perplexity']:.2f}"
             )
 

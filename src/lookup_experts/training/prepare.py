@@ -37,6 +37,7 @@ from lookup_experts.training.shards import document_index, write_shards
 from lookup_experts.training.split import hold_out
 from lookup_experts.training.tokenizer import (
     TOKENIZER_FILE,
+    bos_token_ids,
     load_tokenizer,
     save_tokenizer,
     tokenizer_hash,
@@ -70,6 +71,10 @@ class PreparedText:
     manifest: Manifest
     was_complete: bool
     """True if the folder had been finished by an earlier run, and nothing was done."""
+    bos_tokens: list[str]
+    """What is before every document."""
+    tokenizer_bos_tokens: list[str]
+    """What the tokenizer puts before a text; the same, unless it was not wanted."""
 
     def summary(self) -> dict[str, Any]:
         """The manifest in few numbers, for `--json`."""
@@ -90,6 +95,9 @@ class PreparedText:
             "num_empty_documents": manifest.num_empty_documents,
             "tokenizer_hash": manifest.tokenizer["hash"],
             "vocab_size": manifest.vocab_size,
+            "bos_token_ids": manifest.bos_token_ids,
+            "bos_tokens": self.bos_tokens,
+            "tokenizer_bos_tokens": self.tokenizer_bos_tokens,
             "eos_token_id": manifest.eos_token_id,
             "dtype": manifest.dtype,
         }
@@ -103,6 +111,7 @@ def prepare(
     validation: float = 0.01,
     text_field: str = "text",
     eos_token: str | None = None,
+    bos: bool = True,
     num_workers: int | None = None,
     progress: Progress = no_progress,
 ) -> PreparedText:
@@ -119,6 +128,8 @@ def prepare(
         validation: the share of the tokens to hold out, from 0 to less than 1; see `split.py`.
         text_field: the field with the text, where documents are rows.
         eos_token: the end-of-document token; by default the tokenizer's own.
+        bos: begin each document as the tokenizer begins a text, which may be a BOS token or
+            nothing; False begins it with its text.
         num_workers: processes that tokenise; by default one per core.
         progress: shows how far each step is, e.g. `console.progress_bar`.
 
@@ -141,6 +152,7 @@ def prepare(
         eos_token_id=loaded.eos_token_id,
         validation=validation,
         text_field=text_field,
+        bos_token_ids=bos_token_ids(loaded) if bos else [],
     )
     with locked(folder, "preparing text"), _told_when_disk_is_full(folder):
         job = begin(folder, job)
@@ -149,7 +161,14 @@ def prepare(
             num_workers = num_workers or len(os.sched_getaffinity(0))
             _run(folder, job, sources, loaded, num_workers, progress)
         _remove_leftovers(folder)
-    return PreparedText(folder, Manifest.load(folder), was_complete)
+    manifest = Manifest.load(folder)
+    return PreparedText(
+        folder,
+        manifest,
+        was_complete,
+        loaded.convert_ids_to_tokens(manifest.bos_token_ids),
+        loaded.convert_ids_to_tokens(bos_token_ids(loaded)),
+    )
 
 
 def _refuse_no_text(sources: list[Input]) -> None:
@@ -172,6 +191,7 @@ def _run(
     spec = TokenizerSpec(
         file=(folder / TOKENIZER_NAME / TOKENIZER_FILE).resolve(),
         hash=job.tokenizer_hash,
+        bos_token_ids=tuple(job.bos_token_ids),
         eos_token_id=job.eos_token_id,
         dtype="uint16" if vocab_size <= 2**16 else "uint32",
     )
@@ -191,6 +211,7 @@ def _run(
         splits=splits,
         num_empty_documents=int(np.count_nonzero(num_tokens == 0)),
         inputs=[source.for_manifest() for source in sources],
+        bos_token_ids=job.bos_token_ids,
     )
     with atomic_write(folder / MANIFEST_NAME) as file:
         file.write(manifest.to_json().encode())
