@@ -17,8 +17,8 @@ def prepare(
         list[str],
         typer.Argument(
             metavar="TEXT...",
-            help="Files (.txt, .md, .py, .jsonl, .parquet, .txt.gz, .jsonl.gz), folders of them, "
-            "or Hugging Face data sets as `name` or `name:config`.",
+            help="Files (.txt, .md, .py, .jsonl, .parquet; .txt and .jsonl also as .gz or .zst), "
+            "folders of them, or Hugging Face data sets as `name` or `name:config`.",
         ),
     ],
     tokenizer: Annotated[
@@ -55,8 +55,9 @@ def prepare(
 ) -> None:
     """Turn text into token shards for training.
 
-    A text file is one document, and so is each row of a .jsonl or .parquet file or a data set. If
-    the command is interrupted, run it again: it goes on where it stopped.
+    A text file is one document, and so is each row of a .jsonl or .parquet file or a data set. In a
+    folder with such rows README.md and .py files are no documents. It is told what was taken as
+    what. If the command is interrupted, run it again: it goes on where it stopped.
 
     Example: `mole prepare books/ notes.txt --tokenizer EleutherAI/gpt-neox-20b --out data/`
     """
@@ -73,6 +74,7 @@ def prepare(
         bos=bos,
         num_workers=workers,
         progress=console.progress_bar,
+        notify=console.say,
     )
     if json:
         console.json_result(prepared.summary())

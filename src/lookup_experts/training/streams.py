@@ -128,8 +128,8 @@ def _loading_arguments(inputs: Sequence[Input]) -> dict[str, Any]:
     builders = {_BUILDERS.get(suffix_of(path) or "") for path in files}
     if len(builders) != 1 or None in builders:
         raise UserError(
-            f"{inputs[0].name} can't be streamed: expected files of one kind, .jsonl or .parquet, "
-            "with a document per row. Prepare other text with `mole prepare`."
+            f"{inputs[0].name} can't be streamed: expected files of one kind, .jsonl, "
+            ".jsonl.gz or .parquet, with a document per row. Prepare other text with `mole prepare`."
         )
     return {"path": builders.pop(), "data_files": [str(path) for path in files]}
 
