@@ -109,6 +109,16 @@ def test_the_summary_counts(trained: Path) -> None:
     assert summary.parameters.resident == sum(sizes.values()) - routed
 
 
+def test_a_short_run_shows_its_loss(data: Path, tmp_path: Path, capsys: Any) -> None:
+    """Over before a line is due, and before as many steps as lines are apart."""
+    recipe = tiny_recipe(steps=3, log_every=10, validate_every=3)
+    train(recipe, data, tmp_path / "out")
+    said = capsys.readouterr().err
+    losses = [line["loss"] for line in history(tmp_path / "out") if "loss" in line]
+    assert len(losses) == 3
+    assert f"step 3/3  loss {losses[-1]:.3f}" in said
+
+
 def test_the_history_has_losses_and_validations(trained: Path) -> None:
     lines = history(trained)
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]

@@ -129,7 +129,7 @@ def _loading_arguments(inputs: Sequence[Input]) -> dict[str, Any]:
     if len(builders) != 1 or None in builders:
         raise UserError(
             f"{inputs[0].name} can't be streamed: expected files of one kind, .jsonl, "
-            ".jsonl.gz or .parquet, with a document per row. Prepare other text with `mole prepare`."
+            ".jsonl.gz or .parquet, with a document per row. Prepare other text: `mole prepare`."
         )
     return {"path": builders.pop(), "data_files": [str(path) for path in files]}
 
