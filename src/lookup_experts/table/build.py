@@ -30,6 +30,7 @@ from lookup_experts import __version__
 from lookup_experts.errors import DiskFullError, TableError
 from lookup_experts.model.experts import LayerExperts, normalize
 from lookup_experts.model.fingerprint import embedding_hash, fingerprint
+from lookup_experts.model.placement import execution_device
 from lookup_experts.table.encoding import Encoding
 from lookup_experts.table.format import (
     MANIFEST_NAME,
@@ -93,7 +94,7 @@ def evaluate_experts(embedding: nn.Module, layers: Sequence[LayerExperts]) -> Ro
     """The rows of training-form experts, on the device where they are."""
 
     def rows_of(token_ids: Tensor) -> Iterator[Tensor]:
-        device = next(embedding.parameters()).device
+        device = execution_device(embedding)
         normalized = normalize(embedding(token_ids.to(device)), layers[0].norm_eps)
         for experts in layers:
             yield experts(normalized).transpose(0, 1)
