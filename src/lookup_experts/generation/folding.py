@@ -17,6 +17,7 @@ import numpy as np
 from torch import nn
 
 from lookup_experts.errors import UserError
+from lookup_experts.folders.adapters import refuse_adapters
 from lookup_experts.folders.attached_model import LookupExpertsMixin
 from lookup_experts.folders.experts_alone import save_experts
 from lookup_experts.folders.load import load
@@ -25,6 +26,7 @@ from lookup_experts.folders.tokenizer import TOKENIZER_FILES
 from lookup_experts.model.experts import LayerExperts
 from lookup_experts.model.folded import evaluate_experts, expert_facts
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
+from lookup_experts.model.placement import state_with_values
 from lookup_experts.model.wiring import routed_experts
 from lookup_experts.table.build import (
     CHUNK_BUDGET_BYTES,
@@ -161,7 +163,7 @@ def save_without_experts(model: Any, folder: Path, fingerprint: str) -> None:
         fingerprint=fingerprint,
         backbone=model.lookup_settings.backbone if quantised else None,
     )
-    state = {name: value for name, value in model.state_dict().items() if not _is_expert(name)}
+    state = state_with_values(model, lambda name: not _is_expert(name))
     training_config = model.config
     model.config = copy.deepcopy(training_config)
     model.config.lookup_experts = settings.to_dict()
@@ -180,6 +182,7 @@ def _is_expert(name: str) -> bool:
 
 
 def _require_experts(model: Any) -> None:
+    refuse_adapters(model, "folded")
     if isinstance(model, MoeGatelessLlamaForCausalLM):
         raise UserError(
             "The experts of this mixture of experts look at the hidden state, so they can't be "

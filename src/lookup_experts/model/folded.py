@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lookup_experts.model.experts import LayerExperts, normalize
 from lookup_experts.model.fingerprint import embedding_hash, fingerprint
+from lookup_experts.model.placement import execution_device
 
 
 def evaluate_experts(
@@ -16,7 +17,7 @@ def evaluate_experts(
     int64 -> the rows [c, N, d] of each layer, in order."""
 
     def rows_of(token_ids: Tensor) -> Iterator[Tensor]:
-        device = next(embedding.parameters()).device
+        device = execution_device(embedding)
         normalized = normalize(embedding(token_ids.to(device)), layers[0].norm_eps)
         for experts in layers:
             yield experts(normalized).transpose(0, 1)

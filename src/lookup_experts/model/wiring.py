@@ -31,6 +31,7 @@ from lookup_experts.errors import UserError
 from lookup_experts.model.blocks import find_ffns
 from lookup_experts.model.computed_rows import FFNExperts
 from lookup_experts.model.experts import LayerExperts
+from lookup_experts.model.placement import execution_device
 from lookup_experts.model.router_losses import record_logits
 from lookup_experts.model.rows import ExpertSource, TokenRows
 from lookup_experts.model.settings import LookupSettings
@@ -50,7 +51,7 @@ def install(model: Any, settings: LookupSettings) -> None:
         ffn = ffns[block]
         like = next(ffn.parameters())
         dtype = like.dtype if like.is_floating_point() else embedding.weight.dtype
-        lookup = _new_block(place, model, settings).to(device=like.device, dtype=dtype)
+        lookup = _new_block(place, model, settings).to(device=execution_device(ffn), dtype=dtype)
         ffn.add_module("lookup_experts", lookup)
         ffn.register_forward_hook(add_lookup_output, with_kwargs=True)
     computed = FFNExperts(settings.num_experts, settings.norm_eps)
