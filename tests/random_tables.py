@@ -7,16 +7,10 @@ import numpy as np
 import torch
 
 from lookup_experts.table.encoding import get_encoding
-from lookup_experts.table.format import (
-    RecordLayout,
-    ShardWriter,
-    Table,
-    TableManifest,
-    TableShape,
-    open_table,
-    plan_shards,
-    write_manifest,
-)
+from lookup_experts.table.layout import RecordLayout, TableShape, plan_shards
+from lookup_experts.table.manifest import TableManifest, write_manifest
+from lookup_experts.table.opening import Table, open_table
+from lookup_experts.table.shard_writer import ShardWriter
 
 
 def random_records(layout: RecordLayout, seed: int = 0) -> np.ndarray:

@@ -16,9 +16,11 @@ from lookup_experts.model.rows import TokenRows, mix_reference
 from lookup_experts.model.wiring import routed_experts
 from lookup_experts.table import reader as reader_module
 from lookup_experts.table import uring
-from lookup_experts.table.format import Table
+from lookup_experts.table.host_memory import aligned_buffer
+from lookup_experts.table.opening import Table
 from lookup_experts.table.reader import TableExperts
-from lookup_experts.table.store import RecordStore, aligned_buffer, open_store
+from lookup_experts.table.store import RecordStore
+from lookup_experts.table.store_choice import open_store
 from lookup_experts.table.uring import Ring
 
 WAYS = ("memory", "mmap", "io_uring", "threads", "page cache")

@@ -22,7 +22,7 @@ from lookup_experts.evaluation.quality import (
     row_error,
 )
 from lookup_experts.generation.reencoding import reencode
-from lookup_experts.table.format import open_table
+from lookup_experts.table.opening import open_table
 
 TEXT = token_ids(1, 301, seed=5)[0]
 ENCODINGS = ["float32", "bfloat16", "float16", "int8", "nf4", "nf3"]
@@ -216,7 +216,7 @@ def test_a_sample_of_a_large_vocabulary_is_enough(tmp_path):
     """The relative error over 256 ids is within a few percent of that over all."""
     from lookup_experts.table.build import build_table, decode_records, plan_reencoding
     from lookup_experts.table.encoding import get_encoding
-    from lookup_experts.table.store import open_store
+    from lookup_experts.table.store_choice import open_store
 
     source, _ = make_table(tmp_path / "source", vocab_size=2000, hidden_size=64, encoding="float32")
     plan = plan_reencoding(source, get_encoding("nf4"))

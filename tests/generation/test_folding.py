@@ -21,8 +21,8 @@ from lookup_experts.errors import UserError
 from lookup_experts.model.fingerprint import fingerprint
 from lookup_experts.model.wiring import routed_experts
 from lookup_experts.table import build
-from lookup_experts.table.format import open_table
-from lookup_experts.table.store import STORES
+from lookup_experts.table.opening import open_table
+from lookup_experts.table.store_choice import STORES
 
 IDS = token_ids(4, 20)
 # Relative error of the logits, about twice what a tiny random model of 12 experts shows.

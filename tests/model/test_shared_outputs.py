@@ -8,7 +8,7 @@ from tiny_models import attached_model, gateless_model, token_ids
 
 import lookup_experts as le
 from lookup_experts.errors import UserError
-from lookup_experts.model import experts as experts_module
+from lookup_experts.model.forms import mole as experts_module
 from lookup_experts.training.models import enable_gradient_checkpointing
 
 BATCHES = [token_ids(2, 11, seed=seed, vocab_size=23) for seed in range(4)]

@@ -17,9 +17,8 @@ from lookup_experts.offloading import loading
 from lookup_experts.offloading.cache import ExpertCache
 from lookup_experts.offloading.expert_table import expert_layout, matrices_of, write_experts
 from lookup_experts.offloading.experts import mix_visited, offload_experts
-from lookup_experts.table import format as table_format
-from lookup_experts.table.format import open_table
-from lookup_experts.table.store import open_store
+from lookup_experts.table.opening import open_table
+from lookup_experts.table.store_choice import open_store
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -186,7 +185,7 @@ def test_a_full_disk_is_told(tmp_path, resident, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(table_format.os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DiskFullError):
         write_experts(resident, tmp_path / "table")
 

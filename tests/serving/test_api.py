@@ -338,7 +338,7 @@ def test_many_errors_cost_no_more_than_one(refusing, monkeypatch, path, body, wo
 
 def test_too_many_sequences_are_refused_before_any_work(refusing, monkeypatch):
     monkeypatch.setattr(refusing.service.prompter, "encode", lambda prompt: 1 / 0)
-    monkeypatch.setattr(refusing.service.prompter, "encode_chat", lambda messages: 1 / 0)
+    monkeypatch.setattr(refusing.service.prompter, "encode_chat", lambda *_: 1 / 0)
     error = error_of(refusing.post(COMPLETIONS, json={"prompt": ["a"] * 7, "n": 64}), 400)
     assert "448 sequences" in error["message"] and "at most 12" in error["message"]
     body = {"messages": [{"role": "user", "content": "x"}], "n": 13}

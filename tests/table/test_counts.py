@@ -23,8 +23,8 @@ from lookup_experts.generation import folding
 from lookup_experts.generation.inspection import inspect_folder, verify_folder
 from lookup_experts.generation.reencoding import reencode
 from lookup_experts.table.counts import COUNTS_NAME, keep_counts, most_frequent, read_counts
-from lookup_experts.table.format import open_table
 from lookup_experts.table.lanes import HostLane
+from lookup_experts.table.opening import open_table
 from lookup_experts.training.data import TokenShards
 
 VOCAB = 97

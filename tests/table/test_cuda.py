@@ -20,7 +20,7 @@ from lookup_experts.table.mixing import (
     route_mix_add_reference,
 )
 from lookup_experts.table.reader import SLOT_BATCH, TableExperts
-from lookup_experts.table.store import STORES
+from lookup_experts.table.store_choice import STORES
 
 pytestmark = [
     pytest.mark.gpu,

@@ -26,8 +26,8 @@ from lookup_experts.table import reader as reader_module
 from lookup_experts.table import transfer
 from lookup_experts.table.cache import SlotCache
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
-from lookup_experts.table.format import RecordLayout, TableShape
 from lookup_experts.table.lanes import HostLane, open_lane
+from lookup_experts.table.layout import RecordLayout, TableShape
 from lookup_experts.table.mixing import (
     decode_and_mix,
     decode_and_mix_reference,

@@ -21,17 +21,13 @@ from lookup_experts.table import reader as reader_module
 from lookup_experts.table import store as store_module
 from lookup_experts.table import uring
 from lookup_experts.table.encoding import get_encoding
-from lookup_experts.table.format import (
-    RecordLayout,
-    ShardWriter,
-    TableManifest,
-    TableShape,
-    open_table,
-    plan_shards,
-    write_manifest,
-)
+from lookup_experts.table.layout import RecordLayout, TableShape, plan_shards
+from lookup_experts.table.manifest import TableManifest, write_manifest
+from lookup_experts.table.opening import open_table
 from lookup_experts.table.reader import GROUP_BYTES, SLOT_BATCH, TableExperts
-from lookup_experts.table.store import RecordStore, open_store
+from lookup_experts.table.shard_writer import ShardWriter
+from lookup_experts.table.store import RecordStore
+from lookup_experts.table.store_choice import open_store
 from lookup_experts.table.uring import Ring
 
 pytestmark = pytest.mark.timeout(60)
@@ -567,7 +563,7 @@ import sys
 from pathlib import Path
 import torch
 from reading import open_reader_by, resident_bytes
-from lookup_experts.table.format import open_table
+from lookup_experts.table.opening import open_table
 
 table = open_table(Path(sys.argv[1]))
 ids = torch.arange(table.layout.shape.vocab_size).unbind()
@@ -591,7 +587,7 @@ import json, sys
 from pathlib import Path
 import torch
 from reading import open_reader_by, resident_bytes
-from lookup_experts.table.format import open_table
+from lookup_experts.table.opening import open_table
 
 torch.set_num_threads(1)
 

@@ -20,22 +20,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lookup_experts.errors import DiskFullError, TableError, UserError
-from lookup_experts.table import format as table_format
+from lookup_experts.table import shard as shard_module
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
-from lookup_experts.table.format import (
-    DATA_START,
-    MANIFEST_NAME,
-    RecordLayout,
-    ShardInfo,
-    ShardWriter,
-    TableManifest,
-    TableShape,
-    open_table,
-    plan_shards,
-    read_manifest,
-    verify_table,
-    write_manifest,
-)
+from lookup_experts.table.format import DATA_START, MANIFEST_NAME
+from lookup_experts.table.layout import RecordLayout, ShardInfo, TableShape, plan_shards
+from lookup_experts.table.manifest import TableManifest, read_manifest, write_manifest
+from lookup_experts.table.opening import open_table
+from lookup_experts.table.shard_writer import ShardWriter
+from lookup_experts.table.verifying import verify_table
 
 shapes = st.builds(
     TableShape, st.integers(1, 500), st.integers(1, 30), st.integers(1, 20), st.integers(1, 2000)
@@ -418,7 +410,7 @@ def test_numbers_that_are_not_finite_are_found_under_a_right_checksum(tmp_path, 
 
 
 def test_many_bad_records_are_counted_and_some_listed(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_format, "_CHUNK_BYTES", 256)
+    monkeypatch.setattr(shard_module, "_CHUNK_BYTES", 256)
     table, _ = make_table(tmp_path, vocab_size=50)
     for row in range(3, 50):
         flip_bit(table.path(table.shards[0]), table.layout.record_offset(row))
@@ -438,7 +430,7 @@ def test_a_shard_truncated_before_verifying(tmp_path):
 def test_verifying_holds_little_memory(tmp_path, monkeypatch):
     table, _ = make_table(tmp_path, vocab_size=2000, hidden_size=1024)
     assert table.layout.table_bytes > 15e6
-    monkeypatch.setattr(table_format, "_CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(shard_module, "_CHUNK_BYTES", 2**16)
     tracemalloc.start()
     try:
         assert verify_table(table).intact

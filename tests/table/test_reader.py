@@ -15,7 +15,7 @@ from tiny_models import attached_model, greedy, logits_of, token_ids
 import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.table.reader import TableExperts
-from lookup_experts.table.store import STORES
+from lookup_experts.table.store_choice import STORES
 
 IDS = token_ids(2, 9)
 READING = ("mmap", "direct")
@@ -212,13 +212,19 @@ def test_records_are_not_overwritten_before_the_backward(training_form, table_fo
             torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_copy_of_a_model_reads_the_same_table(table_folder):
-    model = opened(table_folder)
+@pytest.mark.parametrize("store", STORES)
+def test_a_copy_of_a_model_reads_the_same_table(store, table_folder):
+    model = opened(table_folder, store)
     expected = logits_of(model, IDS)
     copied = copy.deepcopy(model)
+    assert copied.expert_source is not model.expert_source
+    model.expert_source.reset_stats()
     assert torch.equal(logits_of(copied, IDS), expected)
-    assert torch.equal(logits_of(model, IDS), expected)
-    assert copied.expert_source is model.expert_source
+    assert model.expert_source.stats().batches == 0
+    model.expert_source.close()
+    assert torch.equal(logits_of(copied, IDS), expected)
+    with pytest.raises(ValueError, match="is closed"):
+        logits_of(model, IDS)
 
 
 # ------------------------------------------------------------------------- many steps, threads

@@ -14,7 +14,8 @@ from reading import Expected, open_reader_by, ways_here
 
 from lookup_experts.table import reader as reader_module
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
-from lookup_experts.table.format import BLOCK, RecordLayout, TableShape
+from lookup_experts.table.format import BLOCK
+from lookup_experts.table.layout import RecordLayout, TableShape
 from lookup_experts.table.reader import SLOT_BATCH
 from lookup_experts.table.rows import plan_groups
 

@@ -16,16 +16,11 @@ import pytest
 from random_tables import flip_bit, make_table
 
 from lookup_experts.errors import TableError, UserError
-from lookup_experts.table import direct, uring
-from lookup_experts.table import store as stores
+from lookup_experts.table import direct, in_memory, uring
 from lookup_experts.table.direct import ThreadedReads
-from lookup_experts.table.format import ShardWriter
-from lookup_experts.table.store import (
-    STORES,
-    aligned_buffer,
-    available_memory_bytes,
-    open_store,
-)
+from lookup_experts.table.host_memory import aligned_buffer, available_memory_bytes
+from lookup_experts.table.shard_writer import ShardWriter
+from lookup_experts.table.store_choice import STORES, open_store
 from lookup_experts.table.uring import Ring
 
 pytestmark = pytest.mark.timeout(60)
@@ -225,7 +220,7 @@ def test_auto_takes_what_fits_and_says_so(tmp_path):
 
 def test_a_table_larger_than_memory(tmp_path, monkeypatch):
     table, _ = make_table(tmp_path)
-    monkeypatch.setattr(stores, "available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(in_memory, "available_memory_bytes", lambda: 1000)
     with pytest.raises(UserError, match=r"2\.56 kB.*'direct' or 'mmap'"):
         open_store(table, "memory", notify=silent)
 
@@ -492,8 +487,9 @@ def test_processes_share_a_table(tmp_path):
     script = """
 import sys, zlib
 import numpy as np
-from lookup_experts.table.format import open_table
-from lookup_experts.table.store import aligned_buffer, open_store
+from lookup_experts.table.opening import open_table
+from lookup_experts.table.host_memory import aligned_buffer
+from lookup_experts.table.store_choice import open_store
 table = open_table(sys.argv[1])
 out = aligned_buffer(200 * table.layout.stride).reshape(200, -1)
 with open_store(table, "direct", notify=print) as store:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lookup_experts.table import uring
-from lookup_experts.table.store import aligned_buffer
+from lookup_experts.table.host_memory import aligned_buffer
 from lookup_experts.table.uring import ENTER, Ring
 
 pytestmark = pytest.mark.timeout(30)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_runs import make_data, tiny_recipe
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.experts import LayerExperts
+from lookup_experts.model.forms.mole import LayerExperts
 from lookup_experts.training.accumulation import SharesExpertOutputs
 from lookup_experts.training.recipe import load_recipe
 from lookup_experts.training.train import train

@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lookup_experts.errors import UserError
+from lookup_experts.folders.adapters import refuse_adapters, tell_of_frozen_experts
 from lookup_experts.folders.configuration import (
     MODEL_TYPE,
     LookupConfigMixin,
@@ -34,11 +35,13 @@ from lookup_experts.folders.model_folder import find_folder
 from lookup_experts.made_classes import make_class
 from lookup_experts.model.freezing import allow_training, freeze_backbone
 from lookup_experts.model.initialization import initialize_blocks
+from lookup_experts.model.placement import state_with_values
 from lookup_experts.model.rows import ExpertSource
 from lookup_experts.model.settings import LookupSettings
 from lookup_experts.model.wiring import (
     Entrance,
     forward_pass,
+    hidden_size_of,
     install,
     lookup_blocks,
     resumed,
@@ -95,6 +98,8 @@ class LookupExpertsConfig(PreTrainedConfig):
 class LookupExpertsMixin:
     """What an attached model does differently from its backbone."""
 
+    _told_of_frozen_experts = False
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self, LookupSettings.from_dict(config.lookup_experts))
@@ -134,6 +139,13 @@ class LookupExpertsMixin:
         if self.lookup_settings.form == "experts":
             with guard_torch_init_functions():  # weights that were loaded stay
                 initialize_blocks(self, self.lookup_settings, "zero")
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch does; who trains adapters that leave routed experts frozen is told so once."""
+        super().train(mode)  # type: ignore[misc]
+        if mode and not self._told_of_frozen_experts:
+            self._told_of_frozen_experts = tell_of_frozen_experts(self)
+        return self
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
@@ -176,23 +188,49 @@ class LookupExpertsMixin:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.lookup_settings.form == "table":
             folder = _local_folder(pretrained_model_name_or_path, kwargs)
-            model.set_expert_source(open_reader(folder, model, **options))
+            settings = model.lookup_settings
+            weight = next(model.get_input_embeddings().parameters())
+            reader = open_reader(
+                folder,
+                num_layers=len(settings.layers),
+                num_experts=settings.num_experts,
+                row_size=settings.row_size or hidden_size_of(model),
+                fingerprint=settings.fingerprint,
+                dtype=weight.dtype,
+                device=weight.device,
+                **options,
+            )
+            model.set_expert_source(reader)
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers does; in table form the table is saved with the weights.
 
-        A model that refers to its backbone saves its experts alone (`experts_alone.py`).
+        A model that refers to its backbone saves its experts alone (`experts_alone.py`), one with
+        adapters that transformers itself has added those alone.
+
+        Raises:
+            UserError: the model has adapters of PEFT that aren't merged, or tensors without values.
         """
+        if self._hf_peft_config_loaded:  # type: ignore[attr-defined]
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            return
+        refuse_adapters(self, "saved")
         if self.lookup_settings.backbone is not None:
             names = ("is_main_process", "state_dict", "max_shard_size")
             options = {name: kwargs[name] for name in names if name in kwargs}
             save_experts(self, save_directory, *args, **options)
         else:
+            if not args and kwargs.get("state_dict") is None and _has_weights_elsewhere(self):
+                kwargs["state_dict"] = state_with_values(self)  # transformers can't get at all
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if self.lookup_settings.form == "table" and kwargs.get("is_main_process", True):
             source: Any = self.expert_source
             copy_table(source.folder, Path(save_directory) / "table")
+
+
+def _has_weights_elsewhere(model: Any) -> bool:
+    return any(tensor.is_meta for tensor in model.state_dict().values())
 
 
 def _load_on_backbone(

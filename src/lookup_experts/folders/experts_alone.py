@@ -31,6 +31,7 @@ from lookup_experts.folders.model_folder import (
 )
 from lookup_experts.folders.official import BACKBONES, load_official, official_kind
 from lookup_experts.model.freezing import is_attached
+from lookup_experts.model.placement import state_with_values
 from lookup_experts.model.settings import BackboneReference, LookupSettings
 
 SAMPLES = 16
@@ -144,7 +145,7 @@ def save_experts(
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = model.state_dict() if state_dict is None else state_dict
+    weights = state_with_values(model, is_attached) if state_dict is None else state_dict
     experts = {name: weight for name, weight in weights.items() if is_attached(name)}
     save_torch_state_dict(experts, folder, max_shard_size=max_shard_size)
     model.generation_config.save_pretrained(folder)

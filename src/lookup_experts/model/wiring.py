@@ -34,6 +34,7 @@ from lookup_experts.model.forms import (
     get_form,
     is_unhooked,
 )
+from lookup_experts.model.placement import execution_device
 from lookup_experts.model.rows import ExpertSource, TokenRows
 from lookup_experts.model.settings import LookupSettings
 
@@ -49,7 +50,7 @@ def install(model: Any, settings: LookupSettings) -> None:
         ffn = ffns[block]
         like = next(ffn.parameters())
         dtype = like.dtype if like.is_floating_point() else embedding.weight.dtype
-        lookup = _new_block(place, model, settings).to(device=like.device, dtype=dtype)
+        lookup = _new_block(place, model, settings).to(device=execution_device(ffn), dtype=dtype)
         ffn.add_module("lookup_experts", lookup)
         ffn.register_forward_hook(add_lookup_output, with_kwargs=True)
     base = model.base_model
@@ -60,7 +61,8 @@ def install(model: Any, settings: LookupSettings) -> None:
 
 def _new_block(place: int, model: Any, settings: LookupSettings) -> LookupBlock:
     form = get_form(settings.row_form)
-    sizes = Sizes(*model.get_input_embeddings().weight.shape, hidden_size_of(model))
+    vocab_size, embedding_size = model.get_input_embeddings().weight.shape
+    sizes = Sizes(vocab_size, embedding_size, hidden_size_of(model))
     block: LookupBlock = form.new_reader(place, settings, sizes)
     if settings.form == "experts":
         # Not named `experts`: the weight conversions of transformers take any `.experts.` in a

@@ -24,18 +24,12 @@ from lookup_experts import __version__
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.model.fingerprint import hash_tensors
 from lookup_experts.table.encoding import get_encoding
-from lookup_experts.table.format import (
-    MANIFEST_NAME,
-    Progress,
-    RecordLayout,
-    ShardWriter,
-    Table,
-    TableManifest,
-    TableShape,
-    open_table,
-    plan_shards,
-    write_manifest,
-)
+from lookup_experts.table.format import MANIFEST_NAME
+from lookup_experts.table.layout import RecordLayout, TableShape, plan_shards
+from lookup_experts.table.manifest import TableManifest, write_manifest
+from lookup_experts.table.opening import Table, open_table
+from lookup_experts.table.progress import Progress
+from lookup_experts.table.shard_writer import ShardWriter
 
 MATRICES = 2
 """Of an expert: up and down."""

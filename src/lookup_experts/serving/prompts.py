@@ -48,8 +48,13 @@ class Prompter:
         self._check(ids)
         return ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of a conversation, up to where the answer begins."""
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be encoded."""
+        return self._template is not None
+
+    def encode_chat(self, messages: Sequence[Message], goes_on: bool = False) -> list[int]:
+        """The ids of a conversation, up to where the answer begins, or goes on."""
         if self._template is None:
             raise ApiError(
                 400,
@@ -66,7 +71,8 @@ class Prompter:
                 ids = self._tokenizer.apply_chat_template(
                     conversation,
                     chat_template=self._template,
-                    add_generation_prompt=True,
+                    add_generation_prompt=not goes_on,
+                    continue_final_message=goes_on,
                     tokenize=True,
                     return_dict=False,
                 )

@@ -149,6 +149,15 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOG_PROBABILITIES)
     response_format: ResponseFormat | None = None
+    continue_final_message: bool = Field(
+        False, description="Go on with the last message, an assistant's (an extension)."
+    )
+
+    @model_validator(mode="after")
+    def _check_what_goes_on(self) -> Self:
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError("continue_final_message needs a last message of the assistant")
+        return self
 
     @model_validator(mode="after")
     def _check_log_probabilities(self) -> Self:
@@ -208,6 +217,8 @@ class Stats(BaseModel):
     kind: Literal["dense", "mole-table", "mole-experts", "moe"]
     layers: int
     experts: int
+    chat: bool
+    """Whether there is a chat template."""
     tokens_per_second: float
     """Over the last 5 seconds."""
     ids_asked: int

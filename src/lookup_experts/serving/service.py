@@ -132,7 +132,7 @@ class Service:
         """The sequences that a chat completion asks for, not yet submitted."""
         self.check_model(body.model)
         self._check_number(body.n or 1)
-        ids = self.prompter.encode_chat(body.messages)
+        ids = self.prompter.encode_chat(body.messages, body.continue_final_message)
         room = self.prompter.room_for(ids, body.most_tokens())
         top = (body.top_logprobs or 0) if body.logprobs else None
         places = range(body.n or 1)
@@ -171,6 +171,7 @@ class Service:
             "kind": kind_of(self._model),
             "layers": config.num_hidden_layers,
             "experts": settings.num_experts if settings else num_routed(config),
+            "chat": self.prompter.has_chat_template,
             "tokens_per_second": round(self.metrics.tokens_per_second, 2),
             "ids_asked": reader.ids_asked if reader else 0,
             "ids_unique": reader.ids_unique if reader else 0,

@@ -2,8 +2,8 @@
 
 The vocabulary is taken in chunks of a fixed number of ids, so memory is bounded however large it
 is. A chunk is evaluated layer by layer, encoded into one buffer of records and written by a
-second thread while the next chunk is evaluated. Where the rows come from is a `RowsOf`: trained
-experts (`evaluate_experts`), or the records of a finished table (`decode_records`).
+second thread while the next chunk is evaluated. Where the rows come from is a `RowsOf`: whatever
+computes them, or the records of a finished table (`decode_records`).
 
 While a build is under way the folder holds `build.json`: what is being built and how many ids are
 finished. A build that was killed goes on from there, after checking what the disk really holds
@@ -24,30 +24,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lookup_experts import __version__
 from lookup_experts.errors import DiskFullError, TableError
-from lookup_experts.model.experts import LayerExperts, normalize
-from lookup_experts.model.fingerprint import embedding_hash, fingerprint
 from lookup_experts.table.encoding import Encoding
-from lookup_experts.table.format import (
-    MANIFEST_NAME,
-    UNFINISHED,
-    Progress,
-    RecordLayout,
-    ShardInfo,
-    ShardWriter,
-    Table,
-    TableManifest,
-    TableShape,
-    open_table,
-    plan_shards,
-    read_checksums,
-    read_manifest,
-    write_manifest,
-)
-from lookup_experts.table.store import RecordStore, aligned_buffer, open_store
+from lookup_experts.table.files import UNFINISHED
+from lookup_experts.table.format import MANIFEST_NAME
+from lookup_experts.table.host_memory import aligned_buffer
+from lookup_experts.table.layout import RecordLayout, ShardInfo, TableShape, plan_shards
+from lookup_experts.table.manifest import TableManifest, read_manifest, write_manifest
+from lookup_experts.table.opening import Table, open_table, read_checksums
+from lookup_experts.table.progress import Progress
+from lookup_experts.table.shard_writer import ShardWriter
+from lookup_experts.table.store import RecordStore
+from lookup_experts.table.store_choice import open_store
 from lookup_experts.units import format_bytes
 
 JOURNAL = "build.json"
@@ -89,18 +80,6 @@ class BuildPlan:
                 yield shard, range(first, min(first + self.chunk_ids, end))
 
 
-def evaluate_experts(embedding: nn.Module, layers: Sequence[LayerExperts]) -> RowsOf:
-    """The rows of training-form experts, on the device where they are."""
-
-    def rows_of(token_ids: Tensor) -> Iterator[Tensor]:
-        device = next(embedding.parameters()).device
-        normalized = normalize(embedding(token_ids.to(device)), layers[0].norm_eps)
-        for experts in layers:
-            yield experts(normalized).transpose(0, 1)
-
-    return rows_of
-
-
 def decode_records(store: RecordStore) -> RowsOf:
     """The rows of a finished table, float32, decoded from its records."""
     layout, shape = store.layout, store.layout.shape
@@ -117,39 +96,35 @@ def decode_records(store: RecordStore) -> RowsOf:
 
 
 def plan_table(
-    embedding: nn.Module,
-    layers: Sequence[LayerExperts],
-    vocab_size: int,
+    shape: TableShape,
     encoding: Encoding,
     *,
+    fingerprint: str,
+    evaluation_bytes: int,
+    embedding_hash: str | None = None,
     tokenizer_hash: str | None = None,
     chunk_budget_bytes: int = CHUNK_BUDGET_BYTES,
 ) -> BuildPlan:
-    """What the table of the given experts will be.
+    """What a table will be.
 
     Args:
-        embedding: the backbone's input embedding.
-        layers: the experts of each layer, in order.
-        vocab_size: V, records 0 to V - 1; the rows of the embedding.
+        shape: of the table.
         encoding: how records store numbers.
+        fingerprint: of everything that is folded.
+        evaluation_bytes: what getting the rows of one id takes, layer by layer.
+        embedding_hash: of the input embedding.
         tokenizer_hash: of the tokenizer that the ids belong to.
         chunk_budget_bytes: bounds memory beyond the model.
     """
-    num_experts, expert_size, _ = layers[0].up_proj.shape
-    hidden_size = layers[0].down_proj.shape[1]
-    shape = TableShape(vocab_size, len(layers), num_experts, hidden_size)
     layout = RecordLayout(shape, encoding)
     manifest = TableManifest(
         layout=layout,
         shards=tuple(plan_shards(layout)),
-        fingerprint=fingerprint(embedding, layers),
-        embedding_hash=embedding_hash(embedding),
+        fingerprint=fingerprint,
+        embedding_hash=embedding_hash,
         tokenizer_hash=tokenizer_hash,
         created_by=_THIS_TOOL,
     )
-    itemsize = layers[0].up_proj.element_size()
-    activations = 3 if layers[0].kind == "swiglu" else 2
-    evaluation_bytes = num_experts * itemsize * (expert_size * activations + 2 * hidden_size)
     return BuildPlan(manifest, _chunk_ids(layout, evaluation_bytes, chunk_budget_bytes))
 
 

@@ -26,8 +26,8 @@ from lookup_experts.model.rows import TokenRows, mix
 from lookup_experts.table.batch import SlotBatch, check_bounds, unique_in_order
 from lookup_experts.table.cache import SlotCache
 from lookup_experts.table.device_prompt import PromptRows
-from lookup_experts.table.format import TableShape
 from lookup_experts.table.lanes import Lane, Mark
+from lookup_experts.table.layout import TableShape
 from lookup_experts.table.mixing import decode_and_mix, prepare, route_mix_add
 from lookup_experts.table.rows import Decoding, WaitClock
 from lookup_experts.table.store import Store

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lookup_experts.model.rows import mix
 from lookup_experts.table.lanes import Lane, Mark
 from lookup_experts.table.mixing import decode_and_mix
+from lookup_experts.table.reading_thread import submit_read
 from lookup_experts.table.rows import Decoding, LayerGroup, WaitClock, plan_groups
-from lookup_experts.table.store import Store, submit_read
+from lookup_experts.table.store import Store
 
 Piece = tuple[Tensor, Mark]
 """uint8 [U, width] on the device, and the mark to wait for."""

@@ -13,21 +13,17 @@ from bisect import bisect_right
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
 from lookup_experts.errors import TableError, UserError
-from lookup_experts.table.format import BLOCK, DATA_START, Table
-from lookup_experts.table.store import (
-    Notify,
-    PendingRead,
-    RecordStore,
-    aligned_buffer,
-    open_shards,
-    say_why,
-    submit_read,
-)
+from lookup_experts.table.files import say_why
+from lookup_experts.table.format import BLOCK, DATA_START
+from lookup_experts.table.host_memory import aligned_buffer
+from lookup_experts.table.opening import Table, open_shards, reopen_table
+from lookup_experts.table.reading_thread import submit_read
+from lookup_experts.table.store import Notify, PendingRead, RecordStore, log
 from lookup_experts.table.uring import Ring
 
 _NUM_THREADS = 8
@@ -362,6 +358,9 @@ class DirectStore(RecordStore):
         if found < expected:
             problem = f"truncated while open, expected {expected} bytes, found {found}"
         return TableError(f"{path}: can't read the record of id {token_id} at {offset}: {problem}.")
+
+    def reopened(self) -> Self:
+        return type(self)(reopen_table(self.table), self.verify_checksums, log)
 
     def close(self) -> None:
         super().close()  # before the lock, which its thread may be waiting for

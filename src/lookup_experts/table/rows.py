@@ -6,7 +6,7 @@ memory of the batch's own. For decoding, for tables in RAM, and under autograd.
 `StreamedRows`: records are read a few layers at a time into two buffers. For prompts: memory is
 bounded, and reading goes ahead of the compute.
 
-Both are `TokenRows` (`model/experts.py`). Float encodings are mixed straight out of the records;
+Both are `TokenRows` (`model/rows.py`). Float encodings are mixed straight out of the records;
 the others are decoded layer by layer, once per unique id.
 """
 
@@ -25,8 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lookup_experts.model.rows import mix
-from lookup_experts.table.format import BLOCK, RecordLayout
-from lookup_experts.table.store import PendingRead, Store, aligned_buffer, submit_read
+from lookup_experts.table.format import BLOCK
+from lookup_experts.table.host_memory import aligned_buffer
+from lookup_experts.table.layout import RecordLayout
+from lookup_experts.table.reading_thread import submit_read
+from lookup_experts.table.store import PendingRead, Store
 
 DECODED_BYTES = 16 * 2**20
 """Encoded records are decoded for all layers at once up to this size, beyond it layer by layer."""
@@ -230,10 +233,8 @@ class MemoryRows:
             return mix(self.layer(layer), self.index.view(-1), weights)
         matrix = self._matrices[layer]
         weights = weights if weights.dtype == matrix.dtype else weights.to(matrix.dtype)
-        # Not by way of `torch.nn.functional`, whose checks take longer than a small sum, and
-        # without what a backward pass would need.
-        add_up = torch.embedding_bag if weights.requires_grad else torch._embedding_bag_forward_only
-        total, *_ = add_up(
+        # Not by way of `torch.nn.functional`, whose checks take longer than a small sum.
+        total, *_ = torch.embedding_bag(
             matrix,
             self._bags,
             self._starts,

@@ -8,7 +8,7 @@ record that comes from a store. Numbers of float encodings are not looked at.
 import numpy as np
 
 from lookup_experts.table.encoding import ScaledEncoding
-from lookup_experts.table.format import RecordLayout
+from lookup_experts.table.layout import RecordLayout
 
 PROBLEM = "a number or scale is not valid"
 

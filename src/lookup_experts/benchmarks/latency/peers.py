@@ -10,7 +10,7 @@ without the rights that a limit needs.
 import mmap
 import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,17 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lookup_experts.benchmarks.ceilings import DiskCounter
-from lookup_experts.benchmarks.latency.systems import Counts
+from lookup_experts.benchmarks.processes import DiskCounter
 from lookup_experts.errors import UserError
 from lookup_experts.offloading.cache import Compute
 from lookup_experts.offloading.expert_table import matrices_of
 from lookup_experts.offloading.experts import mix_visited
-from lookup_experts.table.format import Table
-from lookup_experts.table.store import open_shards
+from lookup_experts.table.opening import Table, open_shards
 
 Expert = tuple[int, int]
 """Layer, and number in it."""
+
+
+@dataclass
+class Counts:
+    """What a system did for one forward pass."""
+
+    bytes_loaded: int = 0
+    stall_seconds: float = 0.0
+    experts_used: int = 0
+    """Summed over layers."""
+    experts_loaded: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,7 +196,7 @@ def dispatch_by_accelerate(model: Any, folder: Path, budget_bytes: int) -> PageB
     dispatch_model(model, _device_map(model, device), offload_dir=str(folder))
     pages = PageBudget(budget_bytes // expert_bytes, _offloaded_places(folder, model))
     for layer, ffn in enumerate(model.moe_layers):
-        ffn.experts.register_forward_pre_hook(_noting(layer, pages))
+        ffn.experts.register_forward_pre_hook(partial(_note, layer, pages))
     return pages
 
 
@@ -202,12 +211,9 @@ def _device_map(model: Any, device: str | int) -> dict[str, str | int]:
     return places
 
 
-def _noting(layer: int, pages: PageBudget) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        for expert in torch.unique(inputs[1]).tolist():
-            pages.use((layer, expert))
-
-    return note
+def _note(layer: int, pages: PageBudget, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    for expert in torch.unique(inputs[1]).tolist():
+        pages.use((layer, expert))
 
 
 def _offloaded_places(folder: Path, model: Any) -> dict[Expert, list[FileRange]]:

@@ -58,12 +58,13 @@ def new_reader(layer: int, settings: LookupSettings, sizes: Sizes) -> "MekiBlock
 def initialize(block: Any, init: str, std: float) -> None:
     """See `forms`; `zero` is a last norm of zeros: the block adds nothing, and its first gradient
     is that norm's, from which on everything before it learns."""
-    for part in (block, block.routed):
-        for name, weight in part.named_parameters(recurse=part is not block):
-            nn.init.ones_(weight) if weight.dim() < 2 else nn.init.normal_(weight, 0.0, std)
-    for linear in (block.gate_proj, block.out_proj):
-        nn.init.normal_(linear.weight, 0.0, std)
-    nn.init.constant_(block.post_norm.weight, 0.0 if init == "zero" else 1.0)
+    for weight in block.parameters():
+        if weight.dim() < 2:  # norms and scales
+            nn.init.ones_(weight)
+        else:
+            nn.init.normal_(weight, 0.0, std)
+    if init == "zero":
+        nn.init.zeros_(block.post_norm.weight)
 
 
 class MekiRows(nn.Module):
@@ -93,6 +94,25 @@ class MekiRows(nn.Module):
     def identity(self) -> str:
         """What the rows depend on beside the weights; part of a table's fingerprint."""
         return f"meki {self.mix_norm.eps}"
+
+    @property
+    def num_experts(self) -> int:
+        """1, the rows of one id."""
+        return 1
+
+    @property
+    def row_size(self) -> int:
+        """r"""
+        return self.static.embedding_dim
+
+    @property
+    def evaluation_numbers(self) -> int:
+        """How many numbers are held while one id is evaluated."""
+        return 3 * self.gate_proj.out_features + 4 * self.row_size
+
+    def inputs(self, embeddings: Tensor) -> Tensor:
+        """What `forward` takes of embeddings [U, e]."""
+        return embeddings
 
     def forward(self, embeddings: Tensor, unique_ids: Tensor) -> Tensor:
         """Embeddings [U, e] of unique ids [U] -> rows [1, U, r]."""

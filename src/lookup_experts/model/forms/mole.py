@@ -108,6 +108,26 @@ class LayerExperts(nn.Module):
         """What the rows depend on beside the weights; part of a table's fingerprint."""
         return f"{self.kind} {self.norm_eps}"
 
+    @property
+    def num_experts(self) -> int:
+        """N"""
+        return self.down_proj.shape[0]
+
+    @property
+    def row_size(self) -> int:
+        """r"""
+        return self.down_proj.shape[1]
+
+    @property
+    def evaluation_numbers(self) -> int:
+        """How many numbers are held while one id is evaluated."""
+        num_experts, row_size, expert_size = self.down_proj.shape
+        return num_experts * (expert_size * (3 if self.kind == "swiglu" else 2) + 2 * row_size)
+
+    def inputs(self, embeddings: Tensor) -> Tensor:
+        """What `forward` takes of embeddings [U, e]."""
+        return normalize(embeddings, self.norm_eps)
+
     def forward(self, normalized: Tensor, unique_ids: Tensor | None = None) -> Tensor:
         """[U, e], what `normalize` gives -> [N, U, r], contiguous; of the ids alone it knows
         nothing."""
