@@ -14,7 +14,7 @@ import lookup_experts as le
 from lookup_experts.errors import UserError
 from lookup_experts.model.computed_rows import FFNExperts
 from lookup_experts.model.expert_products import EXPERT_KINDS, normalize
-from lookup_experts.model.forms.mole import LayerExperts, LookupExperts
+from lookup_experts.model.forms.mole import LayerExperts
 from lookup_experts.model.per_position import PerPositionExperts
 from lookup_experts.model.rows import mix, mix_reference
 from lookup_experts.model.wiring import routed_experts
@@ -260,9 +260,9 @@ def test_ids_outside_the_vocabulary_are_refused():
 
 
 def test_a_block_outside_of_a_forward_pass_says_what_is_missing():
-    block = LookupExperts(0, 8, 2, None)
+    model = attached_model("llama")
     with pytest.raises(RuntimeError, match="outside a forward pass of its base model"):
-        block(torch.zeros(1, 2, 8))
+        model.model.layers[0].mlp(torch.zeros(1, 2, 32))
 
 
 def test_hidden_states_of_another_batch_are_refused():

@@ -48,7 +48,7 @@ def test_experts_are_evaluated_once_per_layer(monkeypatch):
     monkeypatch.setattr(
         experts_module.LayerExperts,
         "forward",
-        lambda self, normalized: calls.append(len(normalized)) or outputs(self, normalized),
+        lambda self, normalized, ids: calls.append(len(normalized)) or outputs(self, normalized),
     )
     model = attached_model()
     accumulate(model, BATCHES, share=True)

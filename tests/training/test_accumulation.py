@@ -30,7 +30,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     outputs = LayerExperts.forward
 
-    def noted(self: LayerExperts, normalized: torch.Tensor) -> torch.Tensor:
+    def noted(self: LayerExperts, normalized: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             found.append(len(normalized))
         return outputs(self, normalized)

@@ -43,16 +43,16 @@ class LookupSettings:
     """One of `EXPERT_KINDS`."""
     norm_eps: float = 1e-6
     """The epsilon of the form's RMSNorms."""
-    row_form: str = "mole"
-    """One of `ROW_FORMS`: how a row is made and read, see `forms`."""
-    row_size: int | None = None
-    """r, the numbers of a row; None: as many as the model is wide."""
     form: str = "experts"
     """`experts`: training form. `table`: the experts were folded into a table."""
     fingerprint: str | None = None
     """In table form, what was folded; the table beside the model must say the same."""
     backbone: BackboneReference | None = None
     """Where the backbone is, if the model is saved as experts alone."""
+    row_form: str = "mole"
+    """One of `ROW_FORMS`: how a row is made and read, see `forms`."""
+    row_size: int | None = None
+    """r, the numbers of a row; None: as many as the model is wide."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 1 or self.expert_size < 1:
