@@ -222,6 +222,33 @@ def test_chat_goes_on_to_the_end_of_the_context(make_client):
     assert usage["total_tokens"] == 128
 
 
+def test_an_answer_that_was_cut_off_goes_on(make_client):
+    """From its last character, without a line end or a new turn between."""
+    client = make_client(chat_template=PLAIN_TEMPLATE)
+    question = [{"role": "user", "content": "the fox"}]
+
+    def answer(messages: list, tokens: int, **more: object) -> str:
+        body = {"messages": messages, "max_tokens": tokens, "temperature": 0, **more}
+        return client.post(CHAT, json=body).json()["choices"][0]["message"]["content"]
+
+    said = [*question, {"role": "assistant", "content": "over the lazy"}]
+    prompt = "User: the fox\nAssistant: over the lazy"
+    body = {"prompt": prompt, "max_tokens": 7, "temperature": 0}
+    expected = client.post(COMPLETIONS, json=body).json()["choices"][0]["text"]
+    assert answer(said, 7, continue_final_message=True) == expected
+    assert answer(said, 7) != expected
+    body = {"messages": question, "continue_final_message": True}
+    assert "of the assistant" in error_of(client.post(CHAT, json=body), 400)["message"]
+
+
+def test_whether_there_is_a_chat_is_told(make_client):
+    told = [
+        make_client(**options).get("/v1/stats").json()["chat"]
+        for options in ({}, {"chat_template": PLAIN_TEMPLATE})
+    ]
+    assert told == [False, True]
+
+
 # -------------------------------------------------------------------------- requests that can't
 
 

@@ -370,6 +370,17 @@ def test_a_chat_goes_on_where_it_was_cut_off(tab, markdown_model):
 
 
 @pytest.mark.timeout(120)
+def test_a_turn_that_the_model_left_unanswered_is_not_said_again(tab):
+    with page_of(tab, *scripted(["  "], num_experts=2)) as service:
+        wait_for(lambda: "lookup experts" in find(tab, "#model").text)
+        heard = listen(service)
+        generated(tab, "first", 9)
+        generated(tab, "second", 9)
+        asked = [[(one.role, one.content) for one in body.messages] for body in heard]
+        assert asked == [[("user", "first")], [("user", "second")]]
+
+
+@pytest.mark.timeout(120)
 def test_the_end_of_a_text_is_no_text(tab, markdown_model):
     with page_of(tab, *markdown_model):
         wait_for(lambda: find(tab, "#mode-row").is_displayed())

@@ -100,10 +100,11 @@ function request(turn) {
   const messages = [];
   const system = element("system").value.trim();
   if (system) messages.push({ role: "system", content: system });
-  for (const { isChat: isMessage, prompt, text } of turns.slice(0, turns.indexOf(turn) + 1)) {
-    if (!isMessage) continue;
-    messages.push({ role: "user", content: prompt });
-    if (text.trim()) messages.push({ role: "assistant", content: text });
+  for (const said of turns.slice(0, turns.indexOf(turn) + 1)) {
+    const isAnswered = said.text.trim() !== "";
+    if (!said.isChat || (said !== turn && !isAnswered)) continue; // templates want turns by turns
+    messages.push({ role: "user", content: said.prompt });
+    if (isAnswered) messages.push({ role: "assistant", content: said.text });
   }
   const goesOn = messages.at(-1).role === "assistant";
   return ["chat/completions", { ...settings(), messages, ...(goesOn && { continue_final_message: true }) }];
