@@ -15,6 +15,7 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from lookup_experts.errors import UserError
+from lookup_experts.model.placement import execution_device
 from lookup_experts.table.reader import ReaderStatistics, TableExperts
 
 
@@ -140,7 +141,7 @@ def generate_ids(
     table = source if isinstance(source, TableExperts) else None
     if table is not None:
         table.reset_stats()
-    inputs = torch.tensor([ids], device=model.device)
+    inputs = torch.tensor([ids], device=execution_device(model))
     started_at = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(

@@ -2,8 +2,9 @@
 
 Such a weight is on the device `meta`, without values, but for the call of the module that holds it.
 Modules are called, so forward passes need nothing of this; what reads weights does: saving,
-fingerprints. The values are taken from where accelerate has them, which for a file is a mapping into
-memory, and the model stays as it is. accelerate isn't imported: what it looks after has `_hf_hook`.
+fingerprints. The values are taken from where accelerate has them, which for a file is a mapping
+into memory, and the model stays as it is. accelerate isn't imported: a module that it looks after
+has `_hf_hook`.
 """
 
 from collections.abc import Callable, Iterator
@@ -63,8 +64,8 @@ def _with_values(name: str, tensor: Tensor, kept: dict[str, tuple[Any, str]]) ->
         value: Tensor = values[key]
     except KeyError:
         raise UserError(
-            f"{name} has no values: it is on the device meta, and accelerate keeps none of it "
-            "elsewhere, so it can't be saved or folded. Load the model onto a device first."
+            f"The model's {name} has no values: it is on the device meta, and accelerate keeps "
+            "none of it elsewhere, so it can't be saved or folded. Load it onto a device first."
         ) from None
     return value.to(tensor.dtype)
 
