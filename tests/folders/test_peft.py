@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lookup_experts as le
 from lookup_experts.errors import UserError
+from lookup_experts.model.shared_outputs import shared_expert_outputs
 
 # PEFT uses what transformers will drop, and says of tied embeddings what a test here shows.
 pytestmark = [
@@ -378,6 +380,58 @@ def test_several_adapters_are_switched_and_disabled(tmp_path):
         loaded.set_adapter(name)
         assert torch.equal(logits_of(loaded, IDS), expected[name])
     assert_merges(loaded, tmp_path)
+
+
+def mixed_batch(base, **config):
+    """Three sequences, each with an adapter of its own or none; and each by itself."""
+    model = get_peft_model(base, LoraConfig(**config, **NOISY), adapter_name="first")
+    model.add_adapter("second", LoraConfig(**config, **NOISY))
+    model.eval()
+    ids = token_ids(3, 7)
+    with torch.no_grad():
+        together = model(input_ids=ids, adapter_names=["second", "__base__", "first"]).logits
+    model.set_adapter("second")
+    apart = [logits_of(model, ids[:1])]
+    with model.disable_adapter():
+        apart.append(logits_of(model, ids[1:2]))
+    model.set_adapter("first")
+    apart.append(logits_of(model, ids[2:]))
+    return together, torch.cat(apart)
+
+
+@pytest.mark.parametrize("form", ["experts", "table"])
+def test_a_batch_of_sequences_with_different_adapters(form, tmp_path):
+    """Of PEFT, by `adapter_names`: on the backbone and the routers."""
+    base = attached_model() if form == "experts" else table_model(tmp_path)
+    together, apart = mixed_batch(base, target_modules="all-linear")
+    torch.testing.assert_close(together, apart, **CLOSE)
+
+
+def test_a_batch_with_different_embeddings_of_an_id_is_refused(tmp_path):
+    """As many ids as sequences: PEFT itself would take one for the other."""
+    for config in (
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ):
+        with pytest.raises(UserError, match="one adapter at a time"):
+            mixed_batch(attached_model(), **config)
+    together, apart = mixed_batch(table_model(tmp_path), target_modules=["embed_tokens"])
+    torch.testing.assert_close(together, apart, **CLOSE)  # a table's rows are the same for all
+
+
+def test_accumulated_steps_share_the_outputs_of_copied_experts():
+    batches = [token_ids(2, 6, seed=seed) for seed in range(3)]
+
+    def gradients(shared):
+        torch.manual_seed(0)
+        config = LoraConfig(target_modules=["q_proj", "router"], modules_to_save=["routed"], r=4)
+        model = get_peft_model(attached_model(), config).train()
+        with shared_expert_outputs(model, batches) if shared else nullcontext():
+            for ids in batches:
+                model(input_ids=ids, labels=ids).loss.backward()
+        return {name: model.get_parameter(name).grad for name in trained_names(model)}
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

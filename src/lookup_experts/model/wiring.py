@@ -247,7 +247,7 @@ class LookupExperts(nn.Module):
         """What `forward` gives as it comes from the rows: [B·T, d] in their dtype."""
         forward = _require_forward_pass()
         rows = forward.rows
-        weights = self.router_weights(hidden_states.reshape(-1, hidden_states.shape[-1]))
+        weights = self.router_weights(hidden_states)
         if len(weights) != rows.num_positions:
             raise RuntimeError(
                 f"Hidden states of shape {tuple(hidden_states.shape)} don't belong to the "
@@ -258,7 +258,10 @@ class LookupExperts(nn.Module):
         return rows.mix(self.layer, weights, self._modules.get("routed"))
 
     def router_weights(self, hidden_states: Tensor) -> Tensor:
-        """[..., d] -> [..., N], a softmax over all experts, computed in float32.
+        """[..., d] -> [positions, N], a softmax over all experts, computed in float32.
+
+        The router sees the hidden states in their own shape: whose adapters differ between the
+        sequences of a batch needs to know these apart.
 
         The result is float32 where gradients are taken, else in the dtype of the hidden states:
         the kernels compute the softmax of a shorter type in float32 and round its result, so that
@@ -270,6 +273,7 @@ class LookupExperts(nn.Module):
             logits = F.linear(hidden_states, router._parameters["weight"])
         else:
             logits = router(hidden_states)
+        logits = logits.flatten(0, -2)
         if torch.is_grad_enabled():
             record_logits(logits)
             return logits.softmax(dim=-1, dtype=torch.float32)
