@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import guard_torch_init_functions
@@ -51,6 +52,7 @@ from lookup_experts.table.reader import open_reader
 
 TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""
+_CLASS_PREFIX = "LookupExperts"
 
 
 @cache
@@ -59,11 +61,19 @@ def attached_class(backbone: Any) -> Any:
     return make_class(
         attached_class,
         backbone,
-        f"LookupExperts{backbone.__name__}",
+        f"{_CLASS_PREFIX}{backbone.__name__}",
         (LookupExpertsMixin, backbone),
         __doc__=f"{backbone.__name__} with lookup experts.",
         config_class=attached_config_class(backbone.config_class),
     )
+
+
+def __getattr__(name: str) -> Any:
+    """The class of an attached model by its name, as PEFT writes it down beside adapters."""
+    backbone = getattr(transformers, name.removeprefix(_CLASS_PREFIX), None)
+    if not name.startswith(_CLASS_PREFIX) or backbone is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return attached_class(backbone)
 
 
 def become_attached(model: Any, settings: LookupSettings) -> None:
@@ -222,7 +232,8 @@ class LookupExpertsMixin:
             save_experts(self, save_directory, *args, **options)
         else:
             if not args and kwargs.get("state_dict") is None and _has_weights_elsewhere(self):
-                kwargs["state_dict"] = state_with_values(self)  # transformers can't get at all
+                model: Any = self
+                kwargs["state_dict"] = state_with_values(model)  # transformers can't get at all
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if self.lookup_settings.form == "table" and kwargs.get("is_main_process", True):
             source: Any = self.expert_source

@@ -55,6 +55,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A model folder's `config.json`, as it stands there."""
     if not folder.exists():
         raise UserError(f"No such folder: {folder}.")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds adapters, not a model: load the model that they were trained on and "
+            "put them onto it with PEFT, PeftModel.from_pretrained(model, folder)."
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json.")
     return _read_json_object(folder / "config.json")

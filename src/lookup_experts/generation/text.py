@@ -15,6 +15,7 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from lookup_experts.errors import UserError
+from lookup_experts.model.placement import execution_device
 from lookup_experts.table.reader import ReaderStatistics, TableExperts
 
 
@@ -143,7 +144,7 @@ def generate_ids(
     table = source if isinstance(source, TableExperts) else None
     if table is not None:
         table.reset_stats()
-    inputs = torch.tensor([ids], device=model.device)
+    inputs = torch.tensor([ids], device=execution_device(model))
     context = context_of(model)
     room = sampling.max_new_tokens if context is None else context - len(ids)
     within = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))

@@ -54,8 +54,19 @@ class FFNExperts:
     def inputs(self, unique_ids: Tensor, base_model: Any) -> Tensor:
         """[U, e]: what every layer of `base_model` makes its rows for unique ids [U] from."""
         embedding = base_model.get_input_embeddings()
+        _check_one_embedding(embedding)
         _check_range(unique_ids, embedding)
         return get_form(self.settings.row_form).inputs(embedding(unique_ids), self.settings)
+
+
+def _check_one_embedding(embedding: Any) -> None:
+    """Refuse PEFT's mixed batches where they would give one id a row for each sequence."""
+    hooks = embedding._forward_pre_hooks.values()
+    if any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks):
+        raise UserError(
+            "The sequences of a batch can't have different adapters on the embedding "
+            "(adapter_names), since experts are looked up by token id. Use one adapter at a time."
+        )
 
 
 def _check_range(unique_ids: Tensor, embedding: Any) -> None:

@@ -64,8 +64,8 @@ def _with_values(name: str, tensor: Tensor, kept: dict[str, tuple[Any, str]]) ->
         value: Tensor = values[key]
     except KeyError:
         raise UserError(
-            f"{name} has no values: it is on the device meta, and accelerate keeps none of it "
-            "elsewhere, so it can't be saved or folded. Load the model onto a device first."
+            f"The model's {name} has no values: it is on the device meta, and accelerate keeps "
+            "none of it elsewhere, so it can't be saved or folded. Load it onto a device first."
         ) from None
     return value.to(tensor.dtype)
 

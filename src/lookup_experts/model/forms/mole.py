@@ -177,20 +177,24 @@ class LookupExperts(LookupBlock):
         """See `LookupBlock.forward`."""
         added = self.mixed(hidden_states, rows, observe)
         if self.out_proj is not None:
-            added = self.out_proj(added.to(self.out_proj.weight.dtype))
+            apart = added.to(self.out_proj.weight.dtype).view(*hidden_states.shape[:-1], -1)
+            added = self.out_proj(apart)
         return added.view(hidden_states.shape).to(hidden_states.dtype)
 
     def mixed(
         self, hidden_states: Tensor, rows: TokenRows, observe: RowObserver | None = None
     ) -> Tensor:
         """[B·T, r] in the rows' dtype: each position's rows, weighed by the router."""
-        weights = self.router_weights(hidden_states.reshape(-1, hidden_states.shape[-1]))
+        weights = self.router_weights(hidden_states)
         if observe is not None:
             observe(self.layer, weights)
         return rows.mix(self.layer, weights, self.maker)
 
     def router_weights(self, hidden_states: Tensor) -> Tensor:
-        """[..., d] -> [..., N], a softmax over all experts, computed in float32.
+        """[..., d] -> [B·T, N], a softmax over all experts, computed in float32.
+
+        The router sees the hidden states in their own shape: whose adapters differ between the
+        sequences of a batch needs to know these apart.
 
         The result is float32 where gradients are taken, else in the dtype of the hidden states:
         the kernels compute the softmax of a shorter type in float32 and round its result, so that
@@ -202,6 +206,7 @@ class LookupExperts(LookupBlock):
             logits = F.linear(hidden_states, router._parameters["weight"])
         else:
             logits = router(hidden_states)
+        logits = logits.flatten(0, -2)
         if torch.is_grad_enabled():
             record_logits(logits)
             return logits.softmax(dim=-1, dtype=torch.float32)
@@ -241,7 +246,8 @@ class LookupExperts(LookupBlock):
         ):
             flat = output.reshape(-1, output.shape[-1])
             return torch.addmm(flat, mixed, weight.t()).view(output.shape)
-        return output + out_proj(mixed).to(output.dtype).view(output.shape)
+        apart = mixed.view(*hidden_states.shape[:-1], -1)
+        return output + out_proj(apart).to(output.dtype).view(output.shape)
 
     def _fused(self, output: Tensor, hidden_states: Tensor, rows: TokenRows) -> Tensor | None:
         """The FFN's output [..., d] with what the experts add, by `FusedRows`.
