@@ -382,6 +382,22 @@ class TableExperts:
     def __deepcopy__(self, memo: dict[int, Any]) -> "TableExperts":
         return self  # a copy of a model reads the same table
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen_reader, (
+            self.folder.absolute(),
+            self._store.name,
+            self._dtype,
+            self.device,
+            self._budget,
+        )
+
+
+def _reopen_reader(
+    folder: Path, store: str, dtype: torch.dtype, device: torch.device, cache_bytes: int
+) -> TableExperts:
+    table = open_table(folder)
+    return TableExperts(table, open_store(table, store, notify=log), dtype, device, cache_bytes)
+
 
 def open_reader(
     folder: Path,
