@@ -7,15 +7,22 @@ from typing import Any
 from torch import nn
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.folders.attached_model import LookupExpertsMixin, become_attached
-from lookup_experts.folders.experts_alone import refer_to, require_reference
+from lookup_experts.folders.attached_model import SAVES, LookupExpertsMixin, become_attached
+from lookup_experts.folders.experts_alone import (
+    note_backbone,
+    refer_to_backbone_of,
+    require_reference,
+)
 from lookup_experts.model.blocks import ffn_size, find_ffns
-from lookup_experts.model.freezing import allow_training, freeze_backbone, require_unpacked
+from lookup_experts.model.freezing import (
+    allow_training,
+    forget_quantizer,
+    freeze_backbone,
+    require_unpacked,
+)
 from lookup_experts.model.initialization import INITS, initialize_experts, initializer_std
 from lookup_experts.model.settings import LookupSettings, parse_layers
 from lookup_experts.model.wiring import hidden_size_of, install
-
-SAVES = ("full", "experts")
 
 
 def attach(
@@ -64,7 +71,9 @@ def attach(
     require_reference(model, save, train_backbone)
     require_unpacked(model)
     if save == "experts":
-        settings = replace(settings, backbone=refer_to(model.name_or_path))
+        settings = replace(settings, backbone=refer_to_backbone_of(model))
+        note_backbone(model)
+    forget_quantizer(model)
     install(model, settings)
     become_attached(model, settings)
     if not train_backbone:
