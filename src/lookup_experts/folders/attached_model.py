@@ -35,7 +35,7 @@ from lookup_experts.folders.experts_alone import (
     note_backbone,
     save_experts,
 )
-from lookup_experts.folders.model_folder import TABLE, find_folder
+from lookup_experts.folders.model_folder import find_folder
 from lookup_experts.folders.replacing import replaced_model
 from lookup_experts.made_classes import make_class
 from lookup_experts.model.freezing import (
@@ -56,7 +56,6 @@ from lookup_experts.model.wiring import (
     resumed,
     routed_experts,
 )
-from lookup_experts.table.build import copy_table
 from lookup_experts.table.reader import open_reader
 
 SAVES = ("full", "experts")
@@ -240,8 +239,6 @@ class LookupExpertsMixin(InputGradientsMixin):
         table = None if source is None else source.folder
         with replaced_model(Path(save_directory), variant, table) as folder:
             write(folder, **options)
-            if table is not None:
-                copy_table(table, folder / TABLE)
 
     def _save_in_full(self, folder: Any, **options: Any) -> None:
         own = self.config  # type: ignore[has-type]

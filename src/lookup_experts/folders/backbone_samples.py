@@ -64,7 +64,7 @@ class BackboneSamples:
             if not _are_equal(sample, _sample(weight)):
                 return f"{name} has other values"
         added = weights.keys() - self._names
-        return f"{min(added)} is new" if added else None
+        return f"{min(added)} is new; an adapter has to be merged first" if added else None
 
 
 def require_backbone_of_files(model: Any, folder: Path) -> None:

@@ -177,7 +177,7 @@ def save_experts(
     if trained:
         raise UserError(
             f"{trained[0]} of the backbone is being trained, but this model saves its experts "
-            'alone. Attach the experts with save="full".'
+            'alone. Save all of it: model.save_pretrained(folder, save="full").'
         )
     if not is_main_process:
         return

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lookup_experts.errors import UserError
 from lookup_experts.folders.model_folder import CONFIG, PARTIAL, TABLE
+from lookup_experts.table.build import copy_table
 from lookup_experts.table.format import MANIFEST_NAME
 
 _SHARD = r"-\d{5}-of-\d{5}"
@@ -31,7 +32,8 @@ def replaced_model(
     Args:
         folder: made if it isn't there.
         variant: of the weights' names, as in transformers; those of others stay.
-        table: of the new model, where it has one; if it is that in `folder` already, it stays.
+        table: of the new model, where it has one; it is saved too. If it is that in `folder`
+            already, it stays.
 
     Raises:
         UserError: `folder` is a file, or something else is where the table belongs.
@@ -50,6 +52,8 @@ def replaced_model(
     partial.mkdir(parents=True)
     try:
         yield partial
+        if table is not None and not table_stays:
+            copy_table(table, partial / TABLE)
     except BaseException:
         shutil.rmtree(partial)
         if is_new:
