@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lookup_experts as le
 from lookup_experts.errors import TableError
 from lookup_experts.model.router_losses import add_router_losses
+from lookup_experts.model.shared_outputs import shared_expert_outputs
 
 IDS = token_ids(2, 9)
 
@@ -269,6 +270,25 @@ def test_a_model_copied_between_forward_and_backward(kind, way):
     found(input_ids=IDS, labels=IDS).loss.backward()
     for name, weight in found.named_parameters():
         assert torch.equal(weight.grad, expected[name]), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_copied_between_micro_batches_that_share_outputs(way):
+    model = attached_model("llama").train()
+    expected = logits_of(model, IDS)
+    batches = [token_ids(2, 5, seed=1), token_ids(2, 5, seed=2)]
+    for ids in batches:
+        model(input_ids=ids, labels=ids).loss.backward()
+    plain = {name: weight.grad for name, weight in model.named_parameters()}
+    model.zero_grad()
+    with shared_expert_outputs(model, batches):
+        model(input_ids=batches[0], labels=batches[0]).loss.backward()
+        found = WAYS[way](model)
+        assert torch.equal(logits_of(found, IDS), expected)
+        found(input_ids=IDS, labels=IDS).loss.backward()  # a micro batch of its own
+        model(input_ids=batches[1], labels=batches[1]).loss.backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, plain[name], rtol=1e-4, atol=1e-6)
 
 
 PARTS = {

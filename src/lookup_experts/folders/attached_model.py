@@ -220,20 +220,21 @@ class LookupExpertsMixin(InputGradientsMixin):
                 the one that they refer to.
         """
         alone = _saves_experts_alone(self, save)
+        writes = _is_writing(is_main_process)
         options = {"state_dict": state_dict, "max_shard_size": max_shard_size}
         more = {"push_to_hub": push_to_hub, "variant": variant, **kwargs}
         if alone:
-            unknown = [name for name, value in more.items() if value]
-            if unknown:
-                raise UserError(f"Experts alone can't be saved with {unknown[0]}.")
+            for name in ("push_to_hub", "variant", "distributed_checkpoint"):
+                if more.get(name):
+                    raise UserError(f"Experts alone can't be saved with {name}; leave it out.")
         else:
             options |= more
         if push_to_hub:  # under the folder's name, not that of the one where the files are written
             options.setdefault("repo_id", Path(save_directory).name)
         write = partial(save_experts, self) if alone else self._save_in_full
-        if not _is_writing(is_main_process) or kwargs.get("distributed_checkpoint"):
+        if not writes or more.get("distributed_checkpoint"):
             # Weights that are cut among processes are gathered, or written, by all of them.
-            write(save_directory, is_main_process=is_main_process, **options)
+            write(save_directory, is_main_process=writes, **options)
             return
         source: Any = self.expert_source if self.lookup_settings.form == "table" else None
         table = None if source is None else source.folder

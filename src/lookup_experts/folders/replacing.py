@@ -29,6 +29,8 @@ def replaced_model(
 ) -> Iterator[Path]:
     """A folder to write a model into; afterwards its files are put into `folder`.
 
+    An adapter, which transformers saves without the model, takes nobody's place.
+
     Args:
         folder: made if it isn't there.
         variant: of the weights' names, as in transformers; those of others stay.
@@ -52,7 +54,7 @@ def replaced_model(
     partial.mkdir(parents=True)
     try:
         yield partial
-        if table is not None and not table_stays:
+        if table is not None and not table_stays and (partial / CONFIG).exists():
             copy_table(table, partial / TABLE)
     except BaseException:
         shutil.rmtree(partial)
@@ -65,7 +67,6 @@ def replaced_model(
 
 def _put_in_place(partial: Path, folder: Path, variant: str | None, table_stays: bool) -> None:
     written = sorted(partial.iterdir(), key=lambda path: path.name == CONFIG)
-    # An adapter, which transformers saves without the model, takes nobody's place.
     if (partial / CONFIG).exists():
         (folder / CONFIG).unlink(missing_ok=True)
         _remove_old_weights(folder, variant)
