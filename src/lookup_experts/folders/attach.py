@@ -55,11 +55,13 @@ def attach(
             and routers alone are trained, and alone have optimizer state.
         save: what `save_pretrained` writes, also when the Trainer calls it. `full`: everything.
             `experts`: the experts and routers, with a reference to the folder or the hub's model
-            that the backbone was loaded from; needs `train_backbone=False`. A quantised backbone
-            can be trained on in this way only.
+            that the backbone was loaded from, or to the GGUF file in it; needs
+            `train_backbone=False`. A quantised backbone can be trained on in this way only.
+            `model.save_pretrained(folder, save=...)` decides anew for once.
 
     Raises:
-        UserError: the model's blocks have no single FFN, or an argument makes no sense.
+        UserError: the model's blocks have no single FFN, an argument makes no sense, or the
+            backbone to refer to isn't the one in memory.
     """
     if init not in INITS:
         raise unknown_name("init", init, INITS)
