@@ -7,8 +7,11 @@
 | `attached_model.py` | the class of an attached model: saving, loading, checkpointing |
 | `configuration.py` | its configuration |
 | `experts_alone.py` | a folder that holds experts and refers to its backbone |
+| `backbone_samples.py` | whether a backbone is still the one that they refer to |
+| `gguf_file.py` | a backbone from a GGUF file |
+| `replacing.py` | a folder that is saved into again |
 | `official.py` | the folders that the authors of MoLE publish |
-| `weights.py` | the files of a model folder, whoever wrote them |
+| `model_folder.py` | the files of a model folder, whoever wrote them |
 | `tokenizer.py` | the tokenizer beside a model |
 | `registration.py` | what makes transformers know our model types; nothing else needs it |
 """

@@ -5,15 +5,25 @@ from dataclasses import replace
 from typing import Any
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.folders.attached_model import LookupExpertsMixin, become_attached
-from lookup_experts.folders.experts_alone import refer_to, require_reference
+from lookup_experts.folders.attached_model import SAVES, LookupExpertsMixin, become_attached
+from lookup_experts.folders.experts_alone import (
+    note_backbone,
+    refer_to_backbone_of,
+    require_reference,
+)
 from lookup_experts.model.blocks import ffn_size, find_ffns
-from lookup_experts.model.freezing import allow_training, freeze_backbone, require_unpacked
-from lookup_experts.model.initialization import INITS, initialize_blocks
+from lookup_experts.model.freezing import (
+    allow_training,
+    forget_quantizer,
+    freeze_backbone,
+    require_unpacked,
+)
+from lookup_experts.model.initialization import (
+    INITS,
+    initialize_blocks,
+)
 from lookup_experts.model.settings import LookupSettings, parse_layers
 from lookup_experts.model.wiring import hidden_size_of, install
-
-SAVES = ("full", "experts")
 
 
 def attach(
@@ -53,11 +63,13 @@ def attach(
             and routers alone are trained, and alone have optimizer state.
         save: what `save_pretrained` writes, also when the Trainer calls it. `full`: everything.
             `experts`: the experts and routers, with a reference to the folder or the hub's model
-            that the backbone was loaded from; needs `train_backbone=False`. A quantised backbone
-            can be trained on in this way only.
+            that the backbone was loaded from, or to the GGUF file in it; needs
+            `train_backbone=False`. A quantised backbone can be trained on in this way only.
+            `model.save_pretrained(folder, save=...)` decides anew for once.
 
     Raises:
-        UserError: the model's blocks have no single FFN, or an argument makes no sense.
+        UserError: the model's blocks have no single FFN, an argument makes no sense, or the
+            backbone to refer to isn't the one in memory.
     """
     if init not in INITS:
         raise unknown_name("init", init, INITS)
@@ -69,7 +81,9 @@ def attach(
     require_reference(model, save, train_backbone)
     require_unpacked(model)
     if save == "experts":
-        settings = replace(settings, backbone=refer_to(model.name_or_path))
+        settings = replace(settings, backbone=refer_to_backbone_of(model))
+        note_backbone(model)
+    forget_quantizer(model)
     install(model, settings)
     become_attached(model, settings)
     if not train_backbone:

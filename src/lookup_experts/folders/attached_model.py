@@ -7,19 +7,23 @@ An attached model's class is a subclass of its backbone's, made when it is first
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from lookup_experts.errors import UserError
+from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.folders.adapters import refuse_adapters, tell_of_frozen_experts
 from lookup_experts.folders.configuration import (
     MODEL_TYPE,
@@ -30,12 +34,17 @@ from lookup_experts.folders.experts_alone import (
     backbone_folder,
     load_backbone,
     load_experts,
+    note_backbone,
     save_experts,
 )
 from lookup_experts.folders.model_folder import find_folder
+from lookup_experts.folders.replacing import replaced_model
 from lookup_experts.made_classes import make_class
-from lookup_experts.model.freezing import allow_training, freeze_backbone
-from lookup_experts.model.initialization import initialize_blocks
+from lookup_experts.model.freezing import allow_training, freeze_backbone, is_attached, is_quantised
+from lookup_experts.model.initialization import (
+    initialize_blocks,
+)
+from lookup_experts.model.input_gradients import InputGradientsMixin
 from lookup_experts.model.placement import state_with_values
 from lookup_experts.model.rows import ExpertSource
 from lookup_experts.model.settings import LookupSettings
@@ -47,9 +56,10 @@ from lookup_experts.model.wiring import (
     lookup_blocks,
     resumed,
 )
-from lookup_experts.table.build import copy_table
 from lookup_experts.table.reader import open_reader
 
+SAVES = ("full", "experts")
+"""What is saved of an attached model."""
 TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""
 _CLASS_PREFIX = "LookupExperts"
@@ -105,7 +115,7 @@ class LookupExpertsConfig(PreTrainedConfig):
         return attached.config_class.from_dict(config_dict, **kwargs)
 
 
-class LookupExpertsMixin:
+class LookupExpertsMixin(InputGradientsMixin):
     """What an attached model does differently from its backbone."""
 
     _told_of_frozen_experts = False
@@ -118,7 +128,7 @@ class LookupExpertsMixin:
     @property
     def lookup_settings(self) -> LookupSettings:
         """What was attached."""
-        return LookupSettings.from_dict(self.config.lookup_experts)  # type: ignore[attr-defined]
+        return LookupSettings.from_dict(self.config.lookup_experts)
 
     @property
     def lookup_blocks(self) -> list[Any]:
@@ -213,31 +223,109 @@ class LookupExpertsMixin:
             model.set_expert_source(reader)
         return loaded
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        *,
+        save: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         """As transformers does; in table form the table is saved with the weights.
 
-        A model that refers to its backbone saves its experts alone (`experts_alone.py`), one with
-        adapters that transformers itself has added those alone.
+        The model takes the place of the one that was in the folder, as a whole (`replacing.py`);
+        one with adapters that transformers itself has added saves those alone.
+
+        Args:
+            save: `full`: everything. `experts`: experts and routers, with a reference to their
+                backbone (`experts_alone.py`); for models that have one. Default: what `attach` was
+                told.
 
         Raises:
-            UserError: the model has adapters of PEFT that aren't merged, or tensors without values.
+            UserError: the experts are to be saved alone, and the backbone in memory is no longer
+                the one that they refer to; the model has adapters of PEFT that aren't merged, or
+                tensors without values.
         """
-        if self._hf_peft_config_loaded:  # type: ignore[attr-defined]
-            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-            return
-        refuse_adapters(self, "saved")
-        if self.lookup_settings.backbone is not None:
-            names = ("is_main_process", "state_dict", "max_shard_size")
-            options = {name: kwargs[name] for name in names if name in kwargs}
-            save_experts(self, save_directory, *args, **options)
+        if not self._hf_peft_config_loaded:  # type: ignore[attr-defined]
+            refuse_adapters(self, "saved")
+        alone = _saves_experts_alone(self, save)
+        writes = _is_writing(is_main_process)
+        options = {"state_dict": state_dict, "max_shard_size": max_shard_size}
+        more = {"push_to_hub": push_to_hub, "variant": variant, **kwargs}
+        if alone:
+            for name in ("push_to_hub", "variant", "distributed_checkpoint"):
+                if more.get(name):
+                    raise UserError(f"Experts alone can't be saved with {name}; leave it out.")
         else:
-            if not args and kwargs.get("state_dict") is None and _has_weights_elsewhere(self):
-                model: Any = self
-                kwargs["state_dict"] = state_with_values(model)  # transformers can't get at all
-            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if self.lookup_settings.form == "table" and kwargs.get("is_main_process", True):
-            source: Any = self.expert_source
-            copy_table(source.folder, Path(save_directory) / "table")
+            options |= more
+        if push_to_hub:  # under the folder's name, not that of the one where the files are written
+            options.setdefault("repo_id", Path(save_directory).name)
+        write = partial(save_experts, self) if alone else self._save_in_full
+        if not writes or more.get("distributed_checkpoint"):
+            # Weights that are cut among processes are gathered, or written, by all of them.
+            write(save_directory, is_main_process=writes, **options)
+            return
+        source: Any = self.expert_source if self.lookup_settings.form == "table" else None
+        table = None if source is None else source.folder
+        with replaced_model(Path(save_directory), variant, table) as folder:
+            write(folder, **options)
+
+    def _save_in_full(self, folder: Any, **options: Any) -> None:
+        own = self.config  # type: ignore[has-type]
+        self.config = deepcopy(own)
+        self.config.lookup_experts = replace(self.lookup_settings, backbone=None).to_dict()
+        model: Any = self
+        if options.get("state_dict") is None and _has_weights_elsewhere(model):
+            options["state_dict"] = state_with_values(model)  # transformers can't get at all
+        try:
+            super().save_pretrained(folder, **options)  # type: ignore[misc]
+        finally:
+            self.config = own
+
+    @property
+    def _keys_to_ignore_on_save(self) -> Any:
+        """What the Trainer doesn't miss in a checkpoint: a backbone that isn't saved."""
+        if self.lookup_settings.backbone is None:
+            return self._ignored_on_save
+        module: Any = self
+        tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
+        return {name for name, _ in tensors if not is_attached(name)} & module.state_dict().keys()
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, names: Any) -> None:
+        self._ignored_on_save = names
+
+    _ignored_on_save: Any = None
+
+
+def _saves_experts_alone(model: Any, save: str | None) -> bool:
+    """Whether `save_pretrained`, told so, is to leave out the backbone."""
+    refers = model.lookup_settings.backbone is not None
+    if save is None:
+        return refers
+    if save not in SAVES:
+        raise unknown_name("value of save", save, SAVES)
+    if save == "experts" and not refers:
+        raise UserError(
+            "This model refers to no backbone, so its experts can't be saved alone: attach them "
+            'with save="experts".'
+        )
+    if save == "full" and is_quantised(model):
+        raise UserError(
+            f"This {type(model).__name__} is quantised: its experts are saved without it."
+        )
+    return save == "experts"
+
+
+def _is_writing(is_main_process: bool) -> bool:
+    """Whether this process is the one that writes; as transformers decides it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return is_main_process and torch.distributed.get_rank() == 0
+    return is_main_process
 
 
 def _has_weights_elsewhere(model: Any) -> bool:
@@ -266,6 +354,9 @@ def _load_on_backbone(
         config = LookupExpertsConfig.from_pretrained(folder)
     settings = LookupSettings.from_dict(config.lookup_experts)
     model, report = load_backbone(backbone_folder(folder, settings), config, *args, **kwargs)
+    note_backbone(model)
+    if "generation_config" not in kwargs and (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     install(model, settings)
     become_attached(model, settings)
     load_experts(model, folder)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.folders.attached_model import LookupExpertsConfig
 from lookup_experts.folders.experts_alone import backbone_folder
+from lookup_experts.folders.gguf_file import gguf_tensors
 from lookup_experts.folders.load import load
 from lookup_experts.folders.model_folder import local_folder, read_config, weight_files
 from lookup_experts.folders.official import moe_settings, official_kind, official_settings
@@ -94,8 +95,7 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         return described
     described["parameters"] = count_parameters(path, EXPERT_MARKS[described["format"]])
     if settings is not None and settings.backbone is not None:
-        backbone = count_parameters(backbone_folder(path, settings), ())
-        described["parameters"]["resident"] += backbone["resident"]
+        described["parameters"]["resident"] += backbone_parameters(path, settings)
     if settings is not None and settings.form == "experts":
         described["parameters"] |= future_table_parameters(path, settings)
     if settings is not None and settings.form == "table":
@@ -152,6 +152,15 @@ def has_chat_template(folder: Path) -> bool | None:
         return bool(json.loads(settings.read_bytes()).get("chat_template"))
     except (ValueError, AttributeError) as error:
         raise UserError(f"{settings} can't be read: {error}.") from error
+
+
+def backbone_parameters(folder: Path, settings: LookupSettings) -> int:
+    """Those of the backbone that a folder with experts alone refers to."""
+    assert settings.backbone is not None
+    place, file = backbone_folder(folder, settings), settings.backbone.file
+    if file is None:
+        return count_parameters(place, ())["resident"]
+    return sum(math.prod(shape) for _, (_, shape, _, _) in gguf_tensors(place / file))
 
 
 def moe_parameters(folder: Path, settings: dict[str, int]) -> dict[str, int]:

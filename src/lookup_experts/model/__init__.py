@@ -11,6 +11,7 @@
 | `per_position.py` | the slow reference of both |
 | `settings.py` | what was attached, as plain values |
 | `initialization.py`, `freezing.py` | how weights begin, and which of them are trained |
+| `input_gradients.py` | gradients through a frozen embedding, picklable |
 | `fingerprint.py` | what ties a table to the weights that were folded |
 | `gateless_llama.py` | the paper's backbone |
 | `moe.py`, `router_losses.py` | the mixture of experts that MoLE is compared with |

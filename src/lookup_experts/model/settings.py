@@ -18,15 +18,21 @@ class BackboneReference:
     """A folder, relative ones seen from the folder with the experts, or a name on the hub."""
     fingerprint: str
     """Of its weights, see `folders/experts_alone.py`: another backbone is refused."""
+    file: str | None = None
+    """The GGUF file in that folder; None: the folder's own weights."""
 
     @classmethod
     def from_dict(cls, values: Any) -> "BackboneReference":
-        if not isinstance(values, dict) or set(values) != {"name", "fingerprint"}:
+        if not isinstance(values, dict) or set(values) - {"file"} != {"name", "fingerprint"}:
             raise UserError(
                 "The backbone in a model's lookup_experts settings should have a name and a "
                 f"fingerprint; it is {values!r}."
             )
         return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,9 @@ class LookupSettings:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         values = {**asdict(self), "layers": list(self.layers)}
-        if self.backbone is None:
-            del values["backbone"]
+        del values["backbone"]
+        if self.backbone is not None:
+            values["backbone"] = self.backbone.to_dict()
         if self.row_form == "mole" and self.row_size is None:  # as older versions know it
             del values["row_form"], values["row_size"]
         return values

@@ -83,6 +83,10 @@ class SharedOutputs:
         self._outputs: list[Tensor] = []
         self._ledgers: list[Ledger] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model has no part in these micro batches: it computes its own outputs."""
+        return FFNExperts, (self._experts.settings,)
+
     @torch.compiler.disable
     def rows(
         self, token_ids: Tensor, ready: bool = False, base_model: nn.Module | None = None

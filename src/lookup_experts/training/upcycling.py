@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.folders.attach import SAVES, attach
-from lookup_experts.folders.attached_model import LookupExpertsMixin
+from lookup_experts.folders.attach import attach
+from lookup_experts.folders.attached_model import SAVES, LookupExpertsMixin
 from lookup_experts.folders.experts_alone import refer_to, set_backbone_reference
 from lookup_experts.folders.load import load
 from lookup_experts.folders.model_folder import local_folder, read_config
