@@ -19,7 +19,7 @@ from server_process import Server
 from tiny_models import attached_model, tiny_model
 
 from lookup_experts.serving.guard import ApiKeys
-from lookup_experts.serving.prompts import PLAIN_TEMPLATE
+from lookup_experts.serving.templates import PLAIN_TEMPLATE
 
 PROMPT = "It was a cold evening, and the old man"
 TAB, ENTER, CONTROL, ESCAPE = "\ue004", "\ue007", "\ue009", "\ue00c"
