@@ -56,3 +56,36 @@ def word_piece_tokenizer() -> Any:
     )
     trained.train_from_iterator([TEXT], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=trained, unk_token="[UNK]", sep_token="[SEP]")
+
+
+SPECIALS = ["<pad>", "<|im_start|>", "<|im_end|>", "[TOOL_CALLS]"]
+
+
+def writing_tokenizer(chat_template: str | None = None) -> Any:
+    """Byte-level with all bytes, so that it can write anything; `<|im_end|>` ends a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator([TEXT], trainer)
+    trained.add_tokens([AddedToken("<tool_call>", special=False)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained, pad_token="<pad>", eos_token="<|im_end|>"
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def writing_model(seed: int = 0) -> Any:
+    """A tiny model for it, with a context in which JSON has room."""
+    from tiny_models import tiny_model
+
+    return tiny_model("llama", seed, vocab_size=320, max_position_embeddings=2048, eos_token_id=2)

@@ -204,8 +204,8 @@ def test_a_template_that_fails_refuses_a_conversation(make_client):
 def test_of_several_templates_the_default_one_counts(tokenizer):
     from copy import deepcopy
 
-    from lookup_experts.serving.prompts import Prompter
     from lookup_experts.serving.messages import Message
+    from lookup_experts.serving.prompts import Prompter
 
     several = deepcopy(tokenizer)
     several.chat_template = {"default": "{{ messages[0]['content'] }}", "tool_use": "tools"}

@@ -98,6 +98,16 @@ class Constraints:
             raise GrammarError(f"The JSON schema can't be used: {_first_line(matcher)}.")
         return Constraint(matcher)
 
+    def special_ids(self) -> dict[str, int]:
+        """The tokens that no string in a grammar stands for, by name: special ones, and added ones
+        that look like it (`<tool_call>`), whatever the tokenizer says of them."""
+        known = self._vocabulary()
+        return {
+            str(token): token_id
+            for token_id, token in self._tokenizer.added_tokens_decoder.items()
+            if known.is_special_token(token_id)
+        }
+
     def _vocabulary(self) -> "LLTokenizer":
         with self._lock:
             if self._made is None:

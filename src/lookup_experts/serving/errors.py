@@ -95,8 +95,10 @@ class AsciiResponse(JSONResponse):
 
 def sentence_of(errors: Sequence[Mapping[str, Any]], path: str) -> ApiError:
     """The first of pydantic's errors about a request to a route, as one sentence."""
-    error = errors[0]
-    place = [part for part in error["loc"] if part != "body"]
+    # Where a field can be of several types, the sentence of one of them says more than the rest.
+    error = next((one for one in errors if one["type"] == "value_error"), errors[0])
+    place = [part for part in error["loc"] if isinstance(part, int) or part.isidentifier()]
+    place = place[1:] if place[:1] == ["body"] else place
     field = place[0] if place and isinstance(place[0], str) else None
     if error["type"] == "json_invalid":
         reason = error.get("ctx", {}).get("error", "")

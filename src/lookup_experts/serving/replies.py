@@ -167,8 +167,9 @@ class CompletionReplies(_Common):
         rows = []
         scores = [None, *choice.prompt_scores]
         for token_id, score in zip(choice.echo_ids, scores, strict=bool(choice.echo_ids)):
-            rows.append(self._row(token_id, score, text.length, text.begins))
+            begins = text.begins
             text.add(token_id)
+            rows.append(self._row(token_id, score, text.offset, begins))
         return rows
 
     def _of_text(self, choice: Choice, scored: Sequence[ScoredToken]) -> list["_Row"]:

@@ -129,8 +129,7 @@ class RequestMaker:
                 must_call=name is not None or body.tool_choice == "required",
                 many=name is None and body.parallel_tool_calls is not False,
                 answer=answer,
-                special_id=self.vocabulary.special_id,
-                special_names=self.vocabulary.special_names,
+                special_ids=self.constraints.special_ids(),
             )
             return self.constraints.of_grammar(grammar)
         except GrammarError as error:

@@ -167,9 +167,10 @@ class GenerationSequence:
         return events
 
     def _take_text(self, token_id: int, score: TokenLogProbability | None) -> str:
-        if score is not None:
-            self._scored.append(ScoredToken(score, self._text.length, self._text.begins))
+        begins = self._text.begins
         piece = self._text.add(token_id)
+        if score is not None:
+            self._scored.append(ScoredToken(score, self._text.offset, begins))
         if self.num_tokens >= self.request.min_tokens:
             piece = self._stops.add(piece)
         self._given += len(piece)

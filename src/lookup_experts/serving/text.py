@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from lookup_experts.serving.vocabulary import BytesOf
 
+BROKEN = "\N{REPLACEMENT CHARACTER}"
 LONGEST_CHARACTER = 4
 """Bytes of UTF-8."""
 
@@ -22,6 +23,8 @@ class IncrementalText:
         self._decoder = getincrementaldecoder("utf-8")("replace")
         self.length = 0
         """Characters that were given."""
+        self.offset = 0
+        """Of them, those before the character that the last token began or went on with."""
         end = b""
         for token_id in reversed(before):
             end = bytes_of(token_id) + end
@@ -35,7 +38,11 @@ class IncrementalText:
         """The text that is certain now; "" while a character is not complete."""
         piece = self._bytes_of(token_id, self.begins)
         self.begins = self.begins and not piece
-        return self._count(self._decoder.decode(piece))
+        is_open = bool(self._decoder.getstate()[0])
+        first = self._decoder.decode(piece[:1])
+        # What was open stays broken, and is no part of this token, if it doesn't go on with it.
+        self.offset = self.length + (is_open and first.startswith(BROKEN))
+        return self._count(first + self._decoder.decode(piece[1:]))
 
     def rest(self) -> str:
         """A mark for a character that was begun and not completed; for the end."""

@@ -8,7 +8,7 @@ shows which: it is given a call, and what it makes of it is looked at.
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,8 +161,7 @@ def grammar_of(
     must_call: bool,
     many: bool,
     answer: dict[str, Any] | None,
-    special_id: Callable[[str], int | None],
-    special_names: Sequence[str],
+    special_ids: Mapping[str, int],
 ) -> str:
     """The grammar of an answer, for llguidance.
 
@@ -172,12 +171,11 @@ def grammar_of(
         must_call: at least one call, and no other text.
         many: several calls, where the template can write them.
         answer: the JSON schema of an answer without calls; None: any text, before calls too.
-        special_id: the id of a special token's name.
-        special_names: which names are special tokens', longest first.
+        special_ids: of the tokens that no string in a grammar stands for, by name.
     """
 
     def literal(text: str) -> str:
-        return " ".join(_pieces(text, special_id, special_names))
+        return " ".join(_pieces(text, special_ids))
 
     calls = "call"
     if many and syntax.between is not None:
@@ -199,24 +197,19 @@ def grammar_of(
     elif answer is not None:
         rules.append(f"start: {json_rule(answer)} | {trigger} {rest} {calls}")
     else:
-        kind = "" if special_id(syntax.trigger) is not None else "[lazy]"
+        kind = "" if syntax.trigger in special_ids else "[lazy]"
         rules += ["TEXT: /(.|\\n)*/", "text: TEXT", f"triggered{kind}: TEXT {trigger}"]
         rules.append(f"start: text | triggered {rest} {calls}")
     return "\n".join(rules)
 
 
-def _pieces(
-    text: str, special_id: Callable[[str], int | None], special_names: Sequence[str]
-) -> list[str]:
+def _pieces(text: str, special_ids: Mapping[str, int]) -> list[str]:
     """A text as terminals: special tokens by their ids, strings for the rest."""
-    for name in special_names:
+    for name in sorted(special_ids, key=len, reverse=True):
         before, found, after = text.partition(name)
         if found:
-            return [
-                *_pieces(before, special_id, special_names),
-                f"<[{special_id(name)}]>",
-                *_pieces(after, special_id, special_names),
-            ]
+            token = f"<[{special_ids[name]}]>"
+            return [*_pieces(before, special_ids), token, *_pieces(after, special_ids)]
     return [json.dumps(text, ensure_ascii=False)] if text else []
 
 
@@ -242,6 +235,8 @@ class ToolCallReader:
     def __init__(self, syntax: ToolSyntax) -> None:
         self._syntax = syntax
         self._held = ""
+        self._looks = ""
+        """Blanks before the trigger of the first call."""
         self._state = self._text
         self._depth = 0
         self._in_string = self._is_escaped = False
@@ -257,7 +252,8 @@ class ToolCallReader:
             pass
         if is_last and self._state == self._text:
             now.content += self._held
-            self._held = ""
+        elif is_last and not self.calls:  # it only looked like the beginning of a call
+            now.content += self._looks + self._held
         self.content += now.content
         return now
 
@@ -265,9 +261,10 @@ class ToolCallReader:
         trigger = self._syntax.trigger
         place = self._held.find(trigger)
         if place >= 0:
-            now.content += self._held[:place].rstrip()
-            is_head = trigger == self._syntax.head
-            self._held = self._held[place if is_head else place + len(trigger) :]
+            content = self._held[:place].rstrip()
+            now.content += content
+            self._looks = self._held[len(content) : place]
+            self._held = self._held[place:]
             self._state = self._head
             return True
         keep = next(
