@@ -118,7 +118,8 @@ def arguments_of(call) -> dict:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_call_that_must_be(client, seed):
-    choice = ask(client, tools=[WEATHER, TIME], tool_choice="required", seed=seed)[0]
+    many = {"tools": [WEATHER, TIME], "tool_choice": "required", "max_tokens": 1500}
+    choice = ask(client, **many, seed=seed)[0]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] is None
     for call in choice["message"]["tool_calls"]:
