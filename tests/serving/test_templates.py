@@ -1,5 +1,7 @@
 """Conversations go to chat templates as those want them, whole, or are refused."""
 
+from pathlib import Path
+
 import chat_templates
 import pytest
 from server_tools import WEATHER
@@ -141,3 +143,36 @@ def test_how_calls_are_written_is_read_off_the_template(
 @pytest.mark.parametrize("name", ["CHATML", "XML_CALLS", "PARTS"])
 def test_templates_without_calls_in_json_have_no_tools(name):
     assert template(name).tool_syntax is None
+
+
+# What real templates want; TRL has them.
+JSON_CALLS = {"qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl", "llama3_1", "llama3_2"}
+OTHER_CALLS = {"deepseekv3", "gemma4", "glm4moe", "gptoss", "qwen3_6"}
+NO_CALLS = {"llama3", "phi3", "idefics3", "smolvlm"}
+TALK = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "How is it in Paris?"},
+    {"role": "assistant", "content": "Sunny."},
+    {"role": "user", "content": [{"type": "text", "text": "And in Rome?"}]},
+]
+
+
+@pytest.mark.parametrize("name", sorted(JSON_CALLS | OTHER_CALLS | NO_CALLS))
+def test_real_templates(name):
+    trl = pytest.importorskip("trl", reason="real chat templates are TRL's")
+    path = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    if not path.exists():
+        pytest.skip(f"this version of TRL has no template {name}")
+    tokenizer = writing_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
+    real = ChatTemplate(tokenizer, path.read_text(), ["<|im_end|>", "<|eot_id|>"])
+    text = real.render(messages(*TALK))
+    assert all(word in text for word in ("be kind", "in Paris?", "Sunny.", "And in Rome?"))
+    assert (real.tool_syntax is not None) == (name in JSON_CALLS)
+    if name in NO_CALLS:
+        with pytest.raises(ApiError, match="would leave out a call"):
+            real.render(messages(*HISTORY), tools())
+        return
+    text = real.render(messages(*HISTORY), tools())
+    assert all(word in text for word in ("get_weather", "Paris", "sunny", "Sunny.", "in Rome?"))
+    assert "None" not in text and '\\"city\\"' not in text
