@@ -17,7 +17,8 @@ WAYS = (
     {"penalties": Penalties(frequency=-0.7)},
     {"penalties": Penalties(repetition=1.3), "prompt_ids": [1, 2, 2, 9]},
     {"penalties": Penalties(0.5, 0.25, 0.8), "prompt_ids": [0], "bias": {4: 2.0}},
-    {"end_ids": frozenset({5, 6}), "min_tokens": 3},
+    {"end_ids": frozenset({5, 6, 5000}), "min_tokens": 3},
+    {"end_ids": frozenset({5000}), "min_tokens": 3},
     {"end_ids": frozenset(range(20)), "min_tokens": 3},  # nothing else may come: they may
 )
 DRAWS = ({"temperature": 0.0}, {}, {"temperature": 0.7, "top_k": 5}, {"min_p": 0.2, "top_p": 0.9})

@@ -135,7 +135,7 @@ def test_how_calls_are_written_is_read_off_the_template(
     name, opening, head, between, closing, trigger
 ):
     syntax = template(name).tool_syntax
-    assert (syntax.opening, syntax.head, syntax.tail) == (opening, head, "}")
+    assert (syntax.opening, syntax.head) == (opening, head)
     assert (syntax.between, syntax.closing, syntax.trigger) == (between, closing, trigger)
     assert syntax.middle == ('", "parameters": ' if name == "LLAMA" else '", "arguments": ')
 

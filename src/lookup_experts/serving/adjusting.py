@@ -76,7 +76,8 @@ class Adjustment:
             logits.masked_fill_(~allowed, NEVER)
         if self._may_not_end:
             longer = logits.clone()
-            longer[torch.tensor(list(self.end_ids), device=device)] = NEVER
+            ends = [token_id for token_id in self.end_ids if token_id < len(logits)]
+            longer[torch.tensor(ends, dtype=torch.int64, device=device)] = NEVER
             logits = longer if float(longer.max()) > NEVER else logits
         return logits
 

@@ -25,13 +25,12 @@ Render = Callable[[list[dict[str, Any]], list[dict[str, Any]], bool], str | None
 
 @dataclass(frozen=True)
 class ToolSyntax:
-    """How calls are written: opening, then head, name, middle, arguments and tail of each call,
+    """How calls are written: opening, then head, name, middle, arguments and } of each call,
     `between` each two, and closing."""
 
     opening: str
     head: str
     middle: str
-    tail: str
     between: str | None
     """None where an answer has one call at most."""
     closing: str
@@ -84,7 +83,7 @@ def syntax_of(render: Render, end_names: Sequence[str]) -> ToolSyntax | None:
         first, second = _Read.of(two, names[0]), _Read.of(two, names[1])
         if first and second and first.end <= second.start:
             between = two[first.end : second.start]
-    return ToolSyntax(opening, read.head, read.middle, read.tail, between, closing)
+    return ToolSyntax(opening, read.head, read.middle, between, closing)
 
 
 def _said(names: Sequence[str]) -> dict[str, Any]:
@@ -128,7 +127,6 @@ class _Read:
     end: int
     head: str
     middle: str
-    tail: str
 
     @classmethod
     def of(cls, text: str, name: str) -> "_Read | None":
@@ -147,7 +145,7 @@ class _Read:
             if _ARGUMENTS not in value.values() or begin < 0:
                 return None
             # A call's id, where it is written behind the arguments, is left out.
-            return cls(start, end, text[start : at + 1], text[after - 1 : begin], "}")
+            return cls(start, end, text[start : at + 1], text[after - 1 : begin])
         return None
 
 
@@ -186,11 +184,9 @@ def grammar_of(
         "call: " + " | ".join(f"call_{place}" for place in range(len(tools))),
     ]
     for place, tool in enumerate(tools):
-        schema = {"type": "object", **(tool.function.parameters or {})}
-        rules.append(
-            f"call_{place}: {json.dumps(tool.function.name)} {literal(syntax.middle)} "
-            f"{json_rule(schema)} {literal(syntax.tail)}"
-        )
+        arguments = json_rule({**(tool.function.parameters or {}), "type": "object"})
+        name = json.dumps(tool.function.name)
+        rules.append(f'call_{place}: {name} {literal(syntax.middle)} {arguments} "}}"')
     trigger, rest = literal(syntax.trigger), literal(syntax.after_trigger)
     if must_call:
         rules.append(f"start: {trigger} {rest} {calls}")
