@@ -30,7 +30,9 @@ def send(client, route, **fields):
 @pytest.mark.parametrize(("route", "name", "values"), FIELDS)
 def test_fields_that_ask_for_nothing(client, route, name, values):
     body = CompletionBody if route == COMPLETIONS else ChatBody
-    for value in (None, *values) if name in body.model_fields else (None, False, [], {}, *values):
+    nothing = (None,) if name in body.model_fields else (None, [], {})
+    nothing = nothing if True in values or name in body.model_fields else (*nothing, False)
+    for value in (*nothing, *values):
         response = send(client, route, **{name: value})
         assert response.status_code == 200, (name, value, response.text)
     if name in body.model_fields and name != "best_of":
@@ -84,6 +86,15 @@ def test_chats_that_ask_for_nothing(client, fields):
     assert response.status_code == 200, response.text
 
 
+def test_going_on_needs_no_generation_prompt(client):
+    said = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "fox"}]
+    on = {"messages": said, "continue_final_message": True}
+    assert send(client, CHAT, **on, add_generation_prompt=False).status_code == 200
+    response = send(client, CHAT, **on, response_format={"type": "json_object"})
+    assert response.status_code == 400
+    assert "can't be had with" in response.json()["error"]["message"]
+
+
 def test_every_nullable_field_may_be_null(client):
     for route, body in ((COMPLETIONS, CompletionBody), (CHAT, ChatBody)):
         names = {*body.model_fields, *body.neutral} - {"prompt", "messages"}
@@ -99,6 +110,9 @@ def test_every_nullable_field_may_be_null(client):
         (CHAT, {"service_tier": "priority"}, "service_tier is not supported"),
         (CHAT, {"modalities": ["text", "audio"]}, "modalities is not supported"),
         (COMPLETIONS, {"length_penalty": True}, "length_penalty is not supported"),
+        (COMPLETIONS, {"skip_special_tokens": False}, "skip_special_tokens is not supported"),
+        (CHAT, {"add_generation_prompt": False}, "add_generation_prompt is not supported"),
+        (CHAT, {"continue_final_message": True}, "needs a last message of the assistant"),
         (
             CHAT,
             {"stream": True, "stream_options": {"include_obfuscation": True}},

@@ -11,10 +11,9 @@ MOST_FIELDS = 128
 """Of one object; more than any has."""
 
 COMMON: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (True,),
     "allowed_token_ids": (),
     "bad_words": (),
-    "cache_prompt": (True,),
+    "cache_prompt": (True, False),
     "cache_salt": (),
     "dry_multiplier": (0,),
     "early_stopping": (),
@@ -51,6 +50,7 @@ COMMON: dict[str, tuple[Any, ...]] = {
 }
 COMPLETION: dict[str, tuple[Any, ...]] = {
     **COMMON,
+    "add_special_tokens": (True,),
     "best_of": (1,),
     "response_format": ({"type": "text"},),
     "suffix": (),
@@ -58,10 +58,10 @@ COMPLETION: dict[str, tuple[Any, ...]] = {
 CHAT: dict[str, tuple[Any, ...]] = {
     **COMMON,
     "add_generation_prompt": (True,),
+    "add_special_tokens": (),
     "audio": (),
     "chat_template": (),
     "chat_template_kwargs": (),
-    "continue_final_message": (),
     "documents": (),
     "function_call": ("none", "auto"),
     "functions": (),
@@ -79,7 +79,11 @@ CHAT: dict[str, tuple[Any, ...]] = {
 
 
 def asks_for_nothing(value: Any, neutral: tuple[Any, ...] = ()) -> bool:
-    """Null, false, "", an empty list or object, or one of the neutral values of its field."""
-    if value is None or value is False or value in ("", [], {}):
+    """Null, an empty text, list or object, one of the neutral values of its field, or false, unless
+    it is true that is neutral."""
+    if value is None or value in ("", [], {}):
         return True
+    if value is False:
+        values = [one for one in neutral if isinstance(one, bool)]
+        return not values or False in values
     return any(value == one and type(value) in (type(one), int, float) for one in neutral)

@@ -68,13 +68,15 @@ class Prompter:
         return template
 
     @property
-    def has_template(self) -> bool:
-        """Whether conversations can be had."""
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be encoded."""
         return self._templates[0] is not None
 
-    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
-        """The ids of a conversation, up to where the answer begins."""
-        text = self.template(bool(tools)).render(messages, tools)
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), goes_on: bool = False
+    ) -> list[int]:
+        """The ids of a conversation, up to where the answer begins, or goes on."""
+        text = self.template(bool(tools)).render(messages, tools, goes_on)
         refuse_half_characters(text, "messages")
         with self._lock:
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]

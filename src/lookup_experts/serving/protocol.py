@@ -206,6 +206,31 @@ class ChatBody(GenerationBody):
     tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
+    continue_final_message: bool | None = Field(
+        False, description="Go on with the last message, an assistant's (an extension)."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_goes_with_going_on(cls, data: Any) -> Any:
+        goes_on = isinstance(data, dict) and data.get("continue_final_message") is True
+        if goes_on and data.get("add_generation_prompt") is False:
+            return {**data, "add_generation_prompt": None}
+        return data
+
+    @model_validator(mode="after")
+    def _check_what_goes_on(self) -> Self:
+        if self.continue_final_message:
+            last = self.messages[-1]
+            if last.role != "assistant" or last.tool_calls:
+                raise ValueError(
+                    "continue_final_message needs a last message of the assistant, without calls"
+                )
+            if self.may_call or self.schema_of_answer is not None:
+                raise ValueError(
+                    "continue_final_message can't be had with tools or a response_format"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_log_probabilities(self) -> Self:

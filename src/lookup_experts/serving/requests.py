@@ -72,7 +72,7 @@ class RequestMaker:
         """Raises ApiError for what the model can't do."""
         tools = self._shown_tools(body)
         syntax = self._tool_syntax() if body.may_call else None
-        ids = self.prompter.encode_chat(body.messages, tools)
+        ids = self.prompter.encode_chat(body.messages, tools, bool(body.continue_final_message))
         room = self.prompter.room_for(ids, body.most_tokens())
         constraint = self._constraint(body, tools, syntax)
         top = (body.top_logprobs or 0) if body.logprobs else None

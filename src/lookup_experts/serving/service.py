@@ -135,7 +135,7 @@ class Service:
             "layers": config.num_hidden_layers,
             "experts": settings.num_experts if settings else num_routed(config),
             "context": self.prompter.context,
-            "chat": self.prompter.has_template,
+            "chat": self.prompter.has_chat_template,
             "tokens_per_second": round(self.metrics.tokens_per_second, 2),
             "ids_asked": reader.ids_asked if reader else 0,
             "ids_unique": reader.ids_unique if reader else 0,

@@ -40,15 +40,17 @@ class ChatTemplate:
         self._text = text
         self._end_names = end_names
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
-        """A conversation up to where the answer begins.
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), goes_on: bool = False
+    ) -> str:
+        """A conversation up to where the answer begins, or goes on with the last message.
 
         Raises:
             ApiError: the template refuses it, or would leave something out.
         """
         described = [tool.model_dump(exclude_none=True) for tool in tools]
         try:
-            text = self._apply(self._conversation(messages), described)
+            text = self._apply(self._conversation(messages), described, not goes_on, goes_on)
         except template_errors() as error:
             raise ApiError(
                 400,
@@ -107,12 +109,19 @@ class ChatTemplate:
         except template_errors():
             return None
 
-    def _apply(self, conversation: Conversation, tools: Any = None, prompt: bool = True) -> str:
+    def _apply(
+        self,
+        conversation: Conversation,
+        tools: Any = None,
+        prompt: bool = True,
+        goes_on: bool = False,
+    ) -> str:
         return self._tokenizer.apply_chat_template(
             conversation,
             tools=tools or None,
             chat_template=self._text,
             add_generation_prompt=prompt,
+            continue_final_message=goes_on,
             tokenize=False,
         )
 
