@@ -12,7 +12,7 @@ from lookup_experts.errors import TableError, UserError
 from lookup_experts.serving import guard
 from lookup_experts.serving.guard import ApiKeys
 from lookup_experts.serving.metrics import ServingMetrics
-from lookup_experts.serving.prompts import (
+from lookup_experts.serving.templates import (
     PLAIN_TEMPLATE,
     check_chat_template,
     read_chat_template,
@@ -204,15 +204,16 @@ def test_a_template_that_fails_refuses_a_conversation(make_client):
 def test_of_several_templates_the_default_one_counts(tokenizer):
     from copy import deepcopy
 
+    from lookup_experts.serving.messages import Message
     from lookup_experts.serving.prompts import Prompter
-    from lookup_experts.serving.protocol import Message
 
     several = deepcopy(tokenizer)
     several.chat_template = {"default": "{{ messages[0]['content'] }}", "tool_use": "tools"}
     prompter = Prompter(tiny_model("llama"), several, None)
     messages = [Message(role="user", content="the fox")]
     assert prompter.encode_chat(messages) == tokenizer("the fox")["input_ids"]
-    assert Prompter(tiny_model("llama"), several, "a fox").encode_chat(messages)
+    given = Prompter(tiny_model("llama"), several, "a {{ messages[0]['content'] }}")
+    assert given.encode_chat(messages) == tokenizer("a the fox")["input_ids"]
 
 
 def test_chat_goes_on_to_the_end_of_the_context(make_client):
@@ -278,10 +279,17 @@ def test_whether_there_is_a_chat_is_told(make_client):
         ({"prompt": "a", "logprobs": 21}, "logprobs", "less than"),
         ({"prompt": "a", "max_tokns": 5}, "max_tokns", "Did you mean 'max_tokens'"),
         ({"prompt": "a", "suffix": "b"}, None, "suffix is not supported"),
-        ({"prompt": "a", "presence_penalty": 1}, None, "presence_penalty is not supported"),
+        ({"prompt": "a", "presence_penalty": 3}, "presence_penalty", "less than"),
+        ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "greater than"),
+        ({"prompt": "a", "logit_bias": {"97": 1}}, "logit_bias", "Token id 97 is outside"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, None, "logit_bias has 'x'"),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, None, "from -100 to 100"),
+        ({"prompt": "a", "logit_bias": {"5": True}}, None, "from -100 to 100"),
+        ({"prompt": "a", "min_tokens": 17}, "min_tokens", "more than the 16"),
+        ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids", "up to 256 token ids"),
         ({"prompt": "a", "best_of": 3}, None, "best_of is not supported"),
         ({"prompt": "a", "lookup_details": True}, None, "needs stream"),
-        ({"prompt": "a", "stream_options": {}}, None, "needs stream"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, None, "needs stream"),
     ],
 )
 def test_completions_that_can_not_be(refusing, body, param, words):
@@ -301,8 +309,14 @@ def test_completions_that_can_not_be(refusing, body, param, words):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_logprobs": 2}, None),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"tools": []}, "tools"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"tools": [{"type": "retrieval"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, None),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, None),
+        ({"messages": [{"role": "user", "content": None}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}] * 2 + [{}]}, "messages"),
     ],
 )
 def test_chats_that_can_not_be(refusing, change, param):
@@ -347,8 +361,14 @@ def test_bodies_that_are_too_large_or_too_slow(refusing, monkeypatch):
         (COMPLETIONS, {"prompt": [[1.5]] * 10_000}, "must be a string"),
         (COMPLETIONS, {"prompt": "a", "stop": [1] * 10_000}, "up to 16"),
         (COMPLETIONS, {"prompt": "a", **{f"a{place}": 1 for place in range(10_000)}}, "10001"),
-        (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 2}}, "not supported"),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "logit_bias": {f"a{place}": 1 for place in range(10_000)}},
+            "logit_bias has 'a0'",
+        ),
         (CHAT, {"messages": [{}] * 10_000}, "must be a list of messages"),
+        (CHAT, {"messages": [{"role": "user", "content": [{}] * 10_000}]}, "list of messages"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "tools": [{}] * 100}, "functions"),
     ],
 )
 def test_many_errors_cost_no_more_than_one(refusing, monkeypatch, path, body, words):
@@ -357,7 +377,9 @@ def test_many_errors_cost_no_more_than_one(refusing, monkeypatch, path, body, wo
     numbers = []
     sentence_of = app.sentence_of
     monkeypatch.setattr(
-        app, "sentence_of", lambda errors: numbers.append(len(errors)) or sentence_of(errors)
+        app,
+        "sentence_of",
+        lambda errors, path: numbers.append(len(errors)) or sentence_of(errors, path),
     )
     assert words in error_of(refusing.post(path, json=body), 400)["message"]
     assert numbers[0] < 10

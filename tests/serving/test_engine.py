@@ -119,7 +119,7 @@ def test_log_probabilities_are_those_of_generate(model):
         for other in others:
             other.wait()
     for token, score in zip(done.tokens, scores, strict=True):
-        told = token.log_probability
+        told = token.scored[0].score
         assert told.value == pytest.approx(float(score[token.token_id]), abs=1e-4)
         top = score.topk(3)
         assert told.top_ids == top.indices.tolist()

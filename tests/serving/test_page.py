@@ -21,7 +21,7 @@ from server_process import Server
 from tiny_models import attached_model, tiny_model
 
 from lookup_experts.serving.guard import ApiKeys
-from lookup_experts.serving.prompts import PLAIN_TEMPLATE
+from lookup_experts.serving.templates import PLAIN_TEMPLATE
 
 PROMPT = "It was a cold evening, and the old man"
 TAB, ENTER, SHIFT, ESCAPE = "\ue004", "\ue007", "\ue008", "\ue00c"

@@ -21,7 +21,6 @@ class LookupWatch:
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
         self._entrance = getattr(model, "lookup_entrance", None)
         self._device = model.device
         source = getattr(model, "expert_source", None)
