@@ -127,8 +127,8 @@ def _expert_table(plan: Plan, num_experts: int, progress: Progress) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def matrices(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        up = torch.randn(shape.num_experts, shape.hidden_size, generator=generator)
-        down = torch.randn(shape.hidden_size, shape.num_experts, generator=generator)
+        up = torch.randn(shape.num_experts, shape.row_size, generator=generator)
+        down = torch.randn(shape.row_size, shape.num_experts, generator=generator)
         return up * SPREAD, down * SPREAD
 
     write_expert_records(folder, layout, router_hash(model), matrices, progress)
