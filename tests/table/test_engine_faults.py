@@ -628,18 +628,22 @@ def test_memory_stays_as_asked(tmp_path, run_python):
     steps, prompts = tmp_path / "steps", tmp_path / "prompts"
     assert zero_table(steps, TableShape(1200, 4, 4, 2048)).layout.stride == stride
     assert zero_table(prompts, TableShape(2000, 24, 4, 1024)).layout.table_bytes > 390_000_000
+    straddling = tmp_path / "straddling"
+    assert zero_table(straddling, TableShape(1200, 4, 4, 2040)).layout.stride == 65_280
     cases = [
         (str(steps), way, 0, 1),
         (str(steps), way, 0, SLOT_BATCH),
         (str(steps), way, budget, 1),
         (str(steps), way, budget, SLOT_BATCH),
         (str(prompts), way, 0, 2000),
+        (str(straddling), way, 0, SLOT_BATCH),
     ]
     code, out, err = run_python(MEASURE, json.dumps(cases))
     assert code == 0, err
-    single, batches, cached, cached_batches, prompt = json.loads(out)
+    single, batches, cached, cached_batches, prompt, with_blocks = json.loads(out)
     assert single < 2 * stride + SLACK
     assert batches < SLOT_BATCH * stride + SLACK
+    assert with_blocks < 2 * SLOT_BATCH * stride + SLACK  # and what they are copied from
     assert 0.98 * budget < cached < 1.05 * budget + 2 * stride
     assert 0.98 * budget < cached_batches < budget + SLOT_BATCH * stride + SLACK
     mixed = 2000 * 1024 * (4 + 2)  # a layer's sums in float32, and rounded

@@ -50,7 +50,7 @@ SAMPLE_IDS = 64
 _THIS_TOOL = f"lookup-experts {__version__}"
 
 RowsOf = Callable[[Tensor], Iterator[Tensor]]
-"""Token ids [c] int64 -> the rows [c, N, d] of each layer, in order."""
+"""Token ids [c] int64 -> the rows [c, N, r] of each layer, in order."""
 
 
 @dataclass(frozen=True)

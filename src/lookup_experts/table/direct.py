@@ -22,7 +22,6 @@ from itertools import pairwise
 from typing import Protocol, Self
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike
 
 from lookup_experts.errors import TableError, UserError
@@ -390,12 +389,12 @@ class DirectStore(RecordStore):
         """Read the blocks into memory beside, piece by piece, and copy what is wanted."""
         width, num_bytes = out.shape[1], 0
         at_once = len(self._bounce) // (most_blocks(width) * BLOCK)
-        found = sliding_window_view(self._bounce, width)
         for first in range(0, len(ids), at_once):
             piece = ids[first : first + at_once].tolist()
             reads = plan_blocks(self.layout, self._shard_starts, piece, start, width)
             self._read(piece, reads, self._bounce)
-            out[first : first + at_once] = found[reads.places]
+            for row, place in enumerate(reads.places, first):
+                out[row] = self._bounce[place : place + width]
             num_bytes += reads.num_bytes
         return num_bytes
 

@@ -60,7 +60,7 @@ class Decoding:
         return self.layout.encoding.torch_dtype == self.dtype and self.device.type == "cpu"
 
     def matrices(self, records: Tensor) -> tuple[Tensor, ...] | None:
-        """Records uint8 [M, stride] as what they are, matrices of rows [.., d] of this dtype; None
+        """Records uint8 [M, stride] as what they are, matrices of rows [.., r] of this dtype; None
         where they are no such thing.
 
         One for each layer, which begins where the layer does in the first record. So a token's
@@ -83,7 +83,7 @@ class Decoding:
         return num_ids * shape.num_layers * shape.num_experts * self.row_bytes
 
     def decode(self, codes: Tensor) -> Tensor:
-        """One layer of records, uint8 [U, layer_bytes] -> [U, N, d]."""
+        """One layer of records, uint8 [U, layer_bytes] -> [U, N, r]."""
         return self.layout.encoding.decode(*self._of_layer(codes))
 
     def decode_unscaled(self, codes: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -153,7 +153,7 @@ class MemoryRows:
         self._matrices = matrices
         """Of each layer; None as long as the records are not decoded."""
         self._only: tuple[Tensor, ...] | None = None
-        """The rows [N, d] of each layer, for one position in bfloat16."""
+        """The rows [N, r] of each layer, for one position in bfloat16."""
         if matrices is not None:
             self._lay_out(matrices, _select(slots, places), decoding.rows_per_record)
 
