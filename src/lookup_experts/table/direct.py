@@ -361,6 +361,10 @@ class DirectStore(RecordStore):
         if os.getpid() != self._process:
             raise UserError("A direct store can't be used after a fork; open it in each process.")
 
+    def read(self, ids: np.ndarray, out: np.ndarray, start: int = 0) -> None:
+        """See `Store.read`."""
+        self.read_by(self._fetch, ids, out, start)
+
     def _fetch(self, ids: np.ndarray, out: np.ndarray, start: int) -> int:
         self.check_process()
         are_blocks = self.layout.is_whole_blocks and start % BLOCK == out.shape[1] % BLOCK == 0

@@ -39,6 +39,10 @@ class MappedStore(RecordStore):
             for mapped, shard in zip(self._maps, table.shards, strict=True)
         ]
 
+    def read(self, ids: np.ndarray, out: np.ndarray, start: int = 0) -> None:
+        """See `Store.read`."""
+        self.read_by(self._fetch, ids, out, start)
+
     def _fetch(self, ids: np.ndarray, out: np.ndarray, start: int) -> int:
         shards, rows = self._locate(ids)
         numbers = np.unique(shards)

@@ -139,13 +139,28 @@ class RecordStore(ABC):
         self._closed = False
         self._thread: ThreadPoolExecutor | None = None
 
+    @abstractmethod
     def read(self, ids: np.ndarray, out: np.ndarray, start: int = 0) -> None:
         """See `Store.read`."""
+
+    def read_by(
+        self,
+        fetch: Callable[[np.ndarray, np.ndarray, int], int],
+        ids: np.ndarray,
+        out: np.ndarray,
+        start: int,
+    ) -> None:
+        """Check a request, have `fetch` bring the records, check them and count.
+
+        Args:
+            fetch: as `read`, for valid ids, of which there is one at least; gives back how many
+                bytes it brought from where they are.
+        """
         self._check_request(ids, out, start)
         if not len(ids):
             return
         started_at = time.perf_counter()
-        num_bytes = self._fetch(ids, out, start)
+        num_bytes = fetch(ids, out, start)
         self._check_records(ids, out, start)
         self._count(num_bytes, time.perf_counter() - started_at)
 
@@ -205,10 +220,6 @@ class RecordStore(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @abstractmethod
-    def _fetch(self, ids: np.ndarray, out: np.ndarray, start: int) -> int:
-        """Bring valid ids; how many bytes were read."""
 
     def _check_request(self, ids: np.ndarray, out: np.ndarray, start: int) -> None:
         stride = self.layout.stride
