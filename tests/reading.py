@@ -105,8 +105,8 @@ class Expected:
         """[B, T, N, d]."""
         shape, encoding = self.layout.shape, self.layout.encoding
         codes = self._records[ids.flatten()][:, self.layout.layer_slice(layer)].clone()
-        rows = encoding.decode(codes, shape.num_experts, shape.hidden_size, self.dtype)
-        return rows.view(*ids.shape, shape.num_experts, shape.hidden_size)
+        rows = encoding.decode(codes, shape.num_experts, shape.row_size, self.dtype)
+        return rows.view(*ids.shape, shape.num_experts, shape.row_size)
 
     def weights(self, ids: Tensor, layer: int) -> Tensor:
         """Some router weights, [B·T, N]."""
@@ -124,10 +124,10 @@ class Expected:
         output with what the experts add."""
         shape = self.layout.shape
         generator = torch.Generator().manual_seed(layer)
-        size = (2, *ids.shape, shape.hidden_size)
+        size = (2, *ids.shape, shape.row_size)
         states, output = torch.randn(size, generator=generator).to(self.dtype).unbind()
-        router = torch.randn(shape.num_experts, shape.hidden_size, generator=generator)
-        router = (router / shape.hidden_size**0.5).to(self.dtype)
+        router = torch.randn(shape.num_experts, shape.row_size, generator=generator)
+        router = (router / shape.row_size**0.5).to(self.dtype)
         weights = (states.float() @ router.float().T).softmax(dim=-1)
         mixed = torch.einsum("...nd,...n->...d", self.layer(layer, ids).float(), weights)
         return (states, router, output), (output.float() + mixed).to(self.dtype)

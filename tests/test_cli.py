@@ -390,7 +390,7 @@ def test_no_tokenizer(refused, own_folder):
 
 
 def test_tables_that_are_not_what_they_should_be(refused, own_folder, tmp_path):
-    flip_bit(own_folder / SHARD, 4096 + 4 * 2048 + 2)
+    flip_bit(own_folder / SHARD, 4096 + 4 * 1536 + 2)
     assert "record 4" in refused("verify", own_folder)
     line = refused(
         "generate", own_folder, "--prompt-ids", "3 4", "--checksums", "--store", "direct"

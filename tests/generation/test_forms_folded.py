@@ -56,7 +56,7 @@ def test_a_folder_says_how_wide_its_rows_are(form, tmp_path):
     le.reparameterize(trained(form, 6), tmp_path / "six")
     rows = 4 if form == "mole" else 1
     shape = open_table(tmp_path / "five" / "table").layout.shape
-    assert (shape.num_experts, shape.hidden_size) == (rows, 5)
+    assert (shape.num_experts, shape.row_size) == (rows, 5)
     (tmp_path / "five" / "table").rename(tmp_path / "away")
     (tmp_path / "six" / "table").rename(tmp_path / "five" / "table")
     with pytest.raises(TableError, match="made for"):

@@ -223,8 +223,8 @@ def test_an_error_of_the_disk_is_named(resident, table, monkeypatch):
     cache.close()
 
 
-def _fail(self, ids, *_):
-    raise self._unread(int(ids[0]), os.strerror(errno.EIO))
+def _fail(self, ids, reads, *_):
+    raise self._unread(list(ids), reads, 0, 0, os.strerror(errno.EIO))
 
 
 def test_an_error_while_computing_leaves_the_cache_whole(resident, table):

@@ -138,7 +138,7 @@ def test_details_ride_on_the_chunks_of_tokens(client):
         lookup = chunk["lookup"]
         assert set(lookup) == {"token_id", "text", "weights", "bytes_read", "cache_hit", "ms"}
         assert [len(layer) for layer in lookup["weights"]] == [4, 4, 4]
-        assert lookup["bytes_read"] == (0 if lookup["cache_hit"] else 2048)
+        assert lookup["bytes_read"] == (0 if lookup["cache_hit"] else 1536)
     assert "lookup" not in chunks[-1]
     chat = events_of(
         client.post(

@@ -179,7 +179,7 @@ def test_the_model_is_told_of_only_when_somebody_asks(model):
         weights = torch.tensor(token.lookup.weights)
         assert weights.shape == (3, 4)
         assert torch.allclose(weights.sum(-1), torch.ones(3), atol=1e-3)
-        assert token.lookup.bytes_read == (0 if token.lookup.cache_hit else 2048)
+        assert token.lookup.bytes_read == (0 if token.lookup.cache_hit else 1536)
         assert token.lookup.milliseconds > 0
 
 
@@ -207,9 +207,9 @@ def test_what_was_read_is_told_of_each_token(table_folder):
         again = bench.run(GenerationRequest(loop, 1, lookup_details=True))[0].tokens[0].lookup
         many = list(range(1, 90))
         prompt = bench.run(GenerationRequest(many, 1, lookup_details=True))[0].tokens[0].lookup
-    assert (first.cache_hit, first.bytes_read) == (False, 2048)
+    assert (first.cache_hit, first.bytes_read) == (False, 1536)
     assert (again.cache_hit, again.bytes_read) == (True, 0)
-    assert (prompt.cache_hit, prompt.bytes_read) == (False, 2048)  # past the cache
+    assert (prompt.cache_hit, prompt.bytes_read) == (False, 1536)  # past the cache
     in_memory = le.load(table_folder, store="memory")
     with Bench(in_memory) as bench:
         detail = bench.run(GenerationRequest(loop, 1, lookup_details=True))[0].tokens[0].lookup

@@ -127,7 +127,7 @@ def test_records_are_the_encoded_outputs_of_the_experts(encoding, kind, tmp_path
     for number, experts in enumerate(layers):
         codes = torch.from_numpy(records[:, table.layout.layer_slice(number)])
         found = table.layout.encoding.decode(
-            codes, shape.num_experts, shape.hidden_size, torch.float32
+            codes, shape.num_experts, shape.row_size, torch.float32
         )
         with torch.no_grad():
             rows = experts.forward_reference(embedding.weight)

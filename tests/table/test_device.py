@@ -40,7 +40,7 @@ from lookup_experts.table.transfer import PinnedRing, copy_groups
 
 pytestmark = pytest.mark.timeout(60)
 
-ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "hidden_size": 512, "encoding": "float16"}
+ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "row_size": 512, "encoding": "float16"}
 """A record of 4096 bytes."""
 
 
@@ -71,8 +71,9 @@ def test_rows_of_any_table_and_batch(tmp_path_factory, data):
         "vocab_size": vocab_size,
         "num_layers": data.draw(st.integers(1, 5), "layers"),
         "num_experts": data.draw(st.integers(1, 4), "experts"),
-        "hidden_size": data.draw(st.sampled_from([1, 7, 40, 96, 520]), "d"),
+        "row_size": data.draw(st.sampled_from([1, 7, 40, 96, 520]), "d"),
         "encoding": data.draw(st.sampled_from(sorted(ENCODINGS)), "encoding"),
+        "version": data.draw(st.sampled_from([2, 2, 1]), "version"),
     }
     table, records = make_table(tmp_path_factory.mktemp("table"), **shape)
     dtypes = {torch.float32, table.layout.encoding.torch_dtype or torch.bfloat16}

@@ -14,6 +14,7 @@ from tiny_models import attached_model, greedy, logits_of, token_ids
 
 import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
+from lookup_experts.table.opening import open_table
 from lookup_experts.table.reader import TableExperts
 from lookup_experts.table.store_choice import STORES
 
@@ -156,7 +157,7 @@ def test_a_table_truncated_while_open_is_an_error_and_no_more(store, own_folder)
 def test_checksums_find_a_flipped_byte_while_generating(own_folder):
     from random_tables import flip_bit
 
-    flip_bit(shard_of(own_folder), 4096 + 33 * 2048 + 5)
+    flip_bit(shard_of(own_folder), open_table(own_folder / "table").layout.record_offset(33) + 5)
     ids = torch.tensor([[33, 1]])
     assert logits_of(opened(own_folder), ids).shape == (1, 2, 97)  # unnoticed without
     for store in READING:

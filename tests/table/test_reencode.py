@@ -85,9 +85,7 @@ def test_decoded_records_are_the_rows_of_each_layer(tmp_path):
     assert len(found) == 3
     for layer, rows in enumerate(found):
         codes = torch.from_numpy(records[ids.numpy()])[:, layout.layer_slice(layer)]
-        expected = layout.encoding.decode(
-            codes, shape.num_experts, shape.hidden_size, torch.float32
-        )
+        expected = layout.encoding.decode(codes, shape.num_experts, shape.row_size, torch.float32)
         assert rows.dtype == torch.float32
         assert torch.equal(rows, expected)
 
@@ -277,7 +275,7 @@ print(reencode(sys.argv[2]), peak() - before)
 
 
 def test_memory_is_bounded_by_the_budget(run_python, tmp_path):
-    sizes = {"num_layers": 4, "num_experts": 4, "hidden_size": 256, "encoding": "bfloat16"}
+    sizes = {"num_layers": 4, "num_experts": 4, "row_size": 256, "encoding": "bfloat16"}
     make_table(tmp_path / "small", vocab_size=1000, **sizes)
     make_table(tmp_path / "large", vocab_size=6000, **sizes)
     exit_code, out, err = run_python(MEMORY, tmp_path / "small", tmp_path / "large")

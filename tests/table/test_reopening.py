@@ -27,7 +27,7 @@ def silent(_message: str) -> None:
 
 @pytest.fixture
 def made(tmp_path):
-    return make_table(tmp_path / "table", hidden_size=300, encoding="bfloat16", ids_per_shard=17)
+    return make_table(tmp_path / "table", row_size=300, encoding="bfloat16", ids_per_shard=17)
 
 
 def reader_over(table, store="direct", cache_bytes=10**5, verify_checksums=True):
@@ -169,7 +169,7 @@ def test_a_closed_reader_can_not_be_copied(made, copied_by):
 def test_another_table_in_the_same_place_is_refused(made, tmp_path, copied_by):
     reader = reader_over(made[0])
     shutil.rmtree(tmp_path / "table")
-    make_table(tmp_path / "table", hidden_size=200, encoding="bfloat16")
+    make_table(tmp_path / "table", row_size=200, encoding="bfloat16")
     with pytest.raises(TableError, match="holds another table now"):
         copied_by(reader)
 

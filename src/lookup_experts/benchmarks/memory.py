@@ -107,7 +107,7 @@ def measure_prompt(case: Case, table: Path, store: str, tokens: int, ids: np.nda
     prompt = ids[:tokens]
     shape = case.layout.shape
     unique_ids = len(np.unique(prompt))
-    row_bytes = shape.num_experts * shape.hidden_size * case.dtype.itemsize
+    row_bytes = shape.num_experts * shape.row_size * case.dtype.itemsize
     peak, reader = in_fresh_process("A prompt's memory", peak_of_prompt, case, table, store, prompt)
     return {
         "what": "memory",

@@ -154,7 +154,7 @@ def _random_records(layout: RecordLayout) -> np.ndarray:
     records = np.zeros((DISTINCT_RECORDS, layout.stride), np.uint8)
     target = torch.from_numpy(records)
     for layer in range(shape.num_layers):
-        size = (DISTINCT_RECORDS, shape.num_experts, shape.hidden_size)
+        size = (DISTINCT_RECORDS, shape.num_experts, shape.row_size)
         rows = torch.randn(size, generator=generator) * SPREAD
         target[:, layout.layer_slice(layer)] = layout.encoding.encode(rows)
     return records

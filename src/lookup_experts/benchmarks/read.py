@@ -21,6 +21,7 @@ from lookup_experts.benchmarks.processes import DiskCounter
 from lookup_experts.benchmarks.results import Result, Results
 from lookup_experts.benchmarks.timing import median, pair_ratios
 from lookup_experts.table.direct import ThreadedReads
+from lookup_experts.table.format import BLOCK
 from lookup_experts.table.host_memory import aligned_buffer
 from lookup_experts.table.opening import Table
 from lookup_experts.table.reader import SLOT_BATCH
@@ -97,7 +98,7 @@ def measure_read(table: Table, store: RecordStore, batch: int, way: ReadingWay) 
     rates, disk_rates, plain_rates, bypassed = [], [], [], []
     path = table.path(table.shards[0])
     largest_start = max(0, table.shards[0].bytes - DISK_SAMPLE_BYTES)
-    with _plain_reads(path, memory.reshape(under_way * batch, -1), random) as plain:
+    with _plain_reads(path, under_way * batch, layout.stride, random) as plain:
         for _ in range(ROUNDS):
             start = int(random.integers(0, largest_start + 1)) // 4096 * 4096
             disk_rates.append(disk_bytes_per_second(path, DISK_SAMPLE_BYTES, start))
@@ -191,21 +192,26 @@ def _bytes_per_second(
 
 @contextmanager
 def _plain_reads(
-    path: Path, target: np.ndarray, random: np.random.Generator
+    path: Path, num_reads: int, num_bytes: int, random: np.random.Generator
 ) -> Iterator[Callable[[float], float]]:
-    """A function that fills `target`, uint8 [n, bytes], from random blocks of a file again and
-    again for so many seconds, a thread for each row up to `PLAIN_THREADS`: bytes per second."""
+    """A function that reads `num_bytes` from random blocks of a file, so many times at once, again
+    and again for so many seconds, a thread for each up to `PLAIN_THREADS`: bytes per second.
+
+    Whole blocks are read, as they must be; only the bytes asked for count."""
+    length = -(-num_bytes // BLOCK) * BLOCK
+    buffer = aligned_buffer(num_reads * length)
+    lengths, targets = np.full(num_reads, length), np.arange(num_reads) * length
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    threads = ThreadedReads(min(len(target), PLAIN_THREADS))
-    fds = np.full(len(target), fd, np.int32)
-    num_places = (os.fstat(fd).st_size - target.shape[1]) // 4096 + 1
+    threads = ThreadedReads(min(num_reads, PLAIN_THREADS))
+    fds = np.full(num_reads, fd)
+    num_places = (os.fstat(fd).st_size - length) // BLOCK + 1
 
     def read() -> None:
-        offsets = random.integers(0, num_places, len(target)) * 4096
-        threads.read_rows(fds, offsets, target)
+        offsets = random.integers(0, num_places, num_reads) * BLOCK
+        threads.read(fds, offsets, lengths, buffer, targets)
 
     try:
-        yield lambda seconds: _batches_per_second(read, seconds) * target.nbytes
+        yield lambda seconds: _batches_per_second(read, seconds) * num_reads * num_bytes
     finally:
         threads.close()
         os.close(fd)

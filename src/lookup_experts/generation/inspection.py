@@ -207,9 +207,7 @@ def text_config(folder: Path) -> Any:
 def table_parameters(table: Table) -> dict[str, int]:
     """Numbers that a table stands for, and a token's share."""
     shape = table.layout.shape
-    numbers = offloaded_table(
-        shape.num_layers, shape.num_experts, shape.hidden_size, shape.vocab_size
-    )
+    numbers = offloaded_table(shape.num_layers, shape.num_experts, shape.row_size, shape.vocab_size)
     return {"table": numbers.parameters, "loaded_per_token": numbers.loaded_per_token}
 
 

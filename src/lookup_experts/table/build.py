@@ -50,7 +50,7 @@ SAMPLE_IDS = 64
 _THIS_TOOL = f"lookup-experts {__version__}"
 
 RowsOf = Callable[[Tensor], Iterator[Tensor]]
-"""Token ids [c] int64 -> the rows [c, N, d] of each layer, in order."""
+"""Token ids [c] int64 -> the rows [c, N, r] of each layer, in order."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def decode_records(store: RecordStore) -> RowsOf:
         store.read(ids, records)
         for layer in range(shape.num_layers):
             codes = torch.from_numpy(records)[:, layout.layer_slice(layer)]
-            yield layout.encoding.decode(codes, shape.num_experts, shape.hidden_size, torch.float32)
+            yield layout.encoding.decode(codes, shape.num_experts, shape.row_size, torch.float32)
 
     return rows_of
 
@@ -143,7 +143,7 @@ def plan_reencoding(
     manifest = replace(
         table.manifest, layout=layout, shards=tuple(plan_shards(layout)), created_by=_THIS_TOOL
     )
-    decoding_bytes = table.layout.stride + shape.num_experts * shape.hidden_size * 4 * 3
+    decoding_bytes = table.layout.stride + shape.num_experts * shape.row_size * 4 * 3
     chunk_ids = _chunk_ids(layout, decoding_bytes, chunk_budget_bytes)
     return BuildPlan(manifest, chunk_ids, source=f"table {_content_hash(table)}")
 
@@ -151,7 +151,7 @@ def plan_reencoding(
 def _chunk_ids(layout: RecordLayout, source_bytes: int, budget_bytes: int) -> int:
     """How many ids a chunk may have, if getting the rows of one takes `source_bytes`."""
     # Encoding holds a few float32 copies of one layer's rows.
-    encoding_bytes = layout.shape.num_experts * layout.shape.hidden_size * 4 * 4
+    encoding_bytes = layout.shape.num_experts * layout.shape.row_size * 4 * 4
     per_id = 2 * layout.stride + source_bytes + encoding_bytes
     return min(MAX_CHUNK_IDS, max(1, budget_bytes // per_id))
 
@@ -387,7 +387,7 @@ def check_sample(table: Table, rows_of: RowsOf, num_ids: int = SAMPLE_IDS) -> No
         stored = read[:, layout.layer_slice(layer)]
         once_more = layout.encoding.encode(rows)
         found, expected = (
-            layout.encoding.decode(codes, shape.num_experts, shape.hidden_size, torch.float32)
+            layout.encoding.decode(codes, shape.num_experts, shape.row_size, torch.float32)
             for codes in (stored, once_more.to(stored.device))
         )
         error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))

@@ -27,5 +27,5 @@ def _invalid_rows(layout: RecordLayout, records: np.ndarray) -> np.ndarray:
     invalid = torch.zeros(len(records), dtype=torch.bool)
     for layer in range(shape.num_layers):
         layer_records = tensor[:, layout.layer_slice(layer)]
-        invalid |= layout.encoding.invalid(layer_records, shape.num_experts, shape.hidden_size)
+        invalid |= layout.encoding.invalid(layer_records, shape.num_experts, shape.row_size)
     return invalid.numpy().nonzero()[0]

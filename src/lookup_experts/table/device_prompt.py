@@ -50,7 +50,7 @@ class PromptRows:
     ) -> None:
         self.index = index
         self._decoding, self._thread, self._clock, self._lane = decoding, thread, clock, lane
-        groups = plan_groups(decoding.layout, len(ids), group_bytes, store.reads_parts)
+        groups = plan_groups(decoding.layout, len(ids), group_bytes)
         self._groups = groups
         self._group_of = [number for number, group in enumerate(groups) for _ in group.layers]
         # A part of a record doesn't tell whether it is intact; whole ones are checked when read.
@@ -123,7 +123,7 @@ class PromptRows:
             self.index.view(-1),
             weights,
             layout.encoding,
-            layout.shape.hidden_size,
+            layout.shape.row_size,
             self._offset(layer),
             self._decoding.dtype,
         )

@@ -1,12 +1,14 @@
-"""The table on disk, format version 1. This text is the specification.
+"""The table on disk, format version 2. This text is the specification.
 
 A table is a folder: `table.json` and shards `table-00001-of-0000n.safetensors`, split by token id.
 
 **Record.** All that the table holds for one token id: layer after layer, each as its encoding
-lays it out (`encoding.py`): the codes of the N experts, then their scales. A record is padded
-with zeros to the *stride*: the next multiple of 4096 bytes if it is that large, else the next
-power of two from 64 up. So no record straddles a block that it could fit into, and each can be
-read without the page cache.
+lays it out (`encoding.py`): the codes of the N experts, then their scales. Records lie densely: a
+record is padded with zeros to the *stride*, the next multiple of 16 bytes, and may straddle blocks
+of the disk. Sixteen, because a processor or a GPU then loads floats and words of up to 16 bytes at
+their own alignment. More, such as the 128 bytes of a GPU's cache lines, would cost a narrow record
+of a few hundred bytes a tenth of the file, to save it a line or none when it is fetched; whoever
+wants that lays records out wider in memory.
 
 **Shard.** A valid safetensors file, so any reader of that format opens it.
 
@@ -20,7 +22,7 @@ read without the page cache.
 `__metadata__` of the header holds, as strings, `format`, `version`, `first_id`, `fingerprint`.
 
 **table.json.** One JSON object with exactly these keys: `format`, `version`; `shape` (vocab_size,
-num_layers, num_experts, hidden_size); `encoding` (name, block_size or null); `layer_bytes`,
+num_layers, num_experts, row_size); `encoding` (name, block_size or null); `layer_bytes`,
 `record_bytes`, `stride`; `shards`, a list of (file, first_id, num_ids, bytes); `fingerprint`, a
 hash of the embedding and expert weights that were folded; `embedding_hash` and `tokenizer_hash`,
 strings or null; `created_by`, the tool and its version.
@@ -35,6 +37,10 @@ strings or null; `created_by`, the tool and its version.
   The checksum of a record that was never written, zero, doesn't match its zero bytes.
 - How often each id occurs may be kept in a file beside these; see `counts.py`.
 
+**Version 1** is read and verified, but no longer written. It differs in two things: `row_size` is
+called `hidden_size`, and the stride is the next multiple of 4096 bytes if a record is that large,
+else the next power of two from 64 up, so that no record straddles a block that it could fit into.
+
 | where | what |
 |---|---|
 | `layout.py` | where things lie in a record, and records in shards |
@@ -48,14 +54,17 @@ strings or null; `created_by`, the tool and its version.
 import numpy as np
 
 FORMAT = "lookup-experts table"
-VERSION = 1
+VERSION = 2
+"""What is written."""
+READABLE_VERSIONS = (1, 2)
 MANIFEST_NAME = "table.json"
 
 BLOCK = 4096
 """Bytes. What direct I/O asks offsets, lengths and addresses to be multiples of, on any disk."""
 DATA_START = BLOCK
 """Where the records start in a shard: after the eight bytes and the padded header."""
-SMALLEST_STRIDE = 64
+ALIGNMENT = 16
+"""Bytes. Records start at multiples of it."""
 MAX_RECORD_BYTES = 2**30
 """A record is one read, and Linux reads at most 2 GiB at once."""
 MAX_TEXT = 256

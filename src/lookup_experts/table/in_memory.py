@@ -85,6 +85,10 @@ class MemoryStore(RecordStore):
         self._check_records(np.arange(first_id, first_id + count), records)
         return records.nbytes
 
+    def read(self, ids: np.ndarray, out: np.ndarray, start: int = 0) -> None:
+        """See `Store.read`."""
+        self.read_by(self._fetch, ids, out, start)
+
     def _fetch(self, ids: np.ndarray, out: np.ndarray, start: int) -> int:
         # Ids are in range; any other mode than "raise" writes to `out` without a buffer.
         part = self._records[:, start : start + out.shape[1]]

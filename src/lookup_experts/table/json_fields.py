@@ -3,10 +3,11 @@ named.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from lookup_experts.errors import TableError
-from lookup_experts.table.format import MAX_TEXT, VERSION
+from lookup_experts.table.format import MAX_TEXT
 
 
 class Fields:
@@ -28,6 +29,13 @@ class Fields:
         if type(value) is not type(expected) or value != expected:
             raise self.error(key, f"is {value!r}, expected {expected!r}")
 
+    def one_of(self, key: str, expected: Sequence[int]) -> int:
+        value = self.take(key)
+        if type(value) is not int or value not in expected:
+            listed = " or ".join(map(str, expected))
+            raise self.error(key, f"is {value!r}, expected {listed}")
+        return value
+
     def integer(self, key: str) -> int:
         value = self.take(key)
         if type(value) is not int or value < 0:
@@ -48,7 +56,7 @@ class Fields:
 
     def end(self) -> None:
         for key in self._left:
-            raise self.error(key, f"is not a field of version {VERSION}")
+            raise self.error(key, "is not a field of this version")
 
     def error(self, key: str, problem: str) -> TableError:
         return TableError(f"{self.where}: field {self._name(key)} {problem}.")

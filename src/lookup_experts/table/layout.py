@@ -7,22 +7,24 @@ from itertools import pairwise
 from lookup_experts.errors import UserError
 from lookup_experts.table.encoding import Encoding
 from lookup_experts.table.format import (
+    ALIGNMENT,
     BLOCK,
     CHECKSUM,
     DATA_START,
     MAX_RECORD_BYTES,
-    SMALLEST_STRIDE,
+    VERSION,
 )
 
 
 @dataclass(frozen=True)
 class TableShape:
-    """V token ids, L layers, N experts, d hidden size; all at least 1."""
+    """V token ids, L layers, N experts, and r, the numbers that an expert says of one id in one
+    layer; all at least 1."""
 
     vocab_size: int
     num_layers: int
     num_experts: int
-    hidden_size: int
+    row_size: int
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -36,6 +38,8 @@ class RecordLayout:
 
     shape: TableShape
     encoding: Encoding
+    version: int = VERSION
+    """Of the format."""
 
     def __post_init__(self) -> None:
         if self.record_bytes > MAX_RECORD_BYTES:
@@ -47,7 +51,7 @@ class RecordLayout:
     @cached_property
     def layer_bytes(self) -> int:
         """Bytes of one layer of a record."""
-        return self.encoding.layer_bytes(self.shape.num_experts, self.shape.hidden_size)
+        return self.encoding.layer_bytes(self.shape.num_experts, self.shape.row_size)
 
     @cached_property
     def record_bytes(self) -> int:
@@ -57,9 +61,14 @@ class RecordLayout:
     @cached_property
     def stride(self) -> int:
         """Bytes from one record to the next."""
-        if self.record_bytes >= BLOCK:
-            return -(-self.record_bytes // BLOCK) * BLOCK
-        return max(SMALLEST_STRIDE, 1 << (self.record_bytes - 1).bit_length())
+        if self.version == 1:
+            return _stride_of_version_1(self.record_bytes)
+        return -(-self.record_bytes // ALIGNMENT) * ALIGNMENT
+
+    @cached_property
+    def is_whole_blocks(self) -> bool:
+        """Whether no two records share a block of the disk."""
+        return self.stride % BLOCK == 0
 
     @property
     def table_bytes(self) -> int:
@@ -77,6 +86,12 @@ class RecordLayout:
     def shard_bytes(self, num_ids: int) -> int:
         """The size of a shard file with this many records."""
         return DATA_START + num_ids * (self.stride + CHECKSUM.itemsize)
+
+
+def _stride_of_version_1(record_bytes: int) -> int:
+    if record_bytes >= BLOCK:
+        return -(-record_bytes // BLOCK) * BLOCK
+    return max(64, 1 << (record_bytes - 1).bit_length())
 
 
 @dataclass(frozen=True)

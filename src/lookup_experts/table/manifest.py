@@ -8,9 +8,12 @@ from typing import Self
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.table.encoding import get_encoding
 from lookup_experts.table.files import write_whole
-from lookup_experts.table.format import FORMAT, MANIFEST_NAME, MAX_MANIFEST_BYTES, VERSION
+from lookup_experts.table.format import FORMAT, MANIFEST_NAME, MAX_MANIFEST_BYTES, READABLE_VERSIONS
 from lookup_experts.table.json_fields import Fields, parse_json
 from lookup_experts.table.layout import RecordLayout, ShardInfo, TableShape, shard_name
+
+_ROW_SIZE = {1: "hidden_size", 2: "row_size"}
+"""What each version calls the size of a row."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class TableManifest:
 
     def to_json(self) -> str:
         """The text of `table.json`."""
-        encoding = self.layout.encoding
+        encoding, version = self.layout.encoding, self.layout.version
+        shape = asdict(self.layout.shape)
+        shape[_ROW_SIZE[version]] = shape.pop("row_size")
         content = {
             "format": FORMAT,
-            "version": VERSION,
-            "shape": asdict(self.layout.shape),
+            "version": version,
+            "shape": shape,
             "encoding": {"name": encoding.name, "block_size": encoding.block_size},
             "layer_bytes": self.layout.layer_bytes,
             "record_bytes": self.layout.record_bytes,
@@ -53,8 +58,7 @@ class TableManifest:
         """
         fields = Fields(parse_json(text, where), where)
         fields.must_be("format", FORMAT)
-        fields.must_be("version", VERSION)
-        layout = _layout_from(fields)
+        layout = _layout_from(fields, fields.one_of("version", READABLE_VERSIONS))
         for size in ("layer_bytes", "record_bytes", "stride"):
             fields.must_be(size, getattr(layout, size))
         manifest = cls(
@@ -69,14 +73,15 @@ class TableManifest:
         return manifest
 
 
-def _layout_from(fields: Fields) -> RecordLayout:
+def _layout_from(fields: Fields, version: int) -> RecordLayout:
     shape, encoding = fields.inner("shape"), fields.inner("encoding")
-    sizes = {name: shape.integer(name) for name in TableShape.__dataclass_fields__}
+    names = ("vocab_size", "num_layers", "num_experts", _ROW_SIZE[version])
+    sizes = [shape.integer(name) for name in names]
     shape.end()
     name, block_size = encoding.text("name"), encoding.take("block_size")
     encoding.end()
     try:
-        layout = RecordLayout(TableShape(**sizes), get_encoding(name, block_size))
+        layout = RecordLayout(TableShape(*sizes), get_encoding(name, block_size), version)
     except UserError as error:
         raise TableError(f"{fields.where}: {error}") from error
     if layout.encoding.block_size != block_size:

@@ -39,12 +39,16 @@ class MappedStore(RecordStore):
             for mapped, shard in zip(self._maps, table.shards, strict=True)
         ]
 
+    def read(self, ids: np.ndarray, out: np.ndarray, start: int = 0) -> None:
+        """See `Store.read`."""
+        self.read_by(self._fetch, ids, out, start)
+
     def _fetch(self, ids: np.ndarray, out: np.ndarray, start: int) -> int:
         shards, rows = self._locate(ids)
         numbers = np.unique(shards)
         for number in numbers:
             self._check_size(int(number))
-            self._announce(int(number), rows[shards == number])
+            self._announce(int(number), rows[shards == number], start, out.shape[1])
         for number in numbers:
             records = self._records[number][:, start : start + out.shape[1]]
             _gather(records, rows, np.flatnonzero(shards == number), out)
@@ -55,12 +59,16 @@ class MappedStore(RecordStore):
         if found < shard.bytes:
             raise _truncated(self.table.path(shard), shard, found)
 
-    def _announce(self, number: int, rows: np.ndarray) -> None:
+    def _announce(self, number: int, rows: np.ndarray, start: int, width: int) -> None:
         """Have the kernel start reading; page faults alone would wait for one after the other."""
-        starts = np.unique((DATA_START + rows * self.layout.stride) // mmap.PAGESIZE)
-        length = max(self.layout.stride, mmap.PAGESIZE)
-        for start in (starts * mmap.PAGESIZE).tolist():
-            self._maps[number].madvise(mmap.MADV_WILLNEED, start, length)
+        begins = DATA_START + rows * self.layout.stride + start
+        firsts = begins // mmap.PAGESIZE
+        # Records of one page are all announced with it: as far as any of them may reach.
+        pages = int(((begins + width - 1) // mmap.PAGESIZE - firsts).max()) + 1
+        mapped = self._maps[number]
+        for first in (np.unique(firsts) * mmap.PAGESIZE).tolist():
+            length = min(pages * mmap.PAGESIZE, len(mapped) - first)
+            mapped.madvise(mmap.MADV_WILLNEED, first, length)
 
     def reopened(self) -> Self:
         return type(self)(reopen_table(self.table), self.verify_checksums)

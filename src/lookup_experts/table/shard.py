@@ -10,7 +10,7 @@ import numpy as np
 
 from lookup_experts.errors import TableError
 from lookup_experts.table.files import read_exactly
-from lookup_experts.table.format import CHECKSUM, DATA_START, FORMAT, VERSION
+from lookup_experts.table.format import CHECKSUM, DATA_START, FORMAT
 from lookup_experts.table.json_fields import Fields, parse_json
 from lookup_experts.table.layout import RecordLayout, ShardInfo
 
@@ -25,7 +25,7 @@ def shard_content(layout: RecordLayout, shard: ShardInfo, fingerprint: str) -> d
     return {
         "__metadata__": {
             "format": f"{FORMAT} shard",
-            "version": str(VERSION),
+            "version": str(layout.version),
             "first_id": str(shard.first_id),
             "fingerprint": fingerprint,
         },

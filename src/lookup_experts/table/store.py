@@ -18,7 +18,6 @@ import numpy as np
 
 from lookup_experts.errors import TableError
 from lookup_experts.table.damage import find_damage
-from lookup_experts.table.format import BLOCK
 from lookup_experts.table.host_memory import aligned_buffer
 from lookup_experts.table.opening import Table, read_checksums
 from lookup_experts.table.reading_thread import ThreadedRead, submit_read
@@ -47,18 +46,17 @@ class Store(Protocol):
     """Seconds spent in those calls, summed over threads."""
     verify_checksums: bool
     """Whether records that are read are compared with their checksums."""
-    reads_parts: bool
-    """Whether `read` brings parts of records. Checksums cover whole ones: see `check`."""
 
     def read(self, ids: np.ndarray, out: np.ndarray, start: int = 0) -> None:
         """Put the records of `ids`, or the same part of each, into `out`.
 
         Args:
             ids: int64 [U], unique.
-            out: uint8 [U, width], C-contiguous; a whole record has width `stride`. Aligned to
-                4096 (`aligned_buffer`, pinned memory), `direct` reads straight into it;
-                otherwise it copies.
-            start: the first byte of the part; it and `width` are multiples of 4096.
+            out: uint8 [U, width], C-contiguous; a whole record has width `stride`. Where records
+                are whole blocks of the disk, `start` and `width` multiples of 4096, and `out`
+                aligned to that (`aligned_buffer`, pinned memory), `direct` reads straight into
+                it; otherwise it copies.
+            start: the first byte of the part.
 
         Raises:
             TableError: an id is outside the table; a record can't be read in full, or is
@@ -67,7 +65,8 @@ class Store(Protocol):
         """
 
     def check(self, ids: np.ndarray) -> None:
-        """Compare the whole records of `ids`, of which parts will be read, with their checksums.
+        """Compare the whole records of `ids`, of which parts will be read, with their checksums,
+        which a part alone can't be.
 
         A few are held at a time. Without `verify_checksums` nothing is done.
 
@@ -80,7 +79,8 @@ class Store(Protocol):
 
         Args:
             ids: int64 [U], unique.
-            memory: uint8 [M, stride], aligned to 4096.
+            memory: uint8 [M, stride], contiguous. Aligned to 4096, records that are whole blocks
+                of the disk are read straight into it.
             slots: int64 [U], the row of `memory` for each id. Nobody else may touch these rows
                 until the read is over.
 
@@ -135,18 +135,32 @@ class RecordStore(ABC):
         self._first_ids = np.array([shard.first_id for shard in table.shards])
         self._checksums = _all_checksums(table) if verify_checksums else None
         self._scales = scale_check(table.layout)
-        self.reads_parts = self.layout.stride >= BLOCK
         self._count_lock = threading.Lock()
         self._closed = False
         self._thread: ThreadPoolExecutor | None = None
 
+    @abstractmethod
     def read(self, ids: np.ndarray, out: np.ndarray, start: int = 0) -> None:
         """See `Store.read`."""
+
+    def read_by(
+        self,
+        fetch: Callable[[np.ndarray, np.ndarray, int], int],
+        ids: np.ndarray,
+        out: np.ndarray,
+        start: int,
+    ) -> None:
+        """Check a request, have `fetch` bring the records, check them and count.
+
+        Args:
+            fetch: as `read`, for valid ids, of which there is one at least; gives back how many
+                bytes it brought from where they are.
+        """
         self._check_request(ids, out, start)
         if not len(ids):
             return
         started_at = time.perf_counter()
-        num_bytes = self._fetch(ids, out, start)
+        num_bytes = fetch(ids, out, start)
         self._check_records(ids, out, start)
         self._count(num_bytes, time.perf_counter() - started_at)
 
@@ -207,26 +221,21 @@ class RecordStore(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @abstractmethod
-    def _fetch(self, ids: np.ndarray, out: np.ndarray, start: int) -> int:
-        """Bring valid ids; how many bytes were read."""
-
     def _check_request(self, ids: np.ndarray, out: np.ndarray, start: int) -> None:
-        width = out.shape[-1] if start else self.layout.stride
-        if out.ndim == 2 and self._is_part(start, start + out.shape[1]):
-            width = out.shape[1]
+        stride = self.layout.stride
+        width = out.shape[-1] if out.ndim == 2 and 0 < out.shape[1] <= stride - start else stride
         expected = (len(ids), width)
-        if out.shape != expected or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        if (
+            start < 0
+            or out.shape != expected
+            or out.dtype != np.uint8
+            or not out.flags.c_contiguous
+        ):
             raise ValueError(
                 f"Expected contiguous uint8 {expected}, got {out.dtype} {out.shape} "
                 f"with strides {out.strides}."
             )
         self._check_ids(ids)
-
-    def _is_part(self, start: int, stop: int) -> bool:
-        """Whether records have these bytes and may be read in such parts."""
-        aligned = start % BLOCK == 0 and stop % BLOCK == 0
-        return aligned and 0 <= start < stop <= self.layout.stride and self.reads_parts
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if self._closed:

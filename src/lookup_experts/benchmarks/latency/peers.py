@@ -149,11 +149,12 @@ def map_experts(model: Any, table: Table, budget_bytes: int) -> PageBudget:
         mmap.mmap(fd, shard.bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         for fd, shard in zip(fds, table.shards, strict=True)
     ]
-    places = [
-        FileRange(fd, layout.record_offset(row), layout.stride, mapped)
+    records = [
+        (fd, layout.record_offset(row), mapped)
         for fd, mapped, shard in zip(fds, maps, table.shards, strict=True)
         for row in range(shard.num_ids)
     ]
+    places = [_pages_of(fd, offset, layout.stride, mapped) for fd, offset, mapped in records]
     for mapped in maps:
         mapped.madvise(mmap.MADV_RANDOM)
     pages = PageBudget(
@@ -162,16 +163,21 @@ def map_experts(model: Any, table: Table, budget_bytes: int) -> PageBudget:
     )
     matrices = [
         matrices_of(
-            torch.frombuffer(place.mapped, dtype=torch.uint8, count=layout.stride,
-                             offset=place.offset),
-            layout,
+            torch.frombuffer(mapped, dtype=torch.uint8, count=layout.stride, offset=offset), layout
         )
-        for place in places
-    ]  # fmt: skip
+        for _, offset, mapped in records
+    ]
     for layer, ffn in enumerate(model.moe_layers):
         own = slice(layer * num_experts, (layer + 1) * num_experts)
         ffn.experts = MappedExperts(layer, places[own], matrices[own], pages)
     return pages
+
+
+def _pages_of(fd: int, offset: int, num_bytes: int, mapped: mmap.mmap) -> FileRange:
+    """The pages that hold these bytes; at the ends they may hold others' as well."""
+    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    stop = -(-(offset + num_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+    return FileRange(fd, start, stop - start, mapped)
 
 
 # ---------------------------------------------------------------------------------- accelerate

@@ -195,8 +195,8 @@ def _write_experts(plan: Plan, num_experts: int) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def matrices(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        up = torch.randn(shape.num_experts, shape.hidden_size, generator=generator)
-        down = torch.randn(shape.hidden_size, shape.num_experts, generator=generator)
+        up = torch.randn(shape.num_experts, shape.row_size, generator=generator)
+        down = torch.randn(shape.row_size, shape.num_experts, generator=generator)
         return up * SPREAD, down * SPREAD
 
     with console.progress_bar("Writing experts") as progress:
