@@ -223,6 +223,33 @@ def test_chat_goes_on_to_the_end_of_the_context(make_client):
     assert usage["total_tokens"] == 128
 
 
+def test_an_answer_that_was_cut_off_goes_on(make_client):
+    """From its last character, without a line end or a new turn between."""
+    client = make_client(chat_template=PLAIN_TEMPLATE)
+    question = [{"role": "user", "content": "the fox"}]
+
+    def answer(messages: list, tokens: int, **more: object) -> str:
+        body = {"messages": messages, "max_tokens": tokens, "temperature": 0, **more}
+        return client.post(CHAT, json=body).json()["choices"][0]["message"]["content"]
+
+    said = [*question, {"role": "assistant", "content": "over the lazy"}]
+    prompt = "User: the fox\nAssistant: over the lazy"
+    body = {"prompt": prompt, "max_tokens": 7, "temperature": 0}
+    expected = client.post(COMPLETIONS, json=body).json()["choices"][0]["text"]
+    assert answer(said, 7, continue_final_message=True) == expected
+    assert answer(said, 7) != expected
+    body = {"messages": question, "continue_final_message": True}
+    assert "of the assistant" in error_of(client.post(CHAT, json=body), 400)["message"]
+
+
+def test_whether_there_is_a_chat_is_told(make_client):
+    told = [
+        make_client(**options).get("/v1/stats").json()["chat"]
+        for options in ({}, {"chat_template": PLAIN_TEMPLATE})
+    ]
+    assert told == [False, True]
+
+
 # -------------------------------------------------------------------------- requests that can't
 
 
@@ -360,7 +387,7 @@ def test_many_errors_cost_no_more_than_one(refusing, monkeypatch, path, body, wo
 
 def test_too_many_sequences_are_refused_before_any_work(refusing, monkeypatch):
     monkeypatch.setattr(refusing.service.prompter, "encode", lambda prompt: 1 / 0)
-    monkeypatch.setattr(refusing.service.prompter, "encode_chat", lambda messages: 1 / 0)
+    monkeypatch.setattr(refusing.service.prompter, "encode_chat", lambda *_: 1 / 0)
     error = error_of(refusing.post(COMPLETIONS, json={"prompt": ["a"] * 7, "n": 64}), 400)
     assert "448 sequences" in error["message"] and "at most 12" in error["message"]
     body = {"messages": [{"role": "user", "content": "x"}], "n": 13}
