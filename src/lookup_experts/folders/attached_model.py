@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
@@ -23,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from lookup_experts.errors import UserError, unknown_name
+from lookup_experts.folders.adapters import refuse_adapters, tell_of_frozen_experts
 from lookup_experts.folders.configuration import (
     MODEL_TYPE,
     LookupConfigMixin,
@@ -38,23 +40,21 @@ from lookup_experts.folders.experts_alone import (
 from lookup_experts.folders.model_folder import find_folder
 from lookup_experts.folders.replacing import replaced_model
 from lookup_experts.made_classes import make_class
-from lookup_experts.model.freezing import (
-    allow_training,
-    freeze_backbone,
-    is_attached,
-    is_quantised,
+from lookup_experts.model.freezing import allow_training, freeze_backbone, is_attached, is_quantised
+from lookup_experts.model.initialization import (
+    initialize_blocks,
 )
-from lookup_experts.model.initialization import initialize_experts, initializer_std
 from lookup_experts.model.input_gradients import InputGradientsMixin
+from lookup_experts.model.placement import state_with_values
 from lookup_experts.model.rows import ExpertSource
 from lookup_experts.model.settings import LookupSettings
 from lookup_experts.model.wiring import (
     Entrance,
     forward_pass,
+    hidden_size_of,
     install,
     lookup_blocks,
     resumed,
-    routed_experts,
 )
 from lookup_experts.table.reader import open_reader
 
@@ -62,6 +62,7 @@ SAVES = ("full", "experts")
 """What is saved of an attached model."""
 TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""
+_CLASS_PREFIX = "LookupExperts"
 
 
 @cache
@@ -70,11 +71,19 @@ def attached_class(backbone: Any) -> Any:
     return make_class(
         attached_class,
         backbone,
-        f"LookupExperts{backbone.__name__}",
+        f"{_CLASS_PREFIX}{backbone.__name__}",
         (LookupExpertsMixin, backbone),
         __doc__=f"{backbone.__name__} with lookup experts.",
         config_class=attached_config_class(backbone.config_class),
     )
+
+
+def __getattr__(name: str) -> Any:
+    """The class of an attached model by its name, as PEFT writes it down beside adapters."""
+    backbone = getattr(transformers, name.removeprefix(_CLASS_PREFIX), None)
+    if not name.startswith(_CLASS_PREFIX) or backbone is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return attached_class(backbone)
 
 
 def become_attached(model: Any, settings: LookupSettings) -> None:
@@ -108,6 +117,8 @@ class LookupExpertsConfig(PreTrainedConfig):
 
 class LookupExpertsMixin(InputGradientsMixin):
     """What an attached model does differently from its backbone."""
+
+    _told_of_frozen_experts = False
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -145,10 +156,16 @@ class LookupExpertsMixin(InputGradientsMixin):
         The base model initialises what is inside of it by itself, and doesn't know experts.
         """
         super().initialize_weights()  # type: ignore[misc]
-        std = initializer_std(self.config)
-        with guard_torch_init_functions():  # weights that were loaded stay
-            for experts in routed_experts(self):
-                initialize_experts(experts, "zero", std)
+        if self.lookup_settings.form == "experts":
+            with guard_torch_init_functions():  # weights that were loaded stay
+                initialize_blocks(self, self.lookup_settings, "zero")
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch does; who trains adapters that leave routed experts frozen is told so once."""
+        super().train(mode)  # type: ignore[misc]
+        if mode and not self._told_of_frozen_experts:
+            self._told_of_frozen_experts = tell_of_frozen_experts(self)
+        return self
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
@@ -191,7 +208,19 @@ class LookupExpertsMixin(InputGradientsMixin):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.lookup_settings.form == "table":
             folder = _local_folder(pretrained_model_name_or_path, kwargs)
-            model.set_expert_source(open_reader(folder, model, **options))
+            settings = model.lookup_settings
+            weight = next(model.get_input_embeddings().parameters())
+            reader = open_reader(
+                folder,
+                num_layers=len(settings.layers),
+                num_experts=settings.num_experts,
+                row_size=settings.row_size or hidden_size_of(model),
+                fingerprint=settings.fingerprint,
+                dtype=weight.dtype,
+                device=weight.device,
+                **options,
+            )
+            model.set_expert_source(reader)
         return loaded
 
     def save_pretrained(
@@ -208,7 +237,8 @@ class LookupExpertsMixin(InputGradientsMixin):
     ) -> None:
         """As transformers does; in table form the table is saved with the weights.
 
-        The model takes the place of the one that was in the folder, as a whole (`replacing.py`).
+        The model takes the place of the one that was in the folder, as a whole (`replacing.py`);
+        one with adapters that transformers itself has added saves those alone.
 
         Args:
             save: `full`: everything. `experts`: experts and routers, with a reference to their
@@ -217,8 +247,11 @@ class LookupExpertsMixin(InputGradientsMixin):
 
         Raises:
             UserError: the experts are to be saved alone, and the backbone in memory is no longer
-                the one that they refer to.
+                the one that they refer to; the model has adapters of PEFT that aren't merged, or
+                tensors without values.
         """
+        if not self._hf_peft_config_loaded:  # type: ignore[attr-defined]
+            refuse_adapters(self, "saved")
         alone = _saves_experts_alone(self, save)
         writes = _is_writing(is_main_process)
         options = {"state_dict": state_dict, "max_shard_size": max_shard_size}
@@ -245,6 +278,9 @@ class LookupExpertsMixin(InputGradientsMixin):
         own = self.config  # type: ignore[has-type]
         self.config = deepcopy(own)
         self.config.lookup_experts = replace(self.lookup_settings, backbone=None).to_dict()
+        model: Any = self
+        if options.get("state_dict") is None and _has_weights_elsewhere(model):
+            options["state_dict"] = state_with_values(model)  # transformers can't get at all
         try:
             super().save_pretrained(folder, **options)  # type: ignore[misc]
         finally:
@@ -290,6 +326,10 @@ def _is_writing(is_main_process: bool) -> bool:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return is_main_process and torch.distributed.get_rank() == 0
     return is_main_process
+
+
+def _has_weights_elsewhere(model: Any) -> bool:
+    return any(tensor.is_meta for tensor in model.state_dict().values())
 
 
 def _load_on_backbone(

@@ -36,6 +36,7 @@ from lookup_experts.folders.model_folder import (
 )
 from lookup_experts.folders.official import BACKBONES, load_official, official_kind
 from lookup_experts.model.freezing import forget_quantizer, is_attached, is_quantised
+from lookup_experts.model.placement import state_with_values
 from lookup_experts.model.settings import BackboneReference, LookupSettings
 
 SAMPLES = 16
@@ -185,7 +186,10 @@ def save_experts(
     _require_backbone_referred_to(model, weights)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    experts = {name: weight for name, weight in weights.items() if is_attached(name)}
+    if state_dict is None:
+        experts = state_with_values(model, is_attached)
+    else:
+        experts = {name: weight for name, weight in weights.items() if is_attached(name)}
     save_torch_state_dict(experts, folder, max_shard_size=max_shard_size)
     model.generation_config.save_pretrained(folder)
     _config_to_save(model).save_pretrained(folder)

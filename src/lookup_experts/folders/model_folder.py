@@ -60,6 +60,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A model folder's `config.json`, as it stands there."""
     if not folder.exists():
         raise UserError(f"No such folder: {folder}.")
+    if (folder / "adapter_config.json").is_file() and not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder} holds adapters, not a model: load the model that they were trained on and "
+            "put them onto it with PEFT, PeftModel.from_pretrained(model, folder)."
+        )
     if not (folder / CONFIG).is_file():
         interrupted = (folder / PARTIAL).exists()
         raise UserError(
