@@ -30,7 +30,7 @@ from lookup_experts.folders.experts_alone import (
     load_experts,
     save_experts,
 )
-from lookup_experts.folders.model_folder import find_folder
+from lookup_experts.folders.model_folder import find_folder, give_usual_mode
 from lookup_experts.made_classes import make_class
 from lookup_experts.model.freezing import allow_training, freeze_backbone
 from lookup_experts.model.initialization import initialize_experts, initializer_std
@@ -192,6 +192,8 @@ class LookupExpertsMixin:
             save_experts(self, save_directory, *args, **options)
         else:
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            give_usual_mode(Path(save_directory))
         if self.lookup_settings.form == "table" and kwargs.get("is_main_process", True):
             source: Any = self.expert_source
             copy_table(source.folder, Path(save_directory) / "table")

@@ -43,7 +43,7 @@ import errno
 import fcntl
 import json
 import os
-import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -356,15 +356,12 @@ def write_manifest(folder: Path | str, manifest: TableManifest) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file, all of it or none: to a temporary one, then renamed."""
-    with tempfile.NamedTemporaryFile(
-        "wb", dir=path.parent, prefix=UNFINISHED, delete=False
-    ) as file:
-        temporary = Path(file.name)
+    temporary = path.with_name(f"{UNFINISHED}{path.name}.{os.getpid()}.{threading.get_ident()}")
+    with temporary.open("wb") as file:  # not by `tempfile`, whose files are their owner's alone
         try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            temporary.chmod(0o644)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -574,7 +571,7 @@ class ShardWriter:
     ) -> None:
         self.path, self.layout, self.shard = Path(path), layout, shard
         content = _shard_content(layout, shard, fingerprint)
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._lock()
             self.resumed = self._was_begun(content)
