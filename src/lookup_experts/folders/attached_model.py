@@ -23,6 +23,7 @@ from lookup_experts.folders.configuration import (
     MODEL_TYPE,
     LookupConfigMixin,
     attached_config_class,
+    backbone_config_class,
 )
 from lookup_experts.folders.experts_alone import (
     backbone_folder,
@@ -31,6 +32,13 @@ from lookup_experts.folders.experts_alone import (
     save_experts,
 )
 from lookup_experts.folders.model_folder import find_folder, give_usual_mode
+from lookup_experts.folders.own_code import (
+    auto_map,
+    load_classes,
+    needs_own_code,
+    require_trust,
+    save_code,
+)
 from lookup_experts.made_classes import make_class
 from lookup_experts.model.freezing import allow_training, freeze_backbone
 from lookup_experts.model.initialization import initialize_experts, initializer_std
@@ -64,6 +72,12 @@ def attached_class(backbone: Any) -> Any:
     )
 
 
+def backbone_class(attached: Any) -> Any:
+    """The class of the backbone, of the class of an attached model."""
+    place = attached.__mro__.index(LookupExpertsMixin)
+    return attached.__mro__[place + 1]
+
+
 def become_attached(model: Any, settings: LookupSettings) -> None:
     """Turn a backbone that has just gained its modules into a model that saves as what it is."""
     backbone: Any = type(model)
@@ -71,6 +85,11 @@ def become_attached(model: Any, settings: LookupSettings) -> None:
     if not isinstance(model.config, LookupConfigMixin):
         model.config.__class__ = model.config_class
     model.config.lookup_experts = settings.to_dict()
+    named = auto_map(backbone_config_class(type(model.config)), backbone)
+    if named:
+        model.config.auto_map = named
+    elif hasattr(model.config, "auto_map"):  # transformers' own class was loaded all the same
+        del model.config.auto_map
 
 
 class LookupExpertsConfig(PreTrainedConfig):
@@ -87,10 +106,59 @@ class LookupExpertsConfig(PreTrainedConfig):
         for key in ("backbone", "backbone_type", "lookup_experts"):
             if key not in config_dict:
                 raise UserError(f"The configuration of a model with lookup experts has no {key!r}.")
-        backbone = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[config_dict["backbone_type"]]]
-        attached = attached_class(backbone)
+        if needs_own_code(config_dict):
+            AutoModelForCausalLM.register(OwnCodeConfig, OwnCodeModel, exist_ok=True)
+            return OwnCodeConfig.from_dict(config_dict, **kwargs)
+        attached = attached_class(_known_backbone(config_dict["backbone_type"]))
         AutoModelForCausalLM.register(attached.config_class, attached, exist_ok=True)
         return attached.config_class.from_dict(config_dict, **kwargs)
+
+
+def _known_backbone(model_type: str) -> Any:
+    """The class of transformers for a backbone's model type."""
+    try:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    except KeyError as error:
+        raise UserError(
+            f"The backbone's model type {model_type!r} is unknown to transformers here: import the "
+            "package that registers it first, or a newer transformers."
+        ) from error
+
+
+class OwnCodeConfig(LookupConfigMixin, PreTrainedConfig):
+    """What is known of an attached model whose backbone has code of its own, before that was run:
+    what its `config.json` states. Stands in for a configuration of the backbone's kind."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        backbone = {**config_dict["backbone"], "backbone_type": config_dict["backbone_type"]}
+        return super().from_dict({**config_dict, "backbone": backbone}, **kwargs)
+
+
+class OwnCodeModel:
+    """What `AutoModelForCausalLM` takes for the class of such a model until it loads one."""
+
+    config_class = OwnCodeConfig
+
+    @classmethod
+    def from_pretrained(
+        cls, name: Any, *args: Any, config: Any, trust_remote_code: Any = None, **kwargs: Any
+    ) -> Any:
+        """As `LookupExpertsMixin.from_pretrained`, if the folder's code may be run.
+
+        Raises:
+            UserError: it may not, or can't be.
+        """
+        require_trust(name, trust_remote_code)
+        folder = _local_folder(name, kwargs)
+        stated = config.to_dict()
+        del stated["model_type"]
+        model_type = stated.pop("backbone_type")
+        config_class, backbone = load_classes(folder, stated["auto_map"], model_type)
+        config = attached_config_class(config_class).from_dict(stated)
+        return attached_class(backbone).from_pretrained(
+            name, *args, config=config, trust_remote_code=True, **kwargs
+        )
 
 
 class LookupExpertsMixin:
@@ -172,7 +240,7 @@ class LookupExpertsMixin:
         options = {name: kwargs.pop(name) for name in TABLE_OPTIONS if name in kwargs}
         if _refers_to_backbone(pretrained_model_name_or_path, kwargs):
             folder = _local_folder(pretrained_model_name_or_path, kwargs)
-            loaded = _load_on_backbone(folder, *args, **kwargs)
+            loaded = _load_on_backbone(cls, folder, *args, **kwargs)
         else:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -190,16 +258,34 @@ class LookupExpertsMixin:
             names = ("is_main_process", "state_dict", "max_shard_size")
             options = {name: kwargs[name] for name in names if name in kwargs}
             save_experts(self, save_directory, *args, **options)
+            if kwargs.get("is_main_process", True):
+                self._save_beside_weights(Path(save_directory))
         else:
-            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("is_main_process", True):
-            give_usual_mode(Path(save_directory))
+            self.save_in_full(save_directory, *args, **kwargs)
         if self.lookup_settings.form == "table" and kwargs.get("is_main_process", True):
             source: Any = self.expert_source
             copy_table(source.folder, Path(save_directory) / "table")
 
+    def save_in_full(self, folder: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers' `save_pretrained`, without a table, whatever the model refers to."""
+        # Where a class has code of its own, transformers looks for it in the module of the class,
+        # which for an attached one is this.
+        self.__dict__["is_remote_code"] = lambda: False
+        try:
+            super().save_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            del self.__dict__["is_remote_code"]
+        if kwargs.get("is_main_process", True):
+            self._save_beside_weights(Path(folder))
+
+    def _save_beside_weights(self, folder: Path) -> None:
+        config: Any = self.config  # type: ignore[attr-defined]
+        save_code(folder, backbone_config_class(type(config)), backbone_class(type(self)))
+        give_usual_mode(folder)
+
 
 def _load_on_backbone(
+    attached: Any,
     folder: Path,
     *args: Any,
     config: Any = None,
@@ -209,6 +295,7 @@ def _load_on_backbone(
     """The model of a folder that refers to its backbone.
 
     Args:
+        attached: the class of the model.
         folder: what `save_experts` wrote.
         config: its configuration, as `AutoConfig` gives it; read from the folder if None.
         output_loading_info: give transformers' report on the backbone too.
@@ -220,7 +307,8 @@ def _load_on_backbone(
     if config is None:
         config = LookupExpertsConfig.from_pretrained(folder)
     settings = LookupSettings.from_dict(config.lookup_experts)
-    model, report = load_backbone(backbone_folder(folder, settings), config, *args, **kwargs)
+    place = backbone_folder(folder, settings)
+    model, report = load_backbone(place, config, backbone_class(attached), *args, **kwargs)
     install(model, settings)
     become_attached(model, settings)
     load_experts(model, folder)

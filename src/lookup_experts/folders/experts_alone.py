@@ -30,6 +30,7 @@ from lookup_experts.folders.model_folder import (
     weight_files,
 )
 from lookup_experts.folders.official import BACKBONES, load_official, official_kind
+from lookup_experts.folders.own_code import has_own_code
 from lookup_experts.model.freezing import is_attached
 from lookup_experts.model.settings import BackboneReference, LookupSettings
 
@@ -220,12 +221,16 @@ def _plain(config: Any) -> Any:
     return plain
 
 
-def load_backbone(place: Path, config: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+def load_backbone(
+    place: Path, config: Any, model_class: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, Any]:
     """The backbone in a folder, and transformers' report on loading it.
 
     Args:
         place: what `backbone_folder` gives.
         config: of the attached model.
+        model_class: of the backbone. Code of its own comes with the experts; what lies beside the
+            backbone may have changed since.
         args, kwargs: of `from_pretrained`: dtype, quantisation, devices ...
     """
     stored = read_config(place)
@@ -237,4 +242,6 @@ def load_backbone(place: Path, config: Any, *args: Any, **kwargs: Any) -> tuple[
     from transformers import AutoModelForCausalLM
 
     kwargs["output_loading_info"] = True
+    if has_own_code(model_class):
+        return model_class.from_pretrained(place, *args, config=_plain(config), **kwargs)
     return AutoModelForCausalLM.from_pretrained(place, *args, config=_plain(config), **kwargs)

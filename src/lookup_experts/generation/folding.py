@@ -26,6 +26,7 @@ from lookup_experts.folders.model_folder import (
     local_folder,
     require_new,
 )
+from lookup_experts.folders.own_code import copy_custom_generation
 from lookup_experts.folders.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 from lookup_experts.model.wiring import routed_experts
@@ -49,6 +50,7 @@ def reparameterize(
     block_size: int | None = None,
     tokenizer: Any = None,
     token_counts: np.ndarray | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     notify: Notify = log,
 ) -> Table:
@@ -63,6 +65,7 @@ def reparameterize(
         tokenizer: saved with the model; default: the one in the folder, if there is one.
         token_counts: int64 [vocab_size], how often each id occurs in text like that to come; kept
             with the table for `TableExperts.fill_cache`.
+        trust_remote_code: let code that a folder brings along run, see `load`.
         progress: called with (ids done, ids in all).
         notify: told when an interrupted run is taken up again; default: a warning of the logger
             `lookup_experts`.
@@ -78,7 +81,7 @@ def reparameterize(
     out = Path(out)
     require_new(out)
     folder = None if isinstance(model_or_folder, nn.Module) else local_folder(model_or_folder)
-    model = model_or_folder if folder is None else load(folder)
+    model = model_or_folder if folder is None else load(folder, trust_remote_code=trust_remote_code)
     _require_experts(model)
     _require_savable(model)
     vocab_size = model.get_input_embeddings().weight.shape[0]
@@ -86,6 +89,8 @@ def reparameterize(
         check_counts(token_counts, vocab_size, "token_counts")
     partial = begin_inference_folder(out, notify)
     _save_tokenizer(tokenizer, folder, partial)
+    if folder is not None:
+        copy_custom_generation(folder, partial)
     embedding = model.get_input_embeddings()
     layers = routed_experts(model)
     plan = plan_table(
@@ -133,11 +138,11 @@ def save_without_experts(model: Any, folder: Path, fingerprint: str) -> None:
         # The class's own method would take the table of a table-form model along; there is none.
         if quantised:
             save_experts(model, folder, state_dict=state)
+            give_usual_mode(folder)
         else:
-            super(LookupExpertsMixin, model).save_pretrained(folder, state_dict=state)
+            model.save_in_full(folder, state_dict=state)
     finally:
         model.config = training_config
-    give_usual_mode(folder)
 
 
 def _is_expert(name: str) -> bool:
