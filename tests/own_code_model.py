@@ -128,7 +128,8 @@ class PocketForCausalLM(PocketPreTrainedModel, GenerationMixin):
         logits = self.lm_head(self.model(input_ids))
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            predicted = logits[:, :-1].flatten(0, 1)
+            loss = nn.functional.cross_entropy(predicted, labels[:, 1:].flatten())
         return CausalLMOutput(loss=loss, logits=logits)
 """
 

@@ -7,9 +7,20 @@ from typing import Any
 from torch import nn
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.folders.attached_model import LookupExpertsMixin, become_attached
+from lookup_experts.folders.attached_model import (
+    LookupExpertsMixin,
+    become_attached,
+    known_backbones,
+)
 from lookup_experts.folders.experts_alone import refer_to, require_reference
-from lookup_experts.model.blocks import ffn_size, find_ffns
+from lookup_experts.folders.own_code import has_own_code, require_files
+from lookup_experts.model.blocks import (
+    ffn_size,
+    find_ffns,
+    is_multimodal,
+    placeholder_ids,
+    text_config,
+)
 from lookup_experts.model.freezing import allow_training, freeze_backbone, require_unpacked
 from lookup_experts.model.initialization import INITS, initialize_experts, initializer_std
 from lookup_experts.model.settings import LookupSettings, parse_layers
@@ -60,6 +71,7 @@ def attach(
         raise unknown_name("value of save", save, SAVES)
     if isinstance(model, LookupExpertsMixin):
         raise UserError(f"This {type(model).__name__} has lookup experts already.")
+    _require_causal_lm(model)
     settings = settings_for(model, num_experts, expert_size, expert_kind, layers)
     require_reference(model, save, train_backbone)
     require_unpacked(model)
@@ -77,6 +89,40 @@ def attach(
     return model
 
 
+def _require_causal_lm(model: Any) -> None:
+    """Refuse a model that experts would have nothing to do in, or whose folder nothing loads."""
+    name, config = type(model).__name__, model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{name} has an encoder and a decoder; lookup experts are for models that go on with "
+            "one text. Give a decoder alone (AutoModelForCausalLM)."
+        )
+    if model.main_input_name != "input_ids":
+        raise UserError(
+            f"{name} takes {model.main_input_name}; lookup experts are looked up by token id, so "
+            "give a model that takes input_ids (AutoModelForCausalLM)."
+        )
+    if is_multimodal(config) and not placeholder_ids(config):
+        raise UserError(
+            f"{name} takes more than text, and its configuration doesn't say which token ids stand "
+            "for that, so experts can't pass them over. Give a model of text alone."
+        )
+    if has_own_code(type(model)) or has_own_code(type(config)):
+        require_files(type(model), type(config))
+        return
+    found = known_backbones(type(config))
+    if not found:
+        raise UserError(
+            f"{name} is no causal LM that transformers knows, so nothing could load what is saved "
+            f"of it: register it (AutoModelForCausalLM.register), in every program that loads it."
+        )
+    if not isinstance(model, found):
+        raise UserError(
+            f"{name} has no language-model head, or another one than a folder of it is loaded "
+            f"with: load the model as {' or '.join(kind.__name__ for kind in found)}."
+        )
+
+
 def settings_for(
     model: Any,
     num_experts: int,
@@ -86,6 +132,7 @@ def settings_for(
 ) -> LookupSettings:
     """The settings that `attach` was asked for, checked against the model."""
     num_blocks = len(find_ffns(model))
+    config = text_config(model.config)
     if isinstance(layers, str):
         layers = parse_layers(layers, num_blocks)
     chosen = tuple(range(num_blocks)) if layers is None else tuple(sorted(set(layers)))
@@ -97,9 +144,9 @@ def settings_for(
     return LookupSettings(
         num_experts=num_experts,
         expert_size=(
-            ffn_size(model.config, hidden_size_of(model)) if expert_size is None else expert_size
+            ffn_size(config, hidden_size_of(model)) if expert_size is None else expert_size
         ),
         layers=chosen,
         expert_kind=expert_kind,
-        norm_eps=getattr(model.config, "rms_norm_eps", None) or 1e-6,
+        norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
     )

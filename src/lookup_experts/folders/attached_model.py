@@ -13,10 +13,19 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+)
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 
 from lookup_experts.errors import UserError
 from lookup_experts.folders.configuration import (
@@ -55,6 +64,8 @@ from lookup_experts.model.wiring import (
 from lookup_experts.table.build import copy_table
 from lookup_experts.table.reader import open_reader
 
+_PREFIX = "LookupExperts"
+"""What the name of an attached model's class says beside that of its backbone."""
 TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""
 
@@ -65,7 +76,7 @@ def attached_class(backbone: Any) -> Any:
     return make_class(
         attached_class,
         backbone,
-        f"LookupExperts{backbone.__name__}",
+        _PREFIX + backbone.__name__,
         (LookupExpertsMixin, backbone),
         __doc__=f"{backbone.__name__} with lookup experts.",
         config_class=attached_config_class(backbone.config_class),
@@ -109,20 +120,36 @@ class LookupExpertsConfig(PreTrainedConfig):
         if needs_own_code(config_dict):
             AutoModelForCausalLM.register(OwnCodeConfig, OwnCodeModel, exist_ok=True)
             return OwnCodeConfig.from_dict(config_dict, **kwargs)
-        attached = attached_class(_known_backbone(config_dict["backbone_type"]))
-        AutoModelForCausalLM.register(attached.config_class, attached, exist_ok=True)
+        attached = attached_class(_saved_backbone(config_dict))
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+            auto.register(attached.config_class, attached, exist_ok=True)
         return attached.config_class.from_dict(config_dict, **kwargs)
 
 
-def _known_backbone(model_type: str) -> Any:
-    """The class of transformers for a backbone's model type."""
-    try:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
-    except KeyError as error:
+def known_backbones(config_class: Any) -> tuple[Any, ...]:
+    """The classes with a language-model head that transformers has for a configuration's class, the
+    usual one first."""
+    mappings = (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    )
+    found = (mapping[config_class] for mapping in mappings if config_class in mapping)
+    return tuple(dict.fromkeys(found))
+
+
+def _saved_backbone(config_dict: dict[str, Any]) -> Any:
+    """The class of the backbone that the `config.json` of an attached model tells of."""
+    model_type = config_dict["backbone_type"]
+    found = known_backbones(CONFIG_MAPPING[model_type]) if model_type in CONFIG_MAPPING else ()
+    if not found:
         raise UserError(
             f"The backbone's model type {model_type!r} is unknown to transformers here: import the "
-            "package that registers it first, or a newer transformers."
-        ) from error
+            "package that registers it first, or take a newer transformers."
+        )
+    architectures = config_dict.get("architectures") or ()
+    named = [kind for kind in found if _PREFIX + kind.__name__ in architectures]
+    return (named or found)[0]
 
 
 class OwnCodeConfig(LookupConfigMixin, PreTrainedConfig):

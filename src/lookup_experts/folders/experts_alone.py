@@ -30,7 +30,6 @@ from lookup_experts.folders.model_folder import (
     weight_files,
 )
 from lookup_experts.folders.official import BACKBONES, load_official, official_kind
-from lookup_experts.folders.own_code import has_own_code
 from lookup_experts.model.freezing import is_attached
 from lookup_experts.model.settings import BackboneReference, LookupSettings
 
@@ -239,9 +238,5 @@ def load_backbone(
         dtype = kwargs.get("dtype") or "auto"
         nothing: dict[str, list[str]] = {"missing_keys": [], "mismatched_keys": []}
         return load_official(place, kind, stored, BACKBONES[kind], dtype), nothing
-    from transformers import AutoModelForCausalLM
-
     kwargs["output_loading_info"] = True
-    if has_own_code(model_class):
-        return model_class.from_pretrained(place, *args, config=_plain(config), **kwargs)
-    return AutoModelForCausalLM.from_pretrained(place, *args, config=_plain(config), **kwargs)
+    return model_class.from_pretrained(place, *args, config=_plain(config), **kwargs)

@@ -420,9 +420,8 @@ def check_match(table: Table, model: Any) -> None:
     """Raise a `TableError` unless the table was folded from this very model."""
     settings = model.lookup_settings
     shape = table.layout.shape
-    expected = TableShape(
-        shape.vocab_size, len(settings.layers), settings.num_experts, model.config.hidden_size
-    )
+    hidden_size = model.config.get_text_config().hidden_size
+    expected = TableShape(shape.vocab_size, len(settings.layers), settings.num_experts, hidden_size)
     if shape != expected:
         raise TableError(f"{table.folder}: made for {shape}, the model needs {expected}.")
     if table.manifest.fingerprint != settings.fingerprint:
