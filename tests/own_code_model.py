@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-RAN = "ran"
-"""The file beside the code that each of its modules adds a line to when it is run."""
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 _NOTE = """
 import os
@@ -150,15 +151,12 @@ FILES = {
 TOKENIZER_FILE = "tokenization_pocket.py"
 
 
-def write_own_code_model(folder: Path, tokenizer: object = None) -> None:
+def write_own_code_model(folder: Path, tokenizer: object = None, vocab_size: int = 97) -> None:
     """Make a folder with the model in it, and a tokenizer that has code of its own too.
 
     Whoever runs one of its files must have set `OWN_CODE_RAN` to the path of a file that then gets
     a line.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     folder.mkdir(parents=True)
     for name, content in FILES.items():
         (folder / name).write_text(content + _NOTE)
@@ -171,18 +169,16 @@ def write_own_code_model(folder: Path, tokenizer: object = None) -> None:
             "AutoModelForCausalLM": "modeling_pocket.PocketForCausalLM",
         },
         "sharpness": 1.5,
+        "vocab_size": vocab_size,
         "dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    from transformers import AutoConfig
-
+    (folder / "generation_config.json").write_text('{"use_cache": false}')
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True
     )
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    from safetensors.torch import save_file
-
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

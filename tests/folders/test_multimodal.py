@@ -136,6 +136,31 @@ FAMILIES = {
         ),
         lambda ids: _qwen_image(ids, 16),
     ),
+    "gemma4": Family(
+        lambda: AutoConfig.for_model(
+            "gemma4",
+            text_config={
+                **_TEXT,
+                "vocab_size_per_layer_input": VOCAB,
+                "hidden_size_per_layer_input": 8,
+            },
+            vision_config={
+                **_VISION,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "pooling_kernel_size": 2,
+                "position_embedding_size": 8,
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=94,
+        ),
+        lambda ids: {
+            "pixel_values": _pixels(2, 16, 3 * 8 * 8).sigmoid(),
+            "image_position_ids": torch.cartesian_prod(*[torch.arange(4)] * 2).repeat(2, 1, 1),
+            "mm_token_type_ids": (ids == IMAGE).int(),
+        },
+    ),
 }
 
 
@@ -163,6 +188,8 @@ def _inputs(family: str) -> list[dict[str, Tensor]]:
     plain: dict[str, Tensor] = {"input_ids": text}
     if family == "gemma3":
         plain["token_type_ids"] = torch.zeros_like(text)
+    elif family == "gemma4":
+        plain["mm_token_type_ids"] = torch.zeros_like(text)
     return [{"input_ids": ids, **FAMILIES[family].image(ids)}, plain]
 
 

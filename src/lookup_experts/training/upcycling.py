@@ -139,7 +139,7 @@ def for_backbone(
     if layers is not None:
         if experts is None:
             raise UserError(f"--layers {layers} says where experts go, but there are none.")
-        experts = replace(experts, layers=parse_layers(layers, config["num_hidden_layers"]))
+        experts = replace(experts, layers=parse_layers(layers, _num_blocks(backbone)))
     # In one step: each choice alone might contradict what it replaces.
     settled = replace(recipe, backbone=backbone, experts=experts, save=save or recipe.save)
     if settled.save == "full" and "quantization_config" in config:
@@ -147,6 +147,18 @@ def for_backbone(
             f"{name} is quantised, so its experts are saved without it: --save experts."
         )
     return settled
+
+
+def _num_blocks(backbone: BackboneRecipe) -> int:
+    """By the configuration of a backbone that is settled, as transformers reads it."""
+    from transformers import AutoConfig
+
+    assert backbone.name is not None
+    config = AutoConfig.from_pretrained(
+        local_folder(backbone.name), trust_remote_code=backbone.trust_remote_code
+    )
+    number: int = config.get_text_config().num_hidden_layers
+    return number
 
 
 def _replace_given(recipe: BackboneRecipe, **values: Any) -> BackboneRecipe:
