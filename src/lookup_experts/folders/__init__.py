@@ -8,7 +8,8 @@
 | `configuration.py` | its configuration |
 | `experts_alone.py` | a folder that holds experts and refers to its backbone |
 | `official.py` | the folders that the authors of MoLE publish |
-| `weights.py` | the files of a model folder, whoever wrote them |
-| `tokenizer.py` | the tokenizer beside a model |
+| `model_folder.py` | the files of a model folder, whoever wrote them, and of one that is made |
+| `own_code.py` | models with code of their own: carried along, run where it is allowed |
+| `tokenizer.py` | the tokenizer beside a model, and how it comes along |
 | `registration.py` | what makes transformers know our model types; nothing else needs it |
 """

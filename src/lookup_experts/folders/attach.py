@@ -46,7 +46,9 @@ def attach(
     names. Every check happens before the first change.
 
     Args:
-        model: a `PreTrainedModel` with a language-model head whose blocks have one FFN child.
+        model: a `PreTrainedModel` with a language-model head whose blocks have one FFN child. Of
+            one that takes images or sound too the blocks of its text part gain experts, which add
+            nothing where these stand.
         num_experts: N, experts per layer.
         expert_size: D, the hidden size of each expert; default: that of the backbone's FFN.
         expert_kind: `gelu`, the paper's gate-less expert, or `swiglu`.
@@ -63,7 +65,8 @@ def attach(
             can be trained on in this way only.
 
     Raises:
-        UserError: the model's blocks have no single FFN, or an argument makes no sense.
+        UserError: the model is no causal LM that could be loaded again, its blocks have no single
+            FFN, or an argument makes no sense.
     """
     if init not in INITS:
         raise unknown_name("init", init, INITS)
@@ -97,9 +100,10 @@ def _require_causal_lm(model: Any) -> None:
             f"{name} has an encoder and a decoder; lookup experts are for models that go on with "
             "one text. Give a decoder alone (AutoModelForCausalLM)."
         )
-    if model.main_input_name != "input_ids":
+    main_input = getattr(model, "main_input_name", "input_ids")
+    if main_input != "input_ids":
         raise UserError(
-            f"{name} takes {model.main_input_name}; lookup experts are looked up by token id, so "
+            f"{name} takes {main_input}; lookup experts are looked up by token id, so "
             "give a model that takes input_ids (AutoModelForCausalLM)."
         )
     if is_multimodal(config) and not placeholder_ids(config):
