@@ -19,11 +19,12 @@ from transformers import PretrainedConfig
 
 class PocketConfig(PretrainedConfig):
     model_type = "pocket"
+    attribute_map = {"hidden_size": "n_embd"}
 
-    def __init__(self, vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+    def __init__(self, vocab_size=97, n_embd=32, intermediate_size=48, num_hidden_layers=3,
                  sharpness=2.0, **kwargs):
         self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
+        self.n_embd = n_embd
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.sharpness = sharpness

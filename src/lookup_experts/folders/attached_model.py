@@ -154,7 +154,8 @@ def _saved_backbone(config_dict: dict[str, Any]) -> Any:
 
 class OwnCodeConfig(LookupConfigMixin, PreTrainedConfig):
     """What is known of an attached model whose backbone has code of its own, before that was run:
-    what its `config.json` states. Stands in for a configuration of the backbone's kind."""
+    what its `config.json` states, names of sizes among them (`attribute_map`). Stands in for a
+    configuration of the backbone's kind."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -180,6 +181,7 @@ class OwnCodeModel:
         folder = _local_folder(name, kwargs)
         stated = config.to_dict()
         del stated["model_type"]
+        stated.pop("attribute_map", None)
         model_type = stated.pop("backbone_type")
         config_class, backbone = load_classes(folder, stated["auto_map"], model_type)
         config = attached_config_class(config_class).from_dict(stated)

@@ -37,6 +37,8 @@ class LookupConfigMixin:
         saved = {key: flat.pop(key) for key in _TOP_LEVEL if key in flat}
         model_type = flat.pop("model_type", None)
         saved["backbone_type"] = flat.pop("backbone_type", model_type)  # stated by `OwnCodeConfig`
+        if "auto_map" in flat and self.attribute_map:  # type: ignore[attr-defined]
+            flat["attribute_map"] = self.attribute_map  # type: ignore[attr-defined]
         saved["backbone"] = flat
         saved["model_type"] = MODEL_TYPE
         saved["num_hidden_layers"] = LOADING_HINT
