@@ -11,7 +11,8 @@
 | `gguf_file.py` | a backbone from a GGUF file |
 | `replacing.py` | a folder that is saved into again |
 | `official.py` | the folders that the authors of MoLE publish |
-| `model_folder.py` | the files of a model folder, whoever wrote them |
-| `tokenizer.py` | the tokenizer beside a model |
+| `model_folder.py` | the files of a model folder, whoever wrote them, and of one that is made |
+| `own_code.py` | models with code of their own: carried along, run where it is allowed |
+| `tokenizer.py` | the tokenizer beside a model, and how it comes along |
 | `registration.py` | what makes transformers know our model types; nothing else needs it |
 """

@@ -17,10 +17,20 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+)
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from lookup_experts.errors import UserError, unknown_name
@@ -29,6 +39,7 @@ from lookup_experts.folders.configuration import (
     MODEL_TYPE,
     LookupConfigMixin,
     attached_config_class,
+    backbone_config_class,
 )
 from lookup_experts.folders.experts_alone import (
     backbone_folder,
@@ -37,7 +48,14 @@ from lookup_experts.folders.experts_alone import (
     note_backbone,
     save_experts,
 )
-from lookup_experts.folders.model_folder import find_folder
+from lookup_experts.folders.model_folder import find_folder, give_usual_mode
+from lookup_experts.folders.own_code import (
+    auto_map,
+    load_classes,
+    needs_own_code,
+    require_trust,
+    save_code,
+)
 from lookup_experts.folders.replacing import replaced_model
 from lookup_experts.made_classes import make_class
 from lookup_experts.model.freezing import allow_training, freeze_backbone, is_attached, is_quantised
@@ -60,9 +78,10 @@ from lookup_experts.table.reader import open_reader
 
 SAVES = ("full", "experts")
 """What is saved of an attached model."""
+_PREFIX = "LookupExperts"
+"""What the name of an attached model's class says beside that of its backbone."""
 TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""
-_CLASS_PREFIX = "LookupExperts"
 
 
 @cache
@@ -71,7 +90,7 @@ def attached_class(backbone: Any) -> Any:
     return make_class(
         attached_class,
         backbone,
-        f"{_CLASS_PREFIX}{backbone.__name__}",
+        _PREFIX + backbone.__name__,
         (LookupExpertsMixin, backbone),
         __doc__=f"{backbone.__name__} with lookup experts.",
         config_class=attached_config_class(backbone.config_class),
@@ -80,10 +99,16 @@ def attached_class(backbone: Any) -> Any:
 
 def __getattr__(name: str) -> Any:
     """The class of an attached model by its name, as PEFT writes it down beside adapters."""
-    backbone = getattr(transformers, name.removeprefix(_CLASS_PREFIX), None)
-    if not name.startswith(_CLASS_PREFIX) or backbone is None:
+    backbone = getattr(transformers, name.removeprefix(_PREFIX), None)
+    if not name.startswith(_PREFIX) or backbone is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return attached_class(backbone)
+
+
+def backbone_class(attached: Any) -> Any:
+    """The class of the backbone, of the class of an attached model."""
+    place = attached.__mro__.index(LookupExpertsMixin)
+    return attached.__mro__[place + 1]
 
 
 def become_attached(model: Any, settings: LookupSettings) -> None:
@@ -93,6 +118,11 @@ def become_attached(model: Any, settings: LookupSettings) -> None:
     if not isinstance(model.config, LookupConfigMixin):
         model.config.__class__ = model.config_class
     model.config.lookup_experts = settings.to_dict()
+    named = auto_map(backbone_config_class(type(model.config)), backbone)
+    if named:
+        model.config.auto_map = named
+    elif hasattr(model.config, "auto_map"):  # transformers' own class was loaded all the same
+        del model.config.auto_map
 
 
 class LookupExpertsConfig(PreTrainedConfig):
@@ -109,10 +139,77 @@ class LookupExpertsConfig(PreTrainedConfig):
         for key in ("backbone", "backbone_type", "lookup_experts"):
             if key not in config_dict:
                 raise UserError(f"The configuration of a model with lookup experts has no {key!r}.")
-        backbone = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[config_dict["backbone_type"]]]
-        attached = attached_class(backbone)
-        AutoModelForCausalLM.register(attached.config_class, attached, exist_ok=True)
+        if needs_own_code(config_dict):
+            AutoModelForCausalLM.register(OwnCodeConfig, OwnCodeModel, exist_ok=True)
+            return OwnCodeConfig.from_dict(config_dict, **kwargs)
+        attached = attached_class(_saved_backbone(config_dict))
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+            auto.register(attached.config_class, attached, exist_ok=True)
         return attached.config_class.from_dict(config_dict, **kwargs)
+
+
+def known_backbones(config_class: Any) -> tuple[Any, ...]:
+    """The classes with a language-model head that transformers has for a configuration's class, the
+    usual one first."""
+    mappings = (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    )
+    found = (mapping[config_class] for mapping in mappings if config_class in mapping)
+    return tuple(dict.fromkeys(found))
+
+
+def _saved_backbone(config_dict: dict[str, Any]) -> Any:
+    """The class of the backbone that the `config.json` of an attached model tells of."""
+    model_type = config_dict["backbone_type"]
+    found = known_backbones(CONFIG_MAPPING[model_type]) if model_type in CONFIG_MAPPING else ()
+    if not found:
+        raise UserError(
+            f"The backbone's model type {model_type!r} is unknown to transformers here: import the "
+            "package that registers it first, or take a newer transformers."
+        )
+    architectures = config_dict.get("architectures") or ()
+    named = [kind for kind in found if _PREFIX + kind.__name__ in architectures]
+    return (named or found)[0]
+
+
+class OwnCodeConfig(LookupConfigMixin, PreTrainedConfig):
+    """What is known of an attached model whose backbone has code of its own, before that was run:
+    what its `config.json` states, names of sizes among them (`attribute_map`). Stands in for a
+    configuration of the backbone's kind."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        backbone = {**config_dict["backbone"], "backbone_type": config_dict["backbone_type"]}
+        return super().from_dict({**config_dict, "backbone": backbone}, **kwargs)
+
+
+class OwnCodeModel:
+    """What `AutoModelForCausalLM` takes for the class of such a model until it loads one."""
+
+    config_class = OwnCodeConfig
+
+    @classmethod
+    def from_pretrained(
+        cls, name: Any, *args: Any, config: Any, trust_remote_code: Any = None, **kwargs: Any
+    ) -> Any:
+        """As `LookupExpertsMixin.from_pretrained`, if the folder's code may be run.
+
+        Raises:
+            UserError: it may not, or can't be.
+        """
+        require_trust(name, trust_remote_code)
+        folder = _local_folder(name, kwargs)
+        stated = config.to_dict()
+        del stated["model_type"]
+        stated.pop("attribute_map", None)
+        model_type = stated.pop("backbone_type")
+        config_class, backbone = load_classes(folder, stated["auto_map"], model_type)
+        config = attached_config_class(config_class).from_dict(stated)
+        return attached_class(backbone).from_pretrained(
+            name, *args, config=config, trust_remote_code=True, **kwargs
+        )
 
 
 class LookupExpertsMixin(InputGradientsMixin):
@@ -202,7 +299,7 @@ class LookupExpertsMixin(InputGradientsMixin):
         options = {name: kwargs.pop(name) for name in TABLE_OPTIONS if name in kwargs}
         if _refers_to_backbone(pretrained_model_name_or_path, kwargs):
             folder = _local_folder(pretrained_model_name_or_path, kwargs)
-            loaded = _load_on_backbone(folder, *args, **kwargs)
+            loaded = _load_on_backbone(cls, folder, *args, **kwargs)
         else:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -264,26 +361,39 @@ class LookupExpertsMixin(InputGradientsMixin):
             options |= more
         if push_to_hub:  # under the folder's name, not that of the one where the files are written
             options.setdefault("repo_id", Path(save_directory).name)
-        write = partial(save_experts, self) if alone else self._save_in_full
+        write = partial(save_experts, self) if alone else self.save_in_full
         if not writes or more.get("distributed_checkpoint"):
             # Weights that are cut among processes are gathered, or written, by all of them.
             write(save_directory, is_main_process=writes, **options)
+            if writes:
+                self._save_beside_weights(Path(save_directory))
             return
         source: Any = self.expert_source if self.lookup_settings.form == "table" else None
         table = None if source is None else source.folder
         with replaced_model(Path(save_directory), variant, table) as folder:
             write(folder, **options)
+            self._save_beside_weights(folder)
 
-    def _save_in_full(self, folder: Any, **options: Any) -> None:
+    def _save_beside_weights(self, folder: Path) -> None:
+        config: Any = self.config
+        save_code(folder, backbone_config_class(type(config)), backbone_class(type(self)))
+        give_usual_mode(folder)
+
+    def save_in_full(self, folder: Any, **options: Any) -> None:
+        """As transformers' `save_pretrained`, without a table, whatever the model refers to."""
         own = self.config  # type: ignore[has-type]
         self.config = deepcopy(own)
         self.config.lookup_experts = replace(self.lookup_settings, backbone=None).to_dict()
         model: Any = self
         if options.get("state_dict") is None and _has_weights_elsewhere(model):
             options["state_dict"] = state_with_values(model)  # transformers can't get at all
+        # Where a class has code of its own, transformers looks for it in the module of the class,
+        # which for an attached one is this.
+        self.__dict__["is_remote_code"] = lambda: False
         try:
             super().save_pretrained(folder, **options)  # type: ignore[misc]
         finally:
+            del self.__dict__["is_remote_code"]
             self.config = own
 
     @property
@@ -333,6 +443,7 @@ def _has_weights_elsewhere(model: Any) -> bool:
 
 
 def _load_on_backbone(
+    attached: Any,
     folder: Path,
     *args: Any,
     config: Any = None,
@@ -342,6 +453,7 @@ def _load_on_backbone(
     """The model of a folder that refers to its backbone.
 
     Args:
+        attached: the class of the model.
         folder: what `save_experts` wrote.
         config: its configuration, as `AutoConfig` gives it; read from the folder if None.
         output_loading_info: give transformers' report on the backbone too.
@@ -353,7 +465,8 @@ def _load_on_backbone(
     if config is None:
         config = LookupExpertsConfig.from_pretrained(folder)
     settings = LookupSettings.from_dict(config.lookup_experts)
-    model, report = load_backbone(backbone_folder(folder, settings), config, *args, **kwargs)
+    place = backbone_folder(folder, settings)
+    model, report = load_backbone(place, config, backbone_class(attached), *args, **kwargs)
     note_backbone(model)
     if "generation_config" not in kwargs and (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -17,6 +17,7 @@ from lookup_experts.folders.model_folder import (
     weight_files,
 )
 from lookup_experts.folders.official import BACKBONES, load_official, moe_settings, official_kind
+from lookup_experts.folders.own_code import needs_own_code, require_trust
 from lookup_experts.model.moe import MoeGatelessLlamaConfig, check_experts_per_token
 from lookup_experts.table.lanes import check_device
 from lookup_experts.table.store import Notify, log
@@ -33,6 +34,7 @@ def load(
     dtype: str = "auto",
     verify_checksums: bool = False,
     num_experts_per_tok: int | None = None,
+    trust_remote_code: bool = False,
     notify: Notify = log,
 ) -> Any:
     """The model in a folder, in evaluation mode.
@@ -51,6 +53,8 @@ def load(
         verify_checksums: compare every record that is read with its checksum.
         num_experts_per_tok: of the paper's mixture-of-experts baseline, how many experts each token
             selects; default: what the folder says, else 2.
+        trust_remote_code: let code that the folder brings along run; a model of a class that isn't
+            transformers' own needs it.
         notify: told which store was chosen and why, and what could not be had; default: a warning
             of the logger `lookup_experts`.
 
@@ -70,9 +74,13 @@ def load(
         model_class = attached_class(backbone) if kind == "mole" else backbone
         model = load_official(path, kind, config, model_class, _torch_dtype(dtype), **selection)
         return model.to(device).eval()
+    if needs_own_code(config):
+        require_trust(path, trust_remote_code)
+    selection["trust_remote_code"] = trust_remote_code
     if config.get("model_type") == MODEL_TYPE:
         weight_files(path)
         options = {
+            **selection,
             "store": store,
             "cache": cache,
             "verify_checksums": verify_checksums,
