@@ -12,6 +12,7 @@ from lookup_experts.folders.experts_alone import (
     require_reference,
 )
 from lookup_experts.model.blocks import ffn_size, find_ffns
+from lookup_experts.model.forms import get_form
 from lookup_experts.model.freezing import (
     allow_training,
     forget_quantizer,
@@ -22,7 +23,6 @@ from lookup_experts.model.initialization import (
     INITS,
     initialize_blocks,
 )
-from lookup_experts.model.forms import get_form
 from lookup_experts.model.settings import ROW_FORMS, LookupSettings, parse_layers
 from lookup_experts.model.wiring import hidden_size_of, install
 

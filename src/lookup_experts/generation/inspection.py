@@ -28,14 +28,14 @@ from lookup_experts.table.opening import Table, open_table
 from lookup_experts.table.progress import Progress
 from lookup_experts.table.verifying import VerifyReport, verify_table
 
-MARKS = {
+MARKS: dict[str, dict[str, tuple[str, ...]]] = {
     "lookup-experts": {"experts": (".lookup_experts.routed.",), "readers": (".lookup_experts.",)},
     "official": {"experts": (".experts.", ".expert_layernorm."), "readers": (".router.",)},
     "huggingface": {},
 }
 """What the names of weights contain, of routed experts and, beside these, of what reads the rows,
 by the format of the folder."""
-MOE_MARKS = {"experts": (".experts.",)}
+MOE_MARKS: dict[str, tuple[str, ...]] = {"experts": (".experts.",)}
 """Likewise in the paper's mixture of experts, the authors' and ours."""
 
 

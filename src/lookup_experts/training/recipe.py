@@ -82,8 +82,8 @@ class ExpertsRecipe:
             object.__setattr__(self, "kind", kind)
         elif not form.HAS_ROUTER and self.kind != kind:
             raise UserError(
-                f"model.experts.kind is {self.kind!r}, but the form {self.form!r} computes its rows "
-                f"by {kind!r}; leave the key out."
+                f"model.experts.kind is {self.kind!r}, but the form {self.form!r} computes its "
+                f"rows by {kind!r}; leave the key out."
             )
 
     def _refuse_what_a_router_has(self) -> None:
