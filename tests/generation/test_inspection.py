@@ -31,8 +31,10 @@ def test_training_form(training_folder):
     total = sum(weight.numel() for weight in attached_model("llama").parameters())
     counts = described["parameters"]
     experts = 3 * (4 * 2 * 32 * 16 + 32)
+    assert described["rows"] == {"form": "mole", "size": 32}
     assert counts == {
         "resident": total - experts,
+        "readers": 3 * 4 * 32,
         "experts": experts,
         "offloaded": 97 * 3 * 4 * 32,  # V ids, 3 layers, 4 experts, d 32
         "loaded_per_token": 3 * 4 * 32,
@@ -62,6 +64,38 @@ def test_training_form_foretells_its_table(family, tmp_path):
     )
     assert (before["offloaded"], before["resident"]) == (after["table"], after["resident"])
     assert before["loaded_per_token"] == after["loaded_per_token"] == 2 * 4 * 32
+
+
+@pytest.mark.parametrize("save", ["full", "experts"])
+@pytest.mark.parametrize(
+    ("settings", "num_rows", "readers"),
+    [
+        ({"form": "meki", "row_size": 7}, 1, 2 * 7 * 32 + 32),
+        ({"num_experts": 3, "row_size": 7}, 3, 3 * 32 + 7 * 32),
+    ],
+)
+def test_rows_of_every_form(settings, num_rows, readers, save, tmp_path):
+    """Training form, experts alone, and the table of both."""
+    tiny_model("llama").save_pretrained(tmp_path / "backbone")
+    model = le.load(tmp_path / "backbone")
+    le.attach(model, train_backbone=save == "full", save=save, init="normal", **settings)
+    model.save_pretrained(tmp_path / "experts")
+    le.reparameterize(tmp_path / "experts", tmp_path / "folded", encoding="int8")
+    before, after = (inspect_folder(tmp_path / name) for name in ("experts", "folded"))
+    running = sum(weight.numel() for weight in le.load(tmp_path / "folded").parameters())
+    total = sum(weight.numel() for weight in model.parameters())
+    for described in (before, after):
+        assert described["rows"] == {"form": settings.get("form", "mole"), "size": 7}
+        assert described["parameters"]["readers"] == 3 * readers
+        assert described["parameters"]["resident"] == running
+        text = format_description(described)
+        assert f"  of it reads rows {3 * readers:,} parameters" in text
+        assert f", 7 numbers each, {num_rows} per token id and layer" in text
+        json.dumps(described)
+    assert before["parameters"]["experts"] == total - running
+    per_token = 3 * num_rows * 7
+    assert before["parameters"]["loaded_per_token"] == per_token
+    assert before["parameters"]["offloaded"] == after["parameters"]["table"] == 97 * per_token
 
 
 def test_a_mixture_of_experts(tmp_path):

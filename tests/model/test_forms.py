@@ -70,7 +70,9 @@ def meki_of(oracle: dict[str, Tensor]) -> tuple[MekiRows, MekiBlock]:
     }
     # The gate on the hidden state and the SwiGLU's have one name each in the authors' module.
     theirs["gate_proj.weight"] = oracle["module.word_emb_projection.gate_proj.weight"]
-    maker.load_state_dict({name: theirs[name] for name in maker.state_dict()})
+    maker.load_state_dict(
+        {name: theirs[name].view(own.shape) for name, own in maker.state_dict().items()}
+    )
     reader.load_state_dict(
         {
             "gate_proj.weight": oracle["module.gate_proj.weight"],

@@ -3,12 +3,14 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_runs import tiny_recipe
 
+import lookup_experts as le
 from lookup_experts import cli
 from lookup_experts.model.shared_outputs import shared_expert_outputs
 from lookup_experts.training.costs import (
@@ -37,6 +39,60 @@ def test_parameters_are_those_of_the_built_model(name: str) -> None:
     assert (found.total, found.active) == (expected.total, expected.active)
     if recipe.model.experts is not None:
         assert found.total - found.routed_experts == expected.resident
+
+
+FORMS: list[dict[str, Any]] = [
+    {"form": "meki"},
+    {"form": "meki", "row_size": 7, "layers": [1]},
+    {"form": "meki", "row_size": 48, "size": 5},
+    {"num_experts": 3, "row_size": 7},
+    {"num_experts": 1, "row_size": 48, "kind": "swiglu", "layers": [0]},
+    {"num_experts": 2, "row_size": 32},
+]
+"""Of a model that is 32 wide."""
+
+
+@pytest.mark.parametrize("experts", FORMS)
+def test_parameters_of_every_form_are_those_of_the_built_model(experts: dict[str, Any]) -> None:
+    recipe = tiny_recipe(experts)
+    model = build_without_weights(recipe, 300)
+    expected = count_parameters(model)
+    found = count(recipe.model, 300)
+    assert (found.total, found.active) == (expected.total, expected.active)
+    assert found.total - found.routed_experts == expected.resident
+    by_name = {name: weight.numel() for name, weight in model.named_parameters()}
+    attached = {name: number for name, number in by_name.items() if ".lookup_experts." in name}
+    assert found.readers == sum(n for name, n in attached.items() if ".routed." not in name)
+    assert found.routers == sum(n for name, n in attached.items() if ".router." in name)
+    assert found.static_rows == sum(n for name, n in attached.items() if ".static." in name)
+
+
+@pytest.mark.parametrize("experts", FORMS)
+def test_tables_of_every_form_are_those_that_are_made(
+    experts: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(experts)
+    table = le.reparameterize(build_model(recipe, 300), tmp_path / "folded", encoding="nf4")
+    found = costs(recipe, 300)
+    assert found.table_bytes["nf4"] == table.layout.table_bytes
+    assert found.bytes_per_token["nf4"] == table.layout.stride
+    shape = table.layout.shape
+    per_token = shape.num_layers * shape.num_experts * shape.row_size
+    assert found.parameters.loaded_per_token == per_token
+    assert found.parameters.offloaded_experts == 300 * per_token
+
+
+def test_flops_of_rows_are_their_products() -> None:
+    """A multiplication and an addition for each weight, and for each number of a row."""
+    dense = costs(tiny_recipe(), 300, tokens_per_unique_id=2.0).flops_per_token
+    meki = tiny_recipe({"form": "meki", "row_size": 8, "size": 5})
+    found = costs(meki, 300, tokens_per_unique_id=2.0).flops_per_token
+    assert found.inference - dense.inference == 2 * 2 * (32 * 8 + 8 * 32 + 8)
+    assert found.training_experts == 3 * 2 * 2 * (32 * 5 + 32 * 5 + 5 * 8) / 2.0
+    narrow = tiny_recipe({"num_experts": 3, "row_size": 8, "size": 5})
+    found = costs(narrow, 300, tokens_per_unique_id=2.0).flops_per_token
+    assert found.inference - dense.inference == 2 * 2 * (3 * 32 + 8 * 32 + 3 * 8)
+    assert found.training_experts == 3 * 2 * 2 * 3 * (32 * 5 + 5 * 8) / 2.0
 
 
 # arXiv 2503.15798, tables 2 and 3: numbers kept outside of the GPU, and loaded per token.
@@ -142,7 +198,16 @@ def saved_bytes(recipe: Recipe, vocab_size: int) -> tuple[int, float]:
     return sum(s.nbytes() for s in saved.values()), ids.numel() / ids.unique().numel()
 
 
-@pytest.mark.parametrize("experts", [None, {"num_experts": 3}])
+@pytest.mark.parametrize(
+    "experts",
+    [
+        None,
+        {"num_experts": 3},
+        {"num_experts": 3, "row_size": 8},
+        {"form": "meki"},
+        {"form": "meki", "row_size": 8},
+    ],
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_estimate_of_activations_is_near_what_autograd_keeps(
     experts: dict[str, Any] | None, precision: str
@@ -235,6 +300,15 @@ def test_a_dry_run_needs_no_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert "an estimate" in out
     code, out, err = run(capsys, "mole-160m-4e", "--dry-run", "--json")
     assert json.loads(out) == json.loads(json.dumps(of("mole-160m-4e").to_dict()))
+
+
+def test_a_dry_run_tells_what_stays_in_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    form = ("--set", "model.experts={form: meki, row_size: 96}")
+    code, out, err = run(capsys, "dense-160m", "--dry-run", *form)
+    assert (code, err) == (0, "")
+    # 12 layers: a gate and a matrix of 768 × 96, and a norm.
+    assert "what reads the rows stays in memory: 1.78 M numbers, 3.56 MB in bfloat16" in out
+    assert "58 M in rows of their own per id" in out
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import tiny_recipe
 
@@ -125,6 +125,13 @@ def test_a_binary_file_is_no_recipe(tmp_path: Path) -> None:
         ("model.experts.kind=relu", "gelu"),
         ("model.experts.layers=[0, 2]", "blocks from 0 to 1"),
         ("model.experts.size=0", "model.experts.size is 0"),
+        ("model.experts.num_experts=null", "model.experts.num_experts is missing"),
+        ("model.experts.row_size=0", "model.experts.row_size is 0; expected a number above 0"),
+        ("model.experts.row_size=1.5", "model.experts.row_size is 1.5; expected a whole number"),
+        ("model.experts.form=mekki", "Did you mean 'meki'"),
+        ("model.experts={form: meki, num_experts: 1}", "num_experts is 1, but the form 'meki' has"),
+        ("model.experts={form: meki, kind: gelu}", "computes its rows by 'swiglu'; leave the key"),
+        ("model.experts={form: meki, z_loss: 0.1}", "z_loss is 0.1, but the form 'meki' has no"),
         ("model.experts.z_loss=-1", "model.experts.z_loss is -1.0; expected a number of at least"),
         ("model.moe.num_experts=4", "both model.experts and model.moe"),
         ("model.moe={num_experts: 4, experts_per_token: 5}", "at most num_experts 4"),
@@ -207,6 +214,31 @@ def test_experts_can_be_added_to_a_dense_recipe() -> None:
     assert experts.num_experts == 3
 
 
+def test_a_form_of_rows_is_set_on_the_command_line(recipe_file: Path) -> None:
+    """It settles what the file says of another form's experts, and nothing else that was given."""
+    set_form = "model.experts.form=meki"
+    for recipe in (recipe_file, "dense-tiny"):
+        for overrides in ([set_form, "model.experts.row_size=8"], [set_form]):
+            experts = load_recipe(recipe, overrides).model.experts
+            assert experts is not None
+            assert (experts.form, experts.kind, experts.num_experts) == ("meki", "swiglu", None)
+            assert (experts.num_rows, experts.row_size) == (1, 8 if len(overrides) > 1 else None)
+    for overrides in (
+        ["model.experts.num_experts=2", set_form],
+        [set_form, "model.experts.num_experts=2"],
+    ):
+        assert "no experts to count; leave the key out" in refused(recipe_file, *overrides)
+    same = load_recipe(recipe_file, ["model.experts.form=mole"]).model.experts
+    assert same is not None and same.num_experts == 2
+
+
+@pytest.mark.parametrize("experts", [{"form": "meki", "row_size": 8}, {"num_experts": 2}])
+def test_every_form_survives_being_saved(experts: dict[str, Any]) -> None:
+    recipe = tiny_recipe(experts)
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@settings(deadline=None)  # a busy machine takes its time
 @given(
     learning_rate=st.floats(1e-9, 10),
     steps=st.integers(1, 10**12),

@@ -106,6 +106,8 @@ def speeds(
     return common("dense"), common("mole") | {
         "store": read.store,
         "backend": read.backend,
+        "form": mole.lookup_settings.row_form,
+        "row_size": reader.table.layout.shape.row_size,
         "encoding": reader.table.layout.encoding.name,
         "cache_bytes": read.cache_bytes,
         "bytes_per_step": bytes_per_step,

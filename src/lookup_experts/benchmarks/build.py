@@ -16,7 +16,7 @@ from lookup_experts.benchmarks.timing import Advance, median
 from lookup_experts.errors import UserError
 from lookup_experts.generation.folding import plan_folding
 from lookup_experts.model.folded import evaluate_experts
-from lookup_experts.model.forms.mole import LayerExperts
+from lookup_experts.model.forms import shapes_of_layer
 from lookup_experts.model.gateless_llama import paper_config
 from lookup_experts.table.build import build_table
 
@@ -66,6 +66,8 @@ def measure_build(case: Case, folder: Path, progress: Advance) -> Result:
     matmul_seconds = median(samples) * layout.shape.vocab_size / plan.chunk_ids
     return {
         "what": "build",
+        "form": case.form,
+        "row_size": layout.shape.row_size,
         "encoding": case.encoding,
         "table_bytes": layout.table_bytes,
         "seconds": seconds,
@@ -75,17 +77,14 @@ def measure_build(case: Case, folder: Path, progress: Advance) -> Result:
     }
 
 
-def random_experts(case: Case) -> tuple[nn.Embedding, list[LayerExperts]]:
-    """An embedding and the experts of every layer, with random weights."""
+def random_experts(case: Case) -> tuple[nn.Embedding, list[Any]]:
+    """An embedding and what makes the rows of every layer, with random weights."""
     config = paper_config(case.shape)
     torch.manual_seed(0)
     embedding = nn.Embedding(config.vocab_size, config.hidden_size, dtype=case.dtype)
     layers = []
     for _ in range(config.num_hidden_layers):
-        with torch.device("meta"):
-            experts = LayerExperts(
-                case.num_experts, config.hidden_size, config.intermediate_size, config.hidden_size
-            )
+        experts, _ = shapes_of_layer(case.settings, case.sizes)
         experts = experts.to(case.dtype).to_empty(device="cpu")
         for weight in experts.parameters():
             nn.init.normal_(weight, 0.0, 0.02)
@@ -94,13 +93,21 @@ def random_experts(case: Case) -> tuple[nn.Embedding, list[LayerExperts]]:
 
 
 @torch.inference_mode()
-def _matmul_seconds(embeddings: torch.Tensor, layers: list[LayerExperts]) -> float:
-    """The two products of every expert of every layer on one chunk, and nothing else."""
+def _matmul_seconds(embeddings: torch.Tensor, layers: list[Any]) -> float:
+    """The products of every layer's experts on one chunk, and nothing else."""
+    matrices = [_matrices(experts) for experts in layers]
     started_at = time.perf_counter()
-    for experts in layers:
-        hidden = torch.matmul(embeddings, experts.up_proj.transpose(1, 2))
-        torch.bmm(hidden, experts.down_proj.transpose(1, 2))
+    for *into, out in matrices:
+        for matrix in into:
+            hidden = torch.matmul(embeddings, matrix.transpose(-2, -1))
+        torch.matmul(hidden, out.transpose(-2, -1))
     return time.perf_counter() - started_at
+
+
+def _matrices(experts: nn.Module) -> list[torch.Tensor]:
+    """[..., out, in]: those that the embeddings are multiplied with, and last the one after."""
+    named = [(name, weight) for name, weight in experts.named_parameters() if "_proj" in name]
+    return [weight for _, weight in sorted(named, key=lambda pair: pair[0].startswith("down"))]
 
 
 def draw(results: list[Result], path: Path) -> None:

@@ -17,6 +17,7 @@ from lookup_experts.benchmarks.results import Result, Results
 from lookup_experts.benchmarks.text import id_stream
 from lookup_experts.errors import UserError
 from lookup_experts.model.cache_names import cache_argument, cache_of
+from lookup_experts.model.forms import shapes_of_layer
 from lookup_experts.table.opening import open_table
 from lookup_experts.table.reader import ReaderStatistics, TableExperts
 from lookup_experts.table.store_choice import open_store
@@ -51,7 +52,7 @@ def measure_models(
 
     Returns:
         `resident_bytes` is the proportional set size, as the kernel counts it; `store` and
-        `backend` are what was opened.
+        `backend` are what was opened; `reader_bytes`: of the weights that read the rows.
     """
     sample = ids[: PROMPT_TOKENS + DECODING_STEPS * 64]
     (dense, _), (mole, reader) = (
@@ -72,8 +73,18 @@ def measure_models(
             "store": reader.store,
             "backend": reader.backend,
             "cache_bytes": cache_bytes,
+            "form": case.form,
+            "row_size": case.layout.shape.row_size,
+            "reader_bytes": reader_bytes(case),
         },
     )
+
+
+def reader_bytes(case: Case) -> int:
+    """Of all layers' weights that read the rows."""
+    _, reader = shapes_of_layer(case.settings, case.sizes)
+    numbers = sum(weight.numel() for weight in reader.parameters())
+    return case.layout.shape.num_layers * numbers * case.dtype.itemsize
 
 
 def _after_decoding(
@@ -117,6 +128,8 @@ def measure_prompt(case: Case, table: Path, store: str, tokens: int, ids: np.nda
         "rows_bytes": unique_ids * shape.num_layers * row_bytes,
         "store": reader.store,
         "backend": reader.backend,
+        "form": case.form,
+        "row_size": shape.row_size,
         "encoding": case.encoding,
     }
 

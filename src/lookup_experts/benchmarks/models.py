@@ -1,7 +1,7 @@
 """Models and tables of the paper's shapes with random numbers: speed doesn't depend on them."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from lookup_experts import __version__, console
 from lookup_experts.errors import DiskFullError
 from lookup_experts.folders.attached_model import become_attached
+from lookup_experts.model.forms import Sizes, get_form
 from lookup_experts.model.gateless_llama import GatelessLlamaForCausalLM, paper_config
 from lookup_experts.model.settings import LookupSettings
 from lookup_experts.model.wiring import install
@@ -40,15 +41,38 @@ class Case:
     """Of the table."""
     dtype: torch.dtype = torch.bfloat16
     """Of the weights."""
+    form: str = "mole"
+    """Of the rows."""
+    row_size: int | None = None
+    """Numbers of a row; None: as many as the shape is wide."""
 
     @property
     def layout(self) -> RecordLayout:
         """Of its table."""
         config = paper_config(self.shape)
-        shape = TableShape(
-            config.vocab_size, config.num_hidden_layers, self.num_experts, config.hidden_size
-        )
+        row_size = self.row_size or config.hidden_size
+        shape = TableShape(config.vocab_size, config.num_hidden_layers, self.num_experts, row_size)
         return RecordLayout(shape, get_encoding(self.encoding))
+
+    @property
+    def settings(self) -> LookupSettings:
+        """In training form, as `attach` settles them."""
+        config = paper_config(self.shape)
+        defaults = get_form(self.form).defaults(config.hidden_size, config.intermediate_size)
+        return LookupSettings(
+            num_experts=self.num_experts,
+            expert_size=defaults.expert_size,
+            layers=tuple(range(config.num_hidden_layers)),
+            expert_kind=defaults.expert_kind,
+            row_form=self.form,
+            row_size=self.row_size,
+        )
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of its backbone."""
+        config = paper_config(self.shape)
+        return Sizes(config.vocab_size, config.hidden_size, config.hidden_size)
 
     @property
     def dtype_name(self) -> str:
@@ -57,8 +81,10 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For files: `160m-4e-bfloat16`."""
-        return f"{self.shape}-{self.num_experts}e-{self.encoding}"
+        """For files: `160m-4e-bfloat16`; of narrow rows `160m-meki-r96-bfloat16`."""
+        rows = f"{self.num_experts}e" if get_form(self.form).HAS_ROUTER else self.form
+        size = "" if self.row_size in (None, self.sizes.hidden_size) else f"-r{self.row_size}"
+        return f"{self.shape}-{rows}{size}-{self.encoding}"
 
     @property
     def built_name(self) -> str:
@@ -91,19 +117,15 @@ def table_model(
     notify: Any = lambda message: None,
     device: str = "cpu",
 ) -> Any:
-    """The backbone of `dense_model` with routers and the given table."""
+    """The backbone of `dense_model` with what reads rows, and the given table."""
     model = dense_model(case, device=device)
-    settings = LookupSettings(
-        num_experts=case.num_experts,
-        expert_size=model.config.intermediate_size,
-        layers=tuple(range(model.config.num_hidden_layers)),
-        form="table",
-        fingerprint=FINGERPRINT,
-    )
+    settings = replace(case.settings, form="table", fingerprint=FINGERPRINT)
     install(model, settings)
     become_attached(model, settings)
     for block in model.lookup_blocks:
-        torch.nn.init.normal_(block.router.weight, 0.0, SPREAD)
+        for weight in block.parameters():
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, 0.0, SPREAD)
     opened = open_store(table, store, notify=notify)
     model.set_expert_source(TableExperts(table, opened, case.dtype, device, cache_bytes))
     return model

@@ -6,6 +6,8 @@ Systems go by name:
     moe-10e                               top-2 of 10 routed experts on the hidden state
     mole-4e                               4 lookup experts beside the FFN
     mole-4e:size=128,z_loss=0.001         the same with keys of the recipe's section changed
+    meki                                  one row per layer beside a gate
+    meki:row_size=64, mole-4e:row_size=64 the same with narrower rows
 
 Everything else is the same for all: the recipe that they are made from. Every run is trained in a
 process and in a folder of its own; what is finished isn't trained again.
@@ -35,6 +37,8 @@ from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.evaluation.perplexity import perplexity
 from lookup_experts.folders.load import load
 from lookup_experts.generation.folding import reparameterize
+from lookup_experts.model.forms import get_form
+from lookup_experts.model.settings import ROW_FORMS
 from lookup_experts.training.checkpoints import checkpoint_step, last_checkpoint
 from lookup_experts.training.data import TokenShards
 from lookup_experts.training.progress import format_duration
@@ -76,6 +80,8 @@ def bench_quality(
 # ------------------------------------------------------------------------------------ systems
 
 _SECTIONS = {"moe": "moe", "mole": "experts"}
+_UNCOUNTED = [form for form in ROW_FORMS if not get_form(form).HAS_ROUTER]
+"""Forms of rows that have no number of experts."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,14 @@ class System:
         kind, _, changes = name.partition(":")
         if kind == "dense" and not changes:
             return cls(name, None, {})
+        if kind in _UNCOUNTED:
+            settings = {"form": kind, **_read_changes(name, changes)}
+            return cls(name, "experts", settings)
         family, _, experts = kind.partition("-")
         if family not in _SECTIONS or not experts.endswith("e") or not experts[:-1].isdigit():
             raise UserError(
-                f"No system is called {name!r}; expected dense, moe-10e, mole-4e or the like, "
-                "with changed keys after a colon: mole-4e:size=128."
+                f"No system is called {name!r}; expected dense, moe-10e, mole-4e, meki or the "
+                "like, with changed keys after a colon: mole-4e:size=128, meki:row_size=64."
             )
         settings = {"num_experts": int(experts[:-1]), **_read_changes(name, changes)}
         return cls(name, _SECTIONS[family], settings)

@@ -112,6 +112,7 @@ def measure_read(table: Table, store: RecordStore, batch: int, way: ReadingWay) 
         "what": "read",
         "store": store.name,
         "backend": store.backend,
+        "row_size": layout.shape.row_size,
         "encoding": layout.encoding.name,
         "record_bytes": layout.record_bytes,
         "batch": batch,

@@ -41,6 +41,13 @@ def _lines(found: "Costs") -> Iterator[str]:
         f"parameters: {_short(counts.total)} trained, {_short(counts.active)} active per token, "
         f"{_short(counts.routed_experts)} in routed experts, {_short(counts.routers)} in routers"
     )
+    if counts.readers:
+        yield (
+            f"  what reads the rows stays in memory: {_short(counts.readers)} numbers, "
+            f"{format_bytes(2 * counts.readers)} in bfloat16"
+        )
+    if counts.static_rows:
+        yield f"  of the routed experts {_short(counts.static_rows)} in rows of their own per id"
     if counts.offloaded_experts:
         yield (
             f"outside of the GPU while generating: {_short(counts.offloaded_experts)} numbers, "

@@ -25,7 +25,11 @@ def inspect(folder: options.ModelFolder, json: options.Json = False) -> None:
         console.result(format_description(described))
 
 
-_PARAMETER_LABELS = {"experts": "in experts", "table": "in the table"}
+_PARAMETER_LABELS = {
+    "experts": "in experts",
+    "table": "in the table",
+    "readers": "of it reads rows",
+}
 """Where a line of that name tells something else of them."""
 _CHAT_TEMPLATE = {True: "yes", False: "no", None: "no tokenizer"}
 
@@ -45,10 +49,13 @@ def format_description(described: dict[str, Any]) -> str:
         ]
     settings = described.get("lookup_experts")
     if settings:
-        lines.append(
+        rows, layers = described["rows"], len(settings["layers"])
+        lines += [
+            f"  rows            {rows['form']}, {rows['size']:,} numbers each, "
+            f"{settings['num_experts']} per token id and layer",
             f"  experts         {settings['num_experts']} {settings['expert_kind']} experts of "
-            f"size {settings['expert_size']} in {len(settings['layers'])} layers"
-        )
+            f"size {settings['expert_size']} in {layers} layers",
+        ]
         if "backbone" in settings:
             lines.append(f"  on              {settings['backbone']['name']}")
     moe = described.get("moe")

@@ -27,6 +27,12 @@ def upcycle(
     experts: Annotated[
         int | None, typer.Option(help="Experts per layer; 0 trains the backbone as it is.")
     ] = None,
+    form: Annotated[
+        str | None, typer.Option(help="How a row is made and read: mole or meki. Default: mole.")
+    ] = None,
+    row_size: Annotated[
+        int | None, typer.Option(help="Numbers of a row. Default: the model's width.")
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(help="The blocks that gain experts: 0-7, 0,2,4 or every:2. Default: all."),
@@ -73,6 +79,8 @@ def upcycle(
         load_recipe(recipe, overrides or (), kind=UpcycleRecipe),
         model,
         num_experts=experts,
+        form=form,
+        row_size=row_size,
         layers=layers,
         trained=train_backbone,
         learning_rate=backbone_lr,

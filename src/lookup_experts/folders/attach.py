@@ -24,6 +24,7 @@ from lookup_experts.model.blocks import (
     placeholder_ids,
     text_config,
 )
+from lookup_experts.model.forms import get_form
 from lookup_experts.model.freezing import (
     allow_training,
     forget_quantizer,
@@ -34,7 +35,7 @@ from lookup_experts.model.initialization import (
     INITS,
     initialize_blocks,
 )
-from lookup_experts.model.settings import LookupSettings, parse_layers
+from lookup_experts.model.settings import ROW_FORMS, LookupSettings, parse_layers
 from lookup_experts.model.wiring import hidden_size_of, install
 
 
@@ -164,13 +165,14 @@ def settings_for(
             f"{num_blocks - 1}."
         )
     width = hidden_size_of(model)
-    meki = form == "meki"
-    default_size = width // 2 if meki else ffn_size(model.config, width)
+    if form not in ROW_FORMS:
+        raise unknown_name("form", form, ROW_FORMS)
+    defaults = get_form(form).defaults(width, ffn_size(config, width))
     return LookupSettings(
-        num_experts=(1 if meki else 4) if num_experts is None else num_experts,
-        expert_size=default_size if expert_size is None else expert_size,
+        num_experts=defaults.num_experts if num_experts is None else num_experts,
+        expert_size=defaults.expert_size if expert_size is None else expert_size,
         layers=chosen,
-        expert_kind=expert_kind or ("swiglu" if meki else "gelu"),
+        expert_kind=expert_kind or defaults.expert_kind,
         norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
         row_form=form,
         row_size=None if row_size == width else row_size,

@@ -59,9 +59,7 @@ from lookup_experts.folders.own_code import (
 from lookup_experts.folders.replacing import replaced_model
 from lookup_experts.made_classes import make_class
 from lookup_experts.model.freezing import allow_training, freeze_backbone, is_attached, is_quantised
-from lookup_experts.model.initialization import (
-    initialize_blocks,
-)
+from lookup_experts.model.initialization import initialize_blocks, resize_blocks
 from lookup_experts.model.input_gradients import InputGradientsMixin
 from lookup_experts.model.placement import state_with_values
 from lookup_experts.model.rows import ExpertSource
@@ -256,6 +254,32 @@ class LookupExpertsMixin(InputGradientsMixin):
         if self.lookup_settings.form == "experts":
             with guard_torch_init_functions():  # weights that were loaded stay
                 initialize_blocks(self, self.lookup_settings, "zero")
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Any:
+        """As transformers does; what the experts have of each token id is resized with it, new ones
+        drawn as the form does.
+
+        Raises:
+            UserError: the model is in table form, and its table has the ids that it has.
+        """
+        resizes = new_num_tokens is not None or pad_to_multiple_of is not None
+        if resizes and self.lookup_settings.form == "table":
+            raise UserError(
+                "The vocabulary of a model in table form can't be resized, since its table has "
+                "records for the token ids that it was made with. Resize the model in training "
+                "form, and fold it anew."
+            )
+        embedding = super().resize_token_embeddings(  # type: ignore[misc]
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        if resizes:
+            resize_blocks(self, self.lookup_settings, embedding.weight.shape[0])
+        return embedding
 
     def train(self, mode: bool = True) -> Any:
         """As torch does; who trains adapters that leave routed experts frozen is told so once."""

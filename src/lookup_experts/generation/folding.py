@@ -31,7 +31,6 @@ from lookup_experts.folders.model_folder import (
 from lookup_experts.folders.own_code import copy_custom_generation
 from lookup_experts.folders.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from lookup_experts.model.folded import evaluate_experts, expert_facts
-from lookup_experts.model.forms.mole import LayerExperts
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 from lookup_experts.model.placement import state_with_values
 from lookup_experts.model.wiring import routed_experts
@@ -116,7 +115,7 @@ def reparameterize(
 
 def plan_folding(
     embedding: nn.Module,
-    layers: Sequence[LayerExperts],
+    layers: Sequence[Any],
     vocab_size: int,
     encoding: Encoding,
     *,
@@ -127,7 +126,7 @@ def plan_folding(
 
     Args:
         embedding: the backbone's input embedding.
-        layers: the experts of each layer, in order.
+        layers: what makes the rows of each layer, in order.
         vocab_size: V, records 0 to V - 1; the rows of the embedding.
 
     See `plan_table` for the rest.

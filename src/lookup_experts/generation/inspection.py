@@ -29,13 +29,14 @@ from lookup_experts.table.opening import Table, open_table
 from lookup_experts.table.progress import Progress
 from lookup_experts.table.verifying import VerifyReport, verify_table
 
-EXPERT_MARKS = {
-    "lookup-experts": (".lookup_experts.routed.",),
-    "official": (".experts.", ".expert_layernorm."),
-    "huggingface": (),
+MARKS: dict[str, dict[str, tuple[str, ...]]] = {
+    "lookup-experts": {"experts": (".lookup_experts.routed.",), "readers": (".lookup_experts.",)},
+    "official": {"experts": (".experts.", ".expert_layernorm."), "readers": (".router.",)},
+    "huggingface": {},
 }
-"""What the names of routed experts' weights contain, by the format of the folder."""
-MOE_MARK = ".experts."
+"""What the names of weights contain, of routed experts and, beside these, of what reads the rows,
+by the format of the folder."""
+MOE_MARKS: dict[str, tuple[str, ...]] = {"experts": (".experts.",)}
 """Likewise in the paper's mixture of experts, the authors' and ours."""
 
 
@@ -45,11 +46,13 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     Keys: `folder`, `form` (`experts`, `table`, `dense`, `moe`, or `bare table`), `format`
     (`lookup-experts`, `official` or `huggingface`), `backbone`, `context` (tokens; null where the
     configuration doesn't say), `dtypes` (of the weights, the most frequent first), `chat_template`
-    (whether there is one; null without a tokenizer), `lookup_experts` (the settings), `parameters`,
-    `table`, and `moe` (the settings) for the paper's mixture of experts.
+    (whether there is one; null without a tokenizer), `lookup_experts` (the settings), `rows`
+    (`form`, and `size`, the numbers of one; null without lookup experts), `parameters`, `table`,
+    and `moe` (the settings) for the paper's mixture of experts.
 
     Of `parameters`, `resident` is what a running model holds, in table form or as a mixture;
-    `experts`: routed experts in training form; `table`: numbers that the table stands for, or
+    `readers`: what of it reads the rows of lookup experts; `experts`: routed experts in training
+    form; `table`: numbers that the table stands for, or
     `offloaded`: those that it will stand for once the experts are folded, or a mixture's routed
     experts outside of the GPU; `loaded_per_token`: of either, what each token needs, of a mixture
     in the worst case; `active`: those of a mixture that a token uses.
@@ -89,12 +92,13 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     described["dtypes"] = weight_dtypes(path)
     described["chat_template"] = has_chat_template(path)
     described["lookup_experts"] = settings.to_dict() if settings else None
+    described["rows"] = rows_of(path, settings) if settings else None
     described["table"] = None
     if described["form"] == "moe":
         described["moe"] = moe_settings(path, config)
         described["parameters"] = moe_parameters(path, described["moe"])
         return described
-    described["parameters"] = count_parameters(path, EXPERT_MARKS[described["format"]])
+    described["parameters"] = count_parameters(path, MARKS[described["format"]])
     if settings is not None and settings.backbone is not None:
         described["parameters"]["resident"] += backbone_parameters(path, settings)
     if settings is not None and settings.form == "experts":
@@ -113,14 +117,33 @@ def attached_settings(path: Path, config: dict[str, Any]) -> LookupSettings:
     return LookupSettings.from_dict(config["lookup_experts"])
 
 
-def count_parameters(folder: Path, expert_marks: tuple[str, ...]) -> dict[str, int]:
-    """Numbers of weights by the headers of a model folder's files."""
-    counts = {"resident": 0, "experts": 0}
+def rows_of(path: Path, settings: LookupSettings) -> dict[str, Any]:
+    """The form of a model's rows, and the numbers of one."""
+    size = settings.row_size or text_config(path).hidden_size
+    return {"form": settings.row_form, "size": size}
+
+
+def count_parameters(folder: Path, marks: dict[str, tuple[str, ...]]) -> dict[str, int]:
+    """Numbers of weights by the headers of a model folder's files.
+
+    Args:
+        folder: with the weights.
+        marks: see `MARKS`.
+
+    Returns:
+        `resident` are all but `experts`; `readers`, where there are marks for them, are of these.
+    """
+    counts = dict.fromkeys(("resident", *(name for name in marks if name == "readers")), 0)
+    counts["experts"] = 0
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                kind = "experts" if any(mark in name for mark in expert_marks) else "resident"
-                counts[kind] += math.prod(file.get_slice(name).get_shape())
+                number = math.prod(file.get_slice(name).get_shape())
+                found = (kind for kind in marks if any(mark in name for mark in marks[kind]))
+                kind = next(found, "resident")
+                counts[kind] += number
+                if kind == "readers":
+                    counts["resident"] += number
     return counts
 
 
@@ -160,13 +183,13 @@ def backbone_parameters(folder: Path, settings: LookupSettings) -> int:
     assert settings.backbone is not None
     place, file = backbone_folder(folder, settings), settings.backbone.file
     if file is None:
-        return count_parameters(place, ())["resident"]
+        return count_parameters(place, {})["resident"]
     return sum(math.prod(shape) for _, (_, shape, _, _) in gguf_tensors(place / file))
 
 
 def moe_parameters(folder: Path, settings: dict[str, int]) -> dict[str, int]:
     """Those of a mixture of experts: all are resident; a token uses those of its experts."""
-    counts = count_parameters(folder, (MOE_MARK,))
+    counts = count_parameters(folder, MOE_MARKS)
     outside = offloaded_mixture(
         settings["num_layers"],
         settings["num_experts"],
@@ -187,9 +210,8 @@ def moe_parameters(folder: Path, settings: dict[str, int]) -> dict[str, int]:
 def future_table_parameters(folder: Path, settings: LookupSettings) -> dict[str, int]:
     """Numbers that the table of experts in training form will stand for, and a token's share."""
     sizes = text_config(folder)
-    table = offloaded_table(
-        len(settings.layers), settings.num_experts, sizes.hidden_size, sizes.vocab_size
-    )
+    row_size = settings.row_size or sizes.hidden_size
+    table = offloaded_table(len(settings.layers), settings.num_experts, row_size, sizes.vocab_size)
     return {"offloaded": table.parameters, "loaded_per_token": table.loaded_per_token}
 
 

@@ -19,7 +19,17 @@ def initialize_blocks(model: Any, settings: LookupSettings, init: str) -> None:
         init: `zero`: what is added to the backbone is zero. `normal`: all weights as the backbone
             draws its own.
     """
-    std = getattr(model.config, "initializer_range", None) or 0.02
-    form = get_form(settings.row_form)
+    form, std = get_form(settings.row_form), _std(model)
     for block in lookup_blocks(model):
         form.initialize(block, init, std)
+
+
+def resize_blocks(model: Any, settings: LookupSettings, vocab_size: int) -> None:
+    """Let everything that is attached to a model in training form know so many token ids."""
+    form, std = get_form(settings.row_form), _std(model)
+    for block in lookup_blocks(model):
+        form.resize(block, vocab_size, std)
+
+
+def _std(model: Any) -> float:
+    return getattr(model.config, "initializer_range", None) or 0.02

@@ -17,11 +17,10 @@ class Offloaded:
     """Those that one token needs; of a mixture of experts in the worst case, none being there."""
 
 
-def offloaded_table(
-    num_layers: int, num_experts: int, hidden_size: int, vocab_size: int
-) -> Offloaded:
-    """The table of lookup experts: d·N·V per layer, of which a token loads d·N."""
-    per_token = num_layers * num_experts * hidden_size
+def offloaded_table(num_layers: int, num_experts: int, row_size: int, vocab_size: int) -> Offloaded:
+    """The table of lookup experts: r·N·V per layer, of which a token loads r·N; in the paper a
+    row is as wide as the model, r = d."""
+    per_token = num_layers * num_experts * row_size
     return Offloaded(per_token * vocab_size, per_token)
 
 

@@ -48,9 +48,18 @@ class Stats(BaseModel):
     """`GET /v1/stats`: what the server does now; counts are since its start."""
 
     model: str
-    kind: Literal["dense", "mole-table", "mole-experts", "moe"]
+    kind: str
+    """`dense`, `moe`, or the forms of rows and model: `mole-table`, `mole-experts`, `meki-table`,
+    `meki-experts`."""
     layers: int
     experts: int
+    """Of a layer: rows of a token id, or experts of a mixture."""
+    row_size: int | None
+    """Numbers of a row; none without lookup experts."""
+    record_bytes: int | None
+    """Of a token id in the table; none without one."""
+    router: bool
+    """Whether rows are weighed by a router, of which `lookup_details` tells."""
     context: int
     """Tokens that a prompt and its continuation may have together."""
     chat: bool

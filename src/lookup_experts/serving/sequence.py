@@ -15,7 +15,7 @@ class LookupDetail:
     """What the experts did in the forward pass that gave a token."""
 
     weights: list[list[float]] | None
-    """[L, N] router weights; None for a model without lookup experts."""
+    """[L, N] router weights; None for a model without routers."""
     bytes_read: int
     """What the record of the token that went in needed from the store."""
     cache_hit: bool | None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lookup_experts.model.forms import get_form
 from lookup_experts.serving.calls import Call, deliver_on
 from lookup_experts.serving.constraints import Constraints
 from lookup_experts.serving.defaults import SamplingDefaults
@@ -134,6 +135,9 @@ class Service:
             "kind": kind_of(self._model),
             "layers": config.num_hidden_layers,
             "experts": settings.num_experts if settings else num_routed(config),
+            "row_size": (settings.row_size or config.hidden_size) if settings else None,
+            "record_bytes": self._table.table.layout.record_bytes if self._table else None,
+            "router": settings is not None and get_form(settings.row_form).HAS_ROUTER,
             "context": self.prompter.context,
             "chat": self.prompter.has_chat_template,
             "tokens_per_second": round(self.metrics.tokens_per_second, 2),
@@ -154,10 +158,11 @@ class Service:
 
 
 def kind_of(model: Any) -> str:
-    """`mole-table`, `mole-experts`, `moe` or `dense`."""
+    """The form of lookup experts' rows and of the model (`mole-table`, `meki-experts` ...), `moe`
+    or `dense`."""
     settings = getattr(model, "lookup_settings", None)
     if settings is not None:
-        return f"mole-{settings.form}"
+        return f"{settings.row_form}-{settings.form}"
     return "moe" if num_routed(model.config.get_text_config(decoder=True)) > 1 else "dense"
 
 

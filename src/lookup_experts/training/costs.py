@@ -1,8 +1,9 @@
 """What a recipe costs, from its sizes alone: `mole train --dry-run`.
 
 No model is built and no data is read. The formulas are those of the paper (arXiv 2503.15798, Table
-1) with what it leaves out: attention, the head, routers and norms, and the unique ids, of which
-the experts are evaluated once each (`model/experts.py`).
+1) with what it leaves out: attention, the head, routers and norms, and the unique ids, for which
+rows are made once each (`model/computed_rows.py`). What makes and what reads the rows of a layer
+is asked of their form, whose modules have shapes without memory.
 
 A FLOP is a multiplication or an addition; a matrix product of a token with a weight is two for
 each weight. A backward pass takes two forward passes' worth.
@@ -13,7 +14,11 @@ from dataclasses import asdict, dataclass
 from math import exp, log
 from typing import Any
 
+from torch import nn
+
+from lookup_experts.model.forms import Sizes, get_form, shapes_of_layer
 from lookup_experts.model.offloaded import offloaded_mixture, offloaded_table
+from lookup_experts.model.settings import LookupSettings
 from lookup_experts.training.recipe import ModelRecipe, Recipe
 
 BACKWARD = 2
@@ -45,6 +50,11 @@ class Parameters:
     """Numbers that are kept outside of the GPU: a table's, or a mixture's routed experts."""
     loaded_per_token: int
     """Numbers of these that one token needs; of a mixture in the worst case."""
+    readers: int = 0
+    """Of what reads the rows of lookup experts, which stays in memory: routers, gates, matrices
+    from a row to the model's width, norms."""
+    static_rows: int = 0
+    """Of the routed experts, what is learnt for each token id by itself."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +180,12 @@ def count(model: ModelRecipe, vocab_size: int) -> Parameters:
     backbone = outside + attention_and_norms + ffns
     if model.experts is None:
         return Parameters(backbone, backbone, 0, 0, backbone, 0, 0)
-    with_experts, experts = _expert_layers(model), model.experts
-    routed = with_experts * (experts.num_experts * _expert_size(model) + d)
-    routers = with_experts * experts.num_experts * d
-    table = offloaded_table(with_experts, experts.num_experts, d, vocab_size)
-    active = backbone + routers
+    with_experts = _expert_layers(model)
+    maker, reader = _shapes(model, vocab_size)
+    routed, readers = with_experts * _numbers(maker), with_experts * _numbers(reader)
+    routers = with_experts * model.experts.num_rows * d if _has_router(model) else 0
+    table = offloaded_table(with_experts, model.experts.num_rows, maker.row_size, vocab_size)
+    active = backbone + readers
     return Parameters(
         active + routed,
         backbone,
@@ -183,19 +194,50 @@ def count(model: ModelRecipe, vocab_size: int) -> Parameters:
         active,
         table.parameters,
         table.loaded_per_token,
+        readers,
+        with_experts * _static_numbers(maker),
     )
+
+
+def _shapes(model: ModelRecipe, vocab_size: int) -> tuple[Any, Any]:
+    """What makes and what reads the rows of a layer; of a dense model, nothing."""
+    experts, d = model.experts, model.hidden_size
+    assert experts is not None and experts.kind is not None
+    default = get_form(experts.form).defaults(d, model.ffn_size).expert_size
+    settings = LookupSettings(
+        num_experts=experts.num_rows,
+        expert_size=experts.size or default,
+        layers=(0,),
+        expert_kind=experts.kind,
+        row_form=experts.form,
+        row_size=experts.row_size,
+    )
+    return shapes_of_layer(settings, Sizes(vocab_size, d, d))
+
+
+def _has_router(model: ModelRecipe) -> bool:
+    assert model.experts is not None
+    return bool(get_form(model.experts.form).HAS_ROUTER)
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _static_numbers(module: nn.Module) -> int:
+    """Those that are looked up, not multiplied."""
+    return sum(_numbers(part) for part in module.modules() if isinstance(part, nn.Embedding))
+
+
+def _products(module: nn.Module) -> int:
+    """Numbers that an input is multiplied with."""
+    matrices = sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
+    return matrices - _static_numbers(module)
 
 
 def _expert_layers(model: ModelRecipe) -> int:
     assert model.experts is not None
     return model.num_layers if model.experts.layers is None else len(set(model.experts.layers))
-
-
-def _expert_size(model: ModelRecipe) -> int:
-    """Weights of one lookup expert."""
-    assert model.experts is not None
-    matrices = 3 if model.experts.kind == "swiglu" else 2
-    return matrices * model.hidden_size * (model.experts.size or model.ffn_size)
 
 
 def table_sizes(model: ModelRecipe, vocab_size: int) -> dict[str, tuple[int, int]]:
@@ -205,9 +247,8 @@ def table_sizes(model: ModelRecipe, vocab_size: int) -> dict[str, tuple[int, int
     from lookup_experts.table.encoding import ENCODINGS
     from lookup_experts.table.layout import RecordLayout, TableShape
 
-    shape = TableShape(
-        vocab_size, _expert_layers(model), model.experts.num_experts, model.hidden_size
-    )
+    row_size = model.experts.row_size or model.hidden_size
+    shape = TableShape(vocab_size, _expert_layers(model), model.experts.num_rows, row_size)
     layouts = {name: RecordLayout(shape, encoding) for name, encoding in ENCODINGS.items()}
     return {name: (layout.table_bytes, layout.stride) for name, layout in layouts.items()}
 
@@ -221,7 +262,7 @@ def _flops(recipe: Recipe, vocab_size: int, ratio: float) -> Flops:
     on_average = _forward_flops(model, vocab_size, context / 2)  # attention looks back only
     experts = 0.0
     if model.experts is not None:
-        experts = 2.0 * _expert_layers(model) * model.experts.num_experts * _expert_size(model)
+        experts = 2.0 * _expert_layers(model) * _products(_shapes(model, vocab_size)[0])
     passes = 1 + BACKWARD
     return Flops(
         training=passes * (on_average + experts / ratio),
@@ -241,8 +282,10 @@ def _forward_flops(model: ModelRecipe, vocab_size: int, positions: float) -> flo
         ffn = 2 * d * (selected + (model.moe.shared_size or 0)) + d * model.moe.num_experts
     block = 2 * (4 * d * d + ffn) + 4 * positions * d
     mixing = 0
-    if model.experts is not None:  # the router, and the weighted sum of rows
-        mixing = _expert_layers(model) * 4 * d * model.experts.num_experts
+    if model.experts is not None:  # the products of what reads the rows, and their weighted sum
+        maker, reader = _shapes(model, vocab_size)
+        rows = model.experts.num_rows * maker.row_size
+        mixing = _expert_layers(model) * 2 * (_products(reader) + rows)
     return model.num_layers * block + mixing + 2 * d * vocab_size
 
 
@@ -294,7 +337,7 @@ def kept_bytes(recipe: Recipe, vocab_size: int, ratio: float, num_gpus: int = 1)
     if training.precision == "bf16":  # autocast's copies of what is outside of the blocks
         kept += 2 * model.hidden_size * vocab_size
     if training.share_expert_outputs:
-        kept += int(_shared_bytes(recipe, ratio, num_gpus))
+        kept += int(_shared_bytes(recipe, vocab_size, ratio, num_gpus))
     if training.gradient_checkpointing:
         return kept + model.num_layers * tokens * model.hidden_size * _FLOAT32
     return kept + int(model.num_layers * _block_bytes(recipe, vocab_size, ratio))
@@ -324,13 +367,14 @@ def _block_bytes(recipe: Recipe, vocab_size: int, ratio: float) -> float:
     copies = 0.0
     if training.precision == "bf16":
         outside = 2 * vocab_size * model.hidden_size
-        copies = 2 * (count(model, vocab_size).total - outside) / model.num_layers
+        counts = count(model, vocab_size)
+        copies = 2 * (counts.total - outside - counts.static_rows) / model.num_layers
     per_token = tokens * _token_bytes(model, width)
     unique = 0.0 if training.share_expert_outputs else tokens / ratio
-    return copies + per_token + _expert_bytes(model, tokens, unique, width)
+    return copies + per_token + _expert_bytes(model, vocab_size, tokens, unique, width)
 
 
-def _shared_bytes(recipe: Recipe, ratio: float, num_gpus: int) -> float:
+def _shared_bytes(recipe: Recipe, vocab_size: int, ratio: float, num_gpus: int) -> float:
     """What all layers' experts keep of a step's unique ids, and the sums of their gradients."""
     model = recipe.model
     if model.experts is None:
@@ -339,8 +383,9 @@ def _shared_bytes(recipe: Recipe, ratio: float, num_gpus: int) -> float:
     window = _evaluation_window(recipe, num_gpus)
     unique, sums = window / ratio, 0.0
     if window > training.sequences_per_micro_batch * training.context_length:
-        sums = _FLOAT32 * unique * model.experts.num_experts * model.hidden_size
-    kept = model.num_layers * _expert_bytes(model, 0, unique, _product_bytes(recipe))
+        row_size = model.experts.row_size or model.hidden_size
+        sums = _FLOAT32 * unique * model.experts.num_rows * row_size
+    kept = model.num_layers * _expert_bytes(model, vocab_size, 0, unique, _product_bytes(recipe))
     return kept + _expert_layers(model) * sums
 
 
@@ -356,13 +401,14 @@ def _token_bytes(model: ModelRecipe, width: int) -> float:
     return norms + attention + ffn
 
 
-def _expert_bytes(model: ModelRecipe, tokens: int, unique: float, width: int) -> float:
-    """Of one block: what its lookup experts keep, per unique id, and the index of the sum."""
+def _expert_bytes(
+    model: ModelRecipe, vocab_size: int, tokens: int, unique: float, width: int
+) -> float:
+    """Of one block: what its lookup experts keep, per unique id and per token, and the index and
+    the weights of the sum."""
     if model.experts is None:
         return 0.0
-    experts = model.experts
-    matrices = 3 if experts.kind == "swiglu" else 2
-    hidden = experts.size or model.ffn_size
-    per_id = width * experts.num_experts * (matrices * hidden + model.hidden_size)
+    maker, reader = _shapes(model, vocab_size)
+    per_token = model.experts.num_rows * (8 + 4 + width) + width * reader.kept_numbers
     share = _expert_layers(model) / model.num_layers
-    return share * (unique * per_id + tokens * experts.num_experts * (8 + 4 + width))
+    return float(share * (unique * width * maker.kept_numbers + tokens * per_token))

@@ -19,7 +19,7 @@ def give_weights(model: nn.Module, device: torch.device, seed: int, std: float) 
         model: as `build_without_weights` gives it, whole or sharded over processes.
         device: where the weights go; the model's buffers go there too.
         seed: the recipe's.
-        std: the standard deviation of matrices; the weights of norms are 1.
+        std: the standard deviation of matrices; the weights of norms and scales are 1.
     """
     buffers = [
         (module, name, buffer)
@@ -36,7 +36,9 @@ def give_weights(model: nn.Module, device: torch.device, seed: int, std: float) 
 def draw(name: str, shape: torch.Size, seed: int, std: float) -> Tensor:
     """The whole of one parameter before training: float32, on the CPU."""
     if len(shape) == 1:
-        assert "norm" in name, name  # biases, which models here don't have, would begin at 0
+        assert "norm" in name or "scale" in name, (
+            name
+        )  # biases, which models here don't have, would begin at 0
         return torch.ones(shape)
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest))

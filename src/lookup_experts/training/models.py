@@ -87,6 +87,8 @@ def _build(recipe: Recipe, vocab_size: int) -> Any:
         attach(
             model,
             sizes.experts.num_experts,
+            form=sizes.experts.form,
+            row_size=sizes.experts.row_size,
             expert_size=sizes.experts.size,
             expert_kind=sizes.experts.kind,
             layers=sizes.experts.layers,

@@ -2,7 +2,7 @@
 
     model:                      # the backbone; `experts` adds lookup experts, `moe` others
       shape: 160m
-      experts: {num_experts: 4}
+      experts: {num_experts: 4}     # or {form: meki, row_size: 96}
     training:
       context_length: 2048
       tokens: 100e9
@@ -24,12 +24,17 @@ import yaml  # type: ignore[import-untyped]
 
 from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.model.expert_products import EXPERT_KINDS
+from lookup_experts.model.forms import get_form
 from lookup_experts.model.gateless_llama import SHAPES
+from lookup_experts.model.settings import ROW_FORMS
 
 PRECISIONS = ("bf16", "fp32")
 SUFFIX = ".yaml"
 # Two ways to say how long to train: setting one of them on the command line replaces the other.
 LENGTHS = ("tokens", "steps")
+# What a form of rows settles otherwise: setting the form on the command line takes these keys out
+# of the file.
+OF_FORM = ("num_experts", "kind", "size")
 # The section that says what is trained -> the command that the recipe is for.
 COMMANDS = {"model": "mole train", "backbone": "mole upcycle"}
 
@@ -38,12 +43,17 @@ COMMANDS = {"model": "mole train", "backbone": "mole upcycle"}
 class ExpertsRecipe:
     """The routed experts of every layer."""
 
-    num_experts: int
-    """Experts per layer."""
-    kind: str = "gelu"
-    """`gelu`, the paper's expert, or `swiglu`."""
+    num_experts: int | None = None
+    """Experts per layer; `mole` must state it, `meki` has none to count."""
+    form: str = "mole"
+    """How a row is made and read: `mole`, the paper's, or `meki`."""
+    row_size: int | None = None
+    """Numbers of a row, which is what the table holds; default: the model's width."""
+    kind: str | None = None
+    """`gelu`, the paper's expert and the default of `mole`, or `swiglu`, that of `meki`."""
     size: int | None = None
-    """The hidden size of each expert; default: that of the backbone's FFN."""
+    """The hidden size of each expert; default: that of the backbone's FFN, of `meki` half of the
+    model's width."""
     layers: tuple[int, ...] | None = None
     """The blocks that have experts; default: all."""
     load_balance_loss: float = 0.0
@@ -52,12 +62,48 @@ class ExpertsRecipe:
     """Coefficient of the router's z-loss; the paper trains without."""
 
     def __post_init__(self) -> None:
-        _require_positive("model.experts", self, "num_experts")
-        _require_not_negative("model.experts", self, "load_balance_loss", "z_loss")
-        if self.kind not in EXPERT_KINDS:
+        if self.form not in ROW_FORMS:
+            raise unknown_name("value of model.experts.form", self.form, ROW_FORMS)
+        if self.kind is not None and self.kind not in EXPERT_KINDS:
             raise unknown_name("value of model.experts.kind", self.kind, EXPERT_KINDS)
-        if self.size is not None:
-            _require_positive("model.experts", self, "size")
+        _require_not_negative("model.experts", self, "load_balance_loss", "z_loss")
+        for name in ("row_size", "size"):
+            if getattr(self, name) is not None:
+                _require_positive("model.experts", self, name)
+        form = get_form(self.form)
+        if form.HAS_ROUTER:
+            if self.num_experts is None:
+                raise UserError("model.experts.num_experts is missing; the recipe must state it.")
+            _require_positive("model.experts", self, "num_experts")
+        else:
+            self._refuse_what_a_router_has()
+        kind = form.defaults(1, 1).expert_kind
+        if self.kind is None:
+            object.__setattr__(self, "kind", kind)
+        elif not form.HAS_ROUTER and self.kind != kind:
+            raise UserError(
+                f"model.experts.kind is {self.kind!r}, but the form {self.form!r} computes its "
+                f"rows by {kind!r}; leave the key out."
+            )
+
+    def _refuse_what_a_router_has(self) -> None:
+        if self.num_experts is not None:
+            raise UserError(
+                f"model.experts.num_experts is {self.num_experts}, but the form {self.form!r} has "
+                "one row per layer and no experts to count; leave the key out."
+            )
+        for name in ("load_balance_loss", "z_loss"):
+            value = getattr(self, name)
+            if value:
+                raise UserError(
+                    f"model.experts.{name} is {value}, but the form {self.form!r} has no router; "
+                    "leave the key out."
+                )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one token id and layer."""
+        return self.num_experts or 1
 
 
 @dataclass(frozen=True)
@@ -312,7 +358,7 @@ def load_recipe(
             wanted = COMMANDS[kind.subject]
             raise UserError(f"{path} is a recipe for `{command}`; `{wanted}` can't take it.")
     try:
-        for override in overrides:
+        for override in sorted(overrides, key=_sets_no_form):
             _set(values, override)
         return kind.from_dict(values)
     except UserError as error:
@@ -371,6 +417,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def _sets_no_form(override: str) -> bool:
+    """Whether a `key=value` leaves the form of rows as it is; those that don't come first."""
+    key = override.partition("=")[0].strip()
+    return key.split(".")[-2:] != ["experts", "form"]
+
+
 def _set(values: dict[str, Any], override: str) -> None:
     """Apply one `key=value` to the content of a recipe file."""
     key, equals, text = override.partition("=")
@@ -388,9 +440,13 @@ def _set(values: dict[str, Any], override: str) -> None:
         for name in LENGTHS:
             section.pop(name, None)
     try:
-        section[path[-1]] = yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise UserError(f"--set {override!r}: {text!r} is no YAML value.") from None
+    if not _sets_no_form(override) and value != section.get("form", ExpertsRecipe.form):
+        for name in OF_FORM:
+            section.pop(name, None)
+    section[path[-1]] = value
 
 
 def _expand_shape(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from lookup_experts.commands.bench import options as bench_options
 
 def build(
     shape: bench_options.Shape = "160m",
-    experts: bench_options.Experts = 4,
+    experts: bench_options.Experts = None,
+    form: bench_options.Form = "mole",
+    row_size: bench_options.RowSize = None,
     encoding: bench_options.Encoding = "bfloat16",
     work: bench_options.Work = bench_options.WORK,
     json: bench_options.JsonFile = None,
@@ -20,5 +22,5 @@ def build(
     from lookup_experts.benchmarks.build import bench_build
     from lookup_experts.benchmarks.results import Results
 
-    case = bench_options.case_of(shape, experts, encoding)
+    case = bench_options.case_of(shape, experts, encoding, form=form, row_size=row_size)
     bench_build(case, work, Results("build", json, plot))

@@ -10,7 +10,9 @@ from lookup_experts.commands.bench import options as bench_options
 
 def memory(
     shape: bench_options.Shape = "160m",
-    experts: bench_options.Experts = 4,
+    experts: bench_options.Experts = None,
+    form: bench_options.Form = "mole",
+    row_size: bench_options.RowSize = None,
     encoding: bench_options.Encoding = "bfloat16",
     dtype: bench_options.Dtype = "bfloat16",
     store: options.Store = "direct",
@@ -34,6 +36,6 @@ def memory(
     from lookup_experts.benchmarks.results import Results
     from lookup_experts.units import parse_bytes
 
-    case = bench_options.case_of(shape, experts, encoding, dtype)
+    case = bench_options.case_of(shape, experts, encoding, dtype, form, row_size)
     results = Results("prompt memory" if prompt else "memory", json)
     bench_memory(case, store, parse_bytes(cache), prompt, ids, work, results)

@@ -6,7 +6,14 @@ from typing import Annotated, Any
 import typer
 
 Shape = Annotated[str, typer.Option(help="The paper's shape: 160m, 410m or 1b.")]
-Experts = Annotated[int, typer.Option("--experts", help="Routed experts per layer.")]
+Experts = Annotated[
+    int | None, typer.Option("--experts", help="Routed experts per layer. Default: 4 of mole.")
+]
+Form = Annotated[str, typer.Option("--form", help="Of the rows: mole or meki.")]
+RowSize = Annotated[
+    int | None,
+    typer.Option("--row-size", min=1, help="Numbers of a row. Default: the shape's width."),
+]
 Encoding = Annotated[str, typer.Option(help="Of the table.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")]
 Work = Annotated[
@@ -54,8 +61,28 @@ def dtype_of(name: str) -> Any:
     return getattr(torch, name)
 
 
-def case_of(shape: str, experts: int, encoding: str, dtype: str = "bfloat16") -> Any:
+def case_of(
+    shape: str,
+    experts: int | None,
+    encoding: str,
+    dtype: str = "bfloat16",
+    form: str = "mole",
+    row_size: int | None = None,
+) -> Any:
     """The `Case` of the options of these names."""
     from lookup_experts.benchmarks.models import Case
+    from lookup_experts.errors import UserError, unknown_name
+    from lookup_experts.model.forms import get_form
+    from lookup_experts.model.settings import ROW_FORMS
 
-    return Case(shape, experts, encoding, dtype_of(dtype))
+    if form not in ROW_FORMS:
+        raise unknown_name("form", form, ROW_FORMS)
+    chosen = get_form(form)
+    if experts is None:
+        experts = chosen.defaults(1, 1).num_experts
+    elif not chosen.HAS_ROUTER:
+        raise UserError(
+            f"--experts {experts}: the form {form!r} has one row per layer and no experts to "
+            "count; leave it out."
+        )
+    return Case(shape, experts, encoding, dtype_of(dtype), form, row_size)

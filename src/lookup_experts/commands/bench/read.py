@@ -6,7 +6,9 @@ from lookup_experts.commands.bench import options as bench_options
 
 def read(
     shape: bench_options.Shape = "160m",
-    experts: bench_options.Experts = 4,
+    experts: bench_options.Experts = None,
+    form: bench_options.Form = "mole",
+    row_size: bench_options.RowSize = None,
     encoding: bench_options.Encoding = "bfloat16",
     store: options.Store = "direct",
     batch: bench_options.Counts = "1,8,32,256",
@@ -21,5 +23,5 @@ def read(
     from lookup_experts.benchmarks.read import bench_read
     from lookup_experts.benchmarks.results import Results
 
-    case = bench_options.case_of(shape, experts, encoding)
+    case = bench_options.case_of(shape, experts, encoding, form=form, row_size=row_size)
     bench_read(case, store, bench_options.counts(batch), work, Results("read", json, plot))

@@ -7,8 +7,15 @@ A form is a module of this package, named as in `LookupSettings.row_form`, that 
   [N, U, r], contiguous.
 - `inputs(embeddings, settings)`: what every layer's maker sees of embeddings [U, e].
 - `new_reader(layer, settings, sizes)`: a `LookupBlock`, which reads the rows in a block.
+- `HAS_ROUTER`: whether several rows are mixed by a router, whose weights an observer is told.
+- `defaults(hidden_size, ffn_size)`: the `Defaults` of what was left open.
 - `check(settings)`: raises a `UserError` for settings that don't fit the form.
 - `initialize(block, init, std)`: gives a block's weights, reader and maker, their first values.
+- `resize(block, vocab_size, std)`: makes a block's maker one for so many ids; what it has of new
+  ones begins as in `initialize`.
+
+Makers and readers have `kept_numbers`: about how many numbers autograd keeps for a backward pass,
+of one unique id and of one position.
 
 What makes a row is folded into the table; what reads it stays with the model.
 
@@ -22,6 +29,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lookup_experts.model.rows import TokenRows
@@ -45,6 +53,27 @@ class Sizes:
     """e"""
     hidden_size: int
     """d"""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Of a form: what `LookupSettings` has where nothing was said."""
+
+    num_experts: int
+    expert_size: int
+    expert_kind: str
+
+
+def shapes_of_layer(settings: Any, sizes: Sizes) -> tuple[Any, Any]:
+    """The maker and the reader of one layer on the meta device: shapes without memory.
+
+    Args:
+        settings: a `LookupSettings`.
+        sizes: of the backbone.
+    """
+    form = get_form(settings.row_form)
+    with torch.device("meta"):
+        return form.new_maker(settings, sizes), form.new_reader(0, settings, sizes)
 
 
 class LookupBlock(nn.Module):

@@ -14,9 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.forms import LookupBlock, RowObserver, Sizes
+from lookup_experts.model.forms import Defaults, LookupBlock, RowObserver, Sizes
 from lookup_experts.model.rows import TokenRows
 from lookup_experts.model.settings import LookupSettings
+
+HAS_ROUTER = False
+
+
+def defaults(hidden_size: int, ffn_size: int) -> Defaults:
+    """See `forms`."""
+    return Defaults(num_experts=1, expert_size=hidden_size // 2, expert_kind="swiglu")
 
 
 def check(settings: LookupSettings) -> None:
@@ -67,6 +74,18 @@ def initialize(block: Any, init: str, std: float) -> None:
         nn.init.zeros_(block.post_norm.weight)
 
 
+@torch.no_grad()
+def resize(block: Any, vocab_size: int, std: float) -> None:
+    """See `forms`: the static rows are cut, or gain rows."""
+    static: nn.Embedding = block.routed.static
+    before = static.weight
+    kept = before[:vocab_size]
+    added = before.new_empty(vocab_size - len(kept), static.embedding_dim)
+    nn.init.normal_(added, 0.0, std)
+    static.weight = nn.Parameter(torch.cat([kept, added]), before.requires_grad)
+    static.num_embeddings = vocab_size
+
+
 class MekiRows(nn.Module):
     """What makes a layer's rows.
 
@@ -87,8 +106,9 @@ class MekiRows(nn.Module):
         self.up_proj = nn.Linear(embedding_size, expert_size, bias=False)
         self.down_proj = nn.Linear(expert_size, row_size, bias=False)
         self.mix_norm: Any = nn.RMSNorm(row_size, eps=norm_eps)
-        self.alpha_scale = nn.Parameter(torch.ones(()))
-        self.beta_scale = nn.Parameter(torch.ones(()))
+        # FSDP can't cut what has no dimension.
+        self.alpha_scale = nn.Parameter(torch.ones(1))
+        self.beta_scale = nn.Parameter(torch.ones(1))
 
     @property
     def identity(self) -> str:
@@ -109,6 +129,11 @@ class MekiRows(nn.Module):
     def evaluation_numbers(self) -> int:
         """How many numbers are held while one id is evaluated."""
         return 3 * self.gate_proj.out_features + 4 * self.row_size
+
+    @property
+    def kept_numbers(self) -> int:
+        """See `forms`."""
+        return 4 * self.gate_proj.out_features + 3 * self.row_size
 
     def inputs(self, embeddings: Tensor) -> Tensor:
         """What `forward` takes of embeddings [U, e]."""
@@ -143,6 +168,11 @@ class MekiBlock(LookupBlock):
         self.gate_proj = nn.Linear(hidden_size, row_size, bias=False)
         self.out_proj = nn.Linear(row_size, hidden_size, bias=False)
         self.post_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+
+    @property
+    def kept_numbers(self) -> int:
+        """See `forms`."""
+        return self.out_proj.out_features + 2 * self.out_proj.in_features
 
     def forward(
         self, hidden_states: Tensor, rows: TokenRows, observe: RowObserver | None = None

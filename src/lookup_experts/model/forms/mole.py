@@ -19,10 +19,23 @@ from lookup_experts.model.expert_products import (
     expert_outputs,
     normalize,
 )
-from lookup_experts.model.forms import LookupBlock, RowObserver, Sizes, is_called_plainly
+from lookup_experts.model.forms import (
+    Defaults,
+    LookupBlock,
+    RowObserver,
+    Sizes,
+    is_called_plainly,
+)
 from lookup_experts.model.router_losses import record_logits
 from lookup_experts.model.rows import TokenRows
 from lookup_experts.model.settings import LookupSettings
+
+HAS_ROUTER = True
+
+
+def defaults(hidden_size: int, ffn_size: int) -> Defaults:
+    """See `forms`."""
+    return Defaults(num_experts=4, expert_size=ffn_size, expert_kind="gelu")
 
 
 def check(settings: LookupSettings) -> None:
@@ -65,6 +78,10 @@ def initialize(block: Any, init: str, std: float) -> None:
     nn.init.normal_(block.router.weight, 0.0, std)
     if block.out_proj is not None:
         nn.init.normal_(block.out_proj.weight, 0.0, std)
+
+
+def resize(block: Any, vocab_size: int, std: float) -> None:
+    """See `forms`: experts know embeddings, not ids."""
 
 
 class LayerExperts(nn.Module):
@@ -124,6 +141,12 @@ class LayerExperts(nn.Module):
         num_experts, row_size, expert_size = self.down_proj.shape
         return num_experts * (expert_size * (3 if self.kind == "swiglu" else 2) + 2 * row_size)
 
+    @property
+    def kept_numbers(self) -> int:
+        """See `forms`."""
+        num_experts, row_size, expert_size = self.down_proj.shape
+        return num_experts * (expert_size * (3 if self.kind == "swiglu" else 2) + row_size)
+
     def inputs(self, embeddings: Tensor) -> Tensor:
         """What `forward` takes of embeddings [U, e]."""
         return normalize(embeddings, self.norm_eps)
@@ -170,6 +193,11 @@ class LookupExperts(LookupBlock):
         self.out_proj: nn.Linear | None = None
         if row_size is not None and row_size != hidden_size:
             self.out_proj = nn.Linear(row_size, hidden_size, bias=False)
+
+    @property
+    def kept_numbers(self) -> int:
+        """See `forms`; the index and the weights of the sum aside."""
+        return 0 if self.out_proj is None else self.out_proj.in_features
 
     def forward(
         self, hidden_states: Tensor, rows: TokenRows, observe: RowObserver | None = None

@@ -2,7 +2,7 @@
 
 import { ApiError, fetchStats, streamChunks } from "./api.js";
 import { keep, kept } from "./conversation.js";
-import { formatBytes, hasLookupExperts, prepare } from "./details.js";
+import { formatBytes, hasLookupExperts, prepare, reads } from "./details.js";
 import { clear, Turn } from "./transcript.js";
 
 const element = (id) => document.getElementById(id);
@@ -15,9 +15,8 @@ let running = null; // the AbortController of what is generated now
 // ------------------------------------------------------------------ what the server does
 
 function showStats(stats) {
-  const reads = stats.kind === "mole-table" && stats.store !== "memory";
   element("live-speed").textContent = stats.tokens_per_second.toFixed(1);
-  element("live-hits").textContent = reads ? `${(100 * stats.hit_rate).toFixed(1)} %` : "–";
+  element("live-hits").textContent = reads(stats) ? `${(100 * stats.hit_rate).toFixed(1)} %` : "–";
   element("live-memory").textContent = formatBytes(stats.resident_bytes);
   element("live-queue").textContent = `${stats.running}, ${stats.waiting}`;
   if (served === null) begin(stats);
@@ -39,10 +38,13 @@ function describe(stats) {
   const form = {
     dense: "dense",
     moe: `mixture of ${stats.experts} experts`,
-    "mole-experts": `${stats.experts} lookup experts, training form`,
-    "mole-table": `${stats.experts} lookup experts, table: ${stats.store}`,
   }[stats.kind];
-  return `${stats.model} · ${stats.layers} layers · ${form}`;
+  return `${stats.model} · ${stats.layers} layers · ${form ?? describeRows(stats)}`;
+}
+
+function describeRows(stats) {
+  const rows = stats.router ? `${stats.experts} lookup experts` : `one row of ${stats.row_size} per layer`;
+  return `${rows}, ${stats.record_bytes === null ? "training form" : `table: ${stats.store}`}`;
 }
 
 const isChat = () => element("mode").value === "chat";

@@ -2,7 +2,6 @@
 
 const element = (id) => document.getElementById(id);
 const NARROW = 8; // experts beyond which a cell is too small for its number
-const KINDS_WITH_WEIGHTS = new Set(["mole-table", "mole-experts"]);
 
 /** `73.7 kB`. */
 export function formatBytes(bytes) {
@@ -18,13 +17,26 @@ export function formatBytes(bytes) {
 const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 
 /** Whether a served model has lookup experts, of which there is something to show. */
-export const hasLookupExperts = (stats) => KINDS_WITH_WEIGHTS.has(stats.kind);
+export const hasLookupExperts = (stats) => stats.row_size !== null;
 
-/** An empty heat map of the served model's size; nothing where there are no lookup experts. */
+/** Whether it reads records while it generates. */
+export const reads = (stats) => stats.record_bytes !== null && stats.store !== "memory";
+
+/** Room for details: an empty heat map where a router weighs rows, else what there is instead;
+    nothing where there are no lookup experts. */
 export function prepare(stats) {
   element("details").hidden = !hasLookupExperts(stats);
-  element("legend").hidden = stats.kind !== "mole-table" || stats.store === "memory";
-  if (hasLookupExperts(stats)) build(stats.layers, stats.experts);
+  element("legend").hidden = !reads(stats);
+  element("heat").hidden = !stats.router;
+  element("detail-rows").hidden = stats.router;
+  if (stats.router) build(stats.layers, stats.experts);
+  else if (hasLookupExperts(stats)) element("detail-rows").textContent = withoutRouter(stats);
+}
+
+function withoutRouter(stats) {
+  const rows = `one row of ${stats.row_size} numbers in each layer that has rows; no router weighs them.`;
+  if (stats.record_bytes === null) return `A token id makes ${rows}`;
+  return `A token id has a record of ${formatBytes(stats.record_bytes)}: ${rows}`;
 }
 
 function cell(name, text, scope) {
