@@ -5,18 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.folders.attached_model import (
-    SAVES,
-    LookupExpertsMixin,
-    become_attached,
-    known_backbones,
-)
+from lookup_experts.folders.attached_model import LookupExpertsMixin
 from lookup_experts.folders.experts_alone import (
     note_backbone,
     refer_to_backbone_of,
     require_reference,
 )
+from lookup_experts.folders.load import become_attached, known_backbones
 from lookup_experts.folders.own_code import has_own_code, require_files
+from lookup_experts.folders.saving import SAVES
 from lookup_experts.model.blocks import (
     ffn_size,
     find_ffns,

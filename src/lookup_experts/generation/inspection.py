@@ -10,10 +10,9 @@ from typing import Any
 from safetensors import safe_open
 
 from lookup_experts.errors import TableError, UserError
-from lookup_experts.folders.attached_model import LookupExpertsConfig
 from lookup_experts.folders.experts_alone import backbone_folder
 from lookup_experts.folders.gguf_file import gguf_tensors
-from lookup_experts.folders.load import load
+from lookup_experts.folders.load import LookupExpertsConfig, load
 from lookup_experts.folders.model_folder import local_folder, read_config, weight_files
 from lookup_experts.folders.official import moe_settings, official_kind, official_settings
 from lookup_experts.folders.own_code import needs_own_code, require_trust

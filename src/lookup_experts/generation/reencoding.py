@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lookup_experts.errors import TableError, UserError
-from lookup_experts.folders.attached_model import LookupExpertsConfig
+from lookup_experts.folders.load import LookupExpertsConfig
 from lookup_experts.folders.model_folder import (
     TABLE,
     begin_inference_folder,

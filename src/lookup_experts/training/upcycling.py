@@ -13,11 +13,12 @@ import torch
 
 from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.folders.attach import attach
-from lookup_experts.folders.attached_model import SAVES, LookupExpertsMixin
+from lookup_experts.folders.attached_model import LookupExpertsMixin
 from lookup_experts.folders.experts_alone import refer_to, set_backbone_reference
 from lookup_experts.folders.load import load
 from lookup_experts.folders.model_folder import local_folder, read_config
 from lookup_experts.folders.own_code import needs_own_code, require_trust
+from lookup_experts.folders.saving import SAVES
 from lookup_experts.model.blocks import find_ffns
 from lookup_experts.model.freezing import is_attached
 from lookup_experts.model.settings import parse_layers
