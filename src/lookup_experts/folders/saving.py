@@ -13,7 +13,7 @@ from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.folders.adapters import refuse_adapters
 from lookup_experts.folders.configuration import backbone_config_class
 from lookup_experts.folders.experts_alone import save_experts
-from lookup_experts.folders.model_folder import give_usual_mode
+from lookup_experts.folders.model_folder import CONFIG, give_usual_mode
 from lookup_experts.folders.own_code import save_code
 from lookup_experts.folders.replacing import replaced_model
 from lookup_experts.made_classes import made_of
@@ -73,19 +73,21 @@ class SavingMixin:
             # Weights that are cut among processes are gathered, or written, by all of them.
             write(save_directory, is_main_process=writes, **options)
             if writes:
-                self._save_beside_weights(Path(save_directory))
+                self.save_beside_weights(Path(save_directory))
             return
         model: Any = self
         in_table_form = model.lookup_settings.form == "table"
         table = model.expert_source.folder if in_table_form else None
         with replaced_model(Path(save_directory), variant, table) as folder:
             write(folder, **options)
-            self._save_beside_weights(folder)
+            self.save_beside_weights(folder)
 
-    def _save_beside_weights(self, folder: Path) -> None:
-        config: Any = self.config
-        save_code(folder, backbone_config_class(type(config)), made_of(type(self)))
-        give_usual_mode(folder)
+    def save_beside_weights(self, folder: Path) -> None:
+        """Complete a folder that transformers has saved: code of the backbone's own, modes."""
+        if (folder / CONFIG).exists():  # adapters are saved without
+            config: Any = self.config
+            save_code(folder, backbone_config_class(type(config)), made_of(type(self)))
+            give_usual_mode(folder)
 
     def save_in_full(self, folder: Any, **options: Any) -> None:
         """As transformers' `save_pretrained`, without a table, whatever the model refers to."""

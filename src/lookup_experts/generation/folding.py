@@ -24,7 +24,6 @@ from lookup_experts.folders.load import load
 from lookup_experts.folders.model_folder import (
     TABLE,
     begin_inference_folder,
-    give_usual_mode,
     local_folder,
     require_new,
 )
@@ -171,9 +170,9 @@ def save_without_experts(model: Any, folder: Path, fingerprint: str) -> None:
         # The class's own method would take the table of a table-form model along; there is none.
         if quantised:
             save_experts(model, folder, state_dict=state)
-            give_usual_mode(folder)
         else:
             model.save_in_full(folder, state_dict=state)
+        model.save_beside_weights(folder)
     finally:
         model.config = training_config
 
