@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 
 from lookup_experts.model.rows import TokenRows, mix_reference
+from lookup_experts.model.wiring import routed_experts
 from lookup_experts.table import reader as reader_module
 from lookup_experts.table import uring
-from lookup_experts.table.format import Table
+from lookup_experts.table.host_memory import aligned_buffer
+from lookup_experts.table.opening import Table
 from lookup_experts.table.reader import TableExperts
-from lookup_experts.table.store import RecordStore, aligned_buffer, open_store
+from lookup_experts.table.store import RecordStore
+from lookup_experts.table.store_choice import open_store
 from lookup_experts.table.uring import Ring
 
 WAYS = ("memory", "mmap", "io_uring", "threads", "page cache")
@@ -101,8 +105,8 @@ class Expected:
         """[B, T, N, d]."""
         shape, encoding = self.layout.shape, self.layout.encoding
         codes = self._records[ids.flatten()][:, self.layout.layer_slice(layer)].clone()
-        rows = encoding.decode(codes, shape.num_experts, shape.hidden_size, self.dtype)
-        return rows.view(*ids.shape, shape.num_experts, shape.hidden_size)
+        rows = encoding.decode(codes, shape.num_experts, shape.row_size, self.dtype)
+        return rows.view(*ids.shape, shape.num_experts, shape.row_size)
 
     def weights(self, ids: Tensor, layer: int) -> Tensor:
         """Some router weights, [B·T, N]."""
@@ -120,10 +124,10 @@ class Expected:
         output with what the experts add."""
         shape = self.layout.shape
         generator = torch.Generator().manual_seed(layer)
-        size = (2, *ids.shape, shape.hidden_size)
+        size = (2, *ids.shape, shape.row_size)
         states, output = torch.randn(size, generator=generator).to(self.dtype).unbind()
-        router = torch.randn(shape.num_experts, shape.hidden_size, generator=generator)
-        router = (router / shape.hidden_size**0.5).to(self.dtype)
+        router = torch.randn(shape.num_experts, shape.row_size, generator=generator)
+        router = (router / shape.row_size**0.5).to(self.dtype)
         weights = (states.float() @ router.float().T).softmax(dim=-1)
         mixed = torch.einsum("...nd,...n->...d", self.layer(layer, ids).float(), weights)
         return (states, router, output), (output.float() + mixed).to(self.dtype)
@@ -178,3 +182,15 @@ def open_on(lane, table, way="threads", dtype=None, cache_bytes=0, group_bytes=2
         reader = TableExperts(table, store, dtype, cache_bytes=cache_bytes)
         yield reader
         reader.close()
+
+
+class RowsInTraining:
+    """The rows of a model in training form, each layer from its own experts."""
+
+    def __init__(self, model: Any, token_ids: Tensor) -> None:
+        self._rows = model.expert_source.rows(token_ids, base_model=model.base_model)
+        self._experts = routed_experts(model)
+        self.index = self._rows.index
+
+    def layer(self, layer: int) -> Tensor:
+        return self._rows.layer(layer, self._experts[layer])

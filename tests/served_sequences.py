@@ -20,12 +20,12 @@ from lookup_experts.serving.waiting import Limits
 class Collected:
     """Everything that was told of one sequence."""
 
-    def __init__(self, request: GenerationRequest, decode: Any = None) -> None:
+    def __init__(self, request: GenerationRequest, bytes_of: Any = None) -> None:
         self.events: list[Event] = []
         self.over = threading.Event()
         self.first = threading.Event()
         self.sequence = GenerationSequence(
-            request, decode or (lambda ids: " ".join(map(str, ids))), self._hear
+            request, bytes_of or (lambda token_id, begins=False: b" %d" % token_id), self._hear
         )
 
     def _hear(self, event: Event) -> None:
@@ -73,13 +73,13 @@ class Bench:
         for sequence, event in outbox:
             sequence.listen(event)
 
-    def submit(self, *requests: GenerationRequest, decode: Any = None) -> list[Collected]:
-        collected = [Collected(request, decode) for request in requests]
+    def submit(self, *requests: GenerationRequest, bytes_of: Any = None) -> list[Collected]:
+        collected = [Collected(request, bytes_of) for request in requests]
         self.engine.submit([one.sequence for one in collected])
         return collected
 
-    def run(self, *requests: GenerationRequest, decode: Any = None) -> list[Collected]:
-        return [one.wait() for one in self.submit(*requests, decode=decode)]
+    def run(self, *requests: GenerationRequest, bytes_of: Any = None) -> list[Collected]:
+        return [one.wait() for one in self.submit(*requests, bytes_of=bytes_of)]
 
     def __enter__(self) -> "Bench":
         self.engine.start()

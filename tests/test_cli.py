@@ -1,14 +1,20 @@
 """`mole`: help, results on stdout, errors in one line and exit code 2."""
 
 import json
+import os
+import pty
+import re
 import shutil
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
+import torch
 from random_tables import flip_bit
 from tiny_models import attached_model, tiny_model
+from transformers import AutoTokenizer
 
 import lookup_experts as le
 from lookup_experts import cli
@@ -130,8 +136,43 @@ def test_an_error_of_the_real_command_is_one_line():
 def test_chat_answers_what_is_piped_in(table_folder):
     done = binary("chat", table_folder, "-n", "5", "--seed", "1", input="the fox\nthe dog\n\n")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("> ") == 3
+    assert ">" not in done.stdout  # signs that ask for a turn are for a terminal
+    assert len(done.stdout.splitlines()) >= 2
     assert "no chat template" in done.stderr and "new tokens" not in done.stderr
+
+
+def test_chat_on_a_terminal_asks_for_turns_and_outlives_one_that_is_too_long(table_folder):
+    """A real terminal: only there a turn that can't be answered doesn't end the talk."""
+    terminal, inner = pty.openpty()
+    termios.tcsetwinsize(inner, (40, 4000))
+    command = [str(MOLE), "chat", str(table_folder), "-n", "3"]
+    process = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, close_fds=True)
+    os.close(inner)
+    shown = b""
+    for turn, signs in (
+        (b"the fox\n", 1),
+        (b"the dog " * 70 + b"\n", 2),
+        (b"the dog\n", 3),
+        (b"\n", 4),
+    ):
+        while shown.count(b"> ") < signs:
+            shown += os.read(terminal, 10_000)
+        os.write(terminal, turn)
+    assert process.wait(20) == 0
+    assert b"and the model's context is 128" in shown
+    os.close(terminal)
+    piped = binary("chat", table_folder, "-n", "3", input="the dog " * 70 + "\n")
+    assert (piped.returncode, piped.stdout) == (2, "")
+    assert "and the model's context is 128" in piped.stderr
+
+
+def test_chat_near_the_end_of_the_context_says_so(table_folder):
+    turn = "the quick brown fox " * 8
+    done = binary("chat", table_folder, "-n", "120", "--stats", "--seed", "1", input=turn)
+    assert done.returncode == 0, done.stderr
+    prompt, new = map(int, re.search(r"(\d+) prompt tokens, (\d+) new", done.stderr).groups())
+    assert prompt > 28 and prompt + new == 128
+    assert f"Stopped after {new} tokens: the context of 128 is full." in done.stderr
 
 
 def test_chat_tells_what_each_answer_took(table_folder):
@@ -155,8 +196,33 @@ def test_inspect(mole, training_folder, table_folder, official_oracles):
         code, out, _ = mole("inspect", folder)
         assert code == 0
         assert str(folder) in out
+        labels = [line[:18].strip() for line in out.splitlines()[1:]]
+        assert sorted(labels) == sorted(set(labels))
         code, out, _ = mole("inspect", folder, "--json")
         assert json.loads(out)["folder"] == str(folder)
+
+
+def test_inspect_tells_context_dtype_and_chat_template(mole, own_folder, tmp_path):
+    def told(folder: Path) -> list[str]:
+        lines = mole("inspect", folder)[1].splitlines()
+        return [
+            line.split(maxsplit=1)[1] for line in lines if line.split()[0] in ("context", "dtype")
+        ] + [line.split(maxsplit=2)[2] for line in lines if line.startswith("  chat template")]
+
+    assert told(own_folder) == ["128 tokens", "float32", "no"]
+    tokenizer = AutoTokenizer.from_pretrained(own_folder)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(own_folder)
+    assert told(own_folder)[2] == "yes"
+    tiny_model("bloom").to(torch.bfloat16).save_pretrained(tmp_path / "bloom")
+    settings = json.loads((tmp_path / "bloom" / "config.json").read_text())
+    del settings[
+        "max_position_embeddings"
+    ]  # of ours; it has none, its attention needs no positions
+    (tmp_path / "bloom" / "config.json").write_text(json.dumps(settings))
+    assert told(tmp_path / "bloom") == ["not stated", "bfloat16", "no tokenizer"]
+    found = json.loads(mole("inspect", tmp_path / "bloom", "--json")[1])
+    assert (found["context"], found["dtypes"], found["chat_template"]) == (None, ["bfloat16"], None)
 
 
 def test_reparameterize_tells_what_it_made(mole, training_folder, tmp_path):
@@ -227,6 +293,51 @@ def test_generate_gives_text_as_it_comes_or_ids(mole, table_folder):
     assert len(out.split()) == 6
 
 
+def test_generate_ends_with_the_context(mole, table_folder):
+    code, out, err = mole("generate", table_folder, "--prompt-ids", "4 5", "-n", 5000)
+    assert (code, len(out.split())) == (0, 126)
+    assert "Stopped after 126 tokens: the context of 128 is full." in err
+    out = mole("generate", table_folder, "--prompt-ids", "4 5", "-n", 5000, "--json")[1]
+    assert json.loads(out)["finish_reason"] == "context"
+
+
+def test_generate_reads_its_prompt_from_standard_input(table_folder, mole):
+    expected = mole("generate", table_folder, "-p", "the fox\n  and", "-n", 5)[1]
+    done = binary("generate", table_folder, "-p", "-", "-n", 5, input="the fox\n  and\n")
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+    refused = subprocess.run(
+        [str(MOLE), "generate", str(table_folder), "-p", "-"],
+        input=b"\xff\xfe",
+        capture_output=True,
+        check=False,
+    )
+    assert (refused.returncode, refused.stdout) == (2, b"")
+    assert b"Standard input is not UTF-8 text" in refused.stderr
+
+
+def test_generate_asks_a_message_through_the_chat_template(mole, refused, own_folder):
+    assert "has no chat template" in refused("generate", own_folder, "--chat", "-p", "the fox")
+    assert "give it as text" in refused("generate", own_folder, "--chat", "--prompt-ids", "4")
+    tokenizer = AutoTokenizer.from_pretrained(own_folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} and{% endfor %}"
+    tokenizer.save_pretrained(own_folder)
+    asked = mole("generate", own_folder, "--chat", "-p", "the fox", "-n", 5)
+    assert asked[:2] == mole("generate", own_folder, "-p", "the fox and", "-n", 5)[:2]
+    # A model that ends at once where it is not asked as it learnt to be.
+    first = json.loads(mole("generate", own_folder, "-p", "the", "-n", 1, "--json")[1])
+    settings = json.loads((own_folder / "generation_config.json").read_text())
+    settings["eos_token_id"] = first["token_ids"][0]
+    (own_folder / "generation_config.json").write_text(json.dumps(settings))
+    tokenizer.add_special_tokens(
+        {"eos_token": tokenizer.convert_ids_to_tokens(settings["eos_token_id"])}
+    )
+    tokenizer.save_pretrained(own_folder)
+    code, out, err = mole("generate", own_folder, "-p", "the", "-n", 9)
+    assert (code, out) == (0, "\n")
+    assert "The model wrote no text and ended the text (tokens: 1)." in err
+    assert "has a chat template: ask the prompt as a message, with --chat." in err
+
+
 def test_generate_is_repeatable_with_a_seed(mole, table_folder):
     def sampled(seed: int) -> str:
         return mole(
@@ -279,7 +390,7 @@ def test_no_tokenizer(refused, own_folder):
 
 
 def test_tables_that_are_not_what_they_should_be(refused, own_folder, tmp_path):
-    flip_bit(own_folder / SHARD, 4096 + 4 * 2048 + 2)
+    flip_bit(own_folder / SHARD, 4096 + 4 * 1536 + 2)
     assert "record 4" in refused("verify", own_folder)
     line = refused(
         "generate", own_folder, "--prompt-ids", "3 4", "--checksums", "--store", "direct"

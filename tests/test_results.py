@@ -145,12 +145,8 @@ def test_what_failed_has_a_row_as_well():
 
 
 def test_rows_of_a_prompt():
-    from lookup_experts.benchmarks.residency import PromptMemoryResult
-
-    found = PromptMemoryResult(
-        "memory", 2048, 700, 16_000_000, 48_000_000, "direct", "io_uring", "nf4"
-    )
-    (row,) = result_rows("prompt-memory", [found.to_dict()])
+    found = {"tokens": 2048, "unique_ids": 700, "peak_bytes": 16_000_000, "rows_bytes": 48_000_000}
+    (row,) = result_rows("prompt-memory", [found])
     assert (row["prompt"], row["peak"]) == ("2,048 tokens", "16 MB")
 
 

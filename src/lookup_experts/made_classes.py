@@ -5,12 +5,17 @@ process. One of these is pickled as the function that made it and what it was ma
 """
 
 import copyreg
+from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any
 
 
 class MadeClass(type):
     """The type of such a class."""
+
+
+class MadeAbstractClass(MadeClass, ABCMeta):
+    """The type of such a class whose bases are abstract ones."""
 
 
 def make_class(
@@ -25,8 +30,10 @@ def make_class(
         bases: of the class.
         attributes: of the class.
     """
+    abstract = any(isinstance(given, ABCMeta) for given in bases)
+    kind = MadeAbstractClass if abstract else MadeClass
     recipe = (maker, (base,))
-    return MadeClass(name, bases, {"__module__": maker.__module__, "_recipe": recipe, **attributes})
+    return kind(name, bases, {"__module__": maker.__module__, "_recipe": recipe, **attributes})
 
 
 def _reduce(made: type) -> Any:
@@ -35,3 +42,4 @@ def _reduce(made: type) -> Any:
 
 
 copyreg.pickle(MadeClass, _reduce)
+copyreg.pickle(MadeAbstractClass, _reduce)

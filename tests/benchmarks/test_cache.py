@@ -1,10 +1,14 @@
 """Cache policies on streams small enough to follow by hand, and against plain ones."""
 
+import json
 import random
 
 import numpy as np
 import pytest
+from result_rows import result_rows
+from typer.testing import CliRunner
 
+from lookup_experts import cli
 from lookup_experts.benchmarks import cache
 from lookup_experts.benchmarks.cache import (
     LeastFrequentlyUsed,
@@ -17,6 +21,8 @@ from lookup_experts.benchmarks.cache import (
     hit_rate_at_first,
 )
 from lookup_experts.table.cache import RowCache
+
+run = CliRunner().invoke
 
 DYNAMIC = [LeastRecentlyUsed, LeastFrequentlyUsed, TinyLeastFrequentlyUsed]
 
@@ -146,3 +152,27 @@ def test_the_comparison_measures_the_second_half():
     # Two streams, 2 2 2 and 2 1 3: steps (2), (2, 1), (2, 3), five look-ups for six tokens.
     assert found["lru", 3, 2]["hit_rate"] == pytest.approx(2 / 5)
     assert found["lru", 3, 2]["reads_per_token"] == pytest.approx(3 / 6)
+
+
+def test_cache_policies(tmp_path, ids):
+    out = tmp_path / "cache.json"
+    sizes = ["--capacity", "16,64", "--streams", "1,4", "--tokens", "4000", "--ids", str(ids)]
+    plot = tmp_path / "cache.png"
+    done = run(cli.app, ["bench", "cache", *sizes, "--json", str(out), "--plot", str(plot)])
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())["results"]
+    assert len(results) == 2 * 2 * 5
+    expected = {
+        "policy",
+        "capacity",
+        "streams",
+        "hit_rate",
+        "hit_rate_at_first",
+        "reads_per_token",
+    }
+    assert all(set(result) == expected for result in results)
+    rows = result_rows("cache-policies", results)
+    assert len(rows) == 2 * 5 and rows[0]["64 records"].endswith("%")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    few = run(cli.app, ["bench", "cache", *sizes[:-3], "2", "--ids", str(ids)])
+    assert "too few for 4 streams" in str(few.exception)

@@ -12,21 +12,21 @@ import pytest
 from tiny_texts import prose
 
 from lookup_experts import cli
-from lookup_experts.benchmarks.demo import memory, pipeline, sizes, stages
-from lookup_experts.benchmarks.demo.agreement import require_same_tokens
-from lookup_experts.benchmarks.demo.corpus import (
-    own_text,
-    read_corpus,
-    standard_library,
-    write_corpus,
-)
+from lookup_experts.benchmarks.demo import measure, stages
 from lookup_experts.benchmarks.demo.journal import JOURNAL_NAME, Journal, Stage
-from lookup_experts.benchmarks.demo.memory import measure_memory
-from lookup_experts.benchmarks.demo.pipeline import run_demo
-from lookup_experts.benchmarks.demo.report import format_count, header, remarks, rows, shorten
-from lookup_experts.benchmarks.demo.screen import show_report, show_sample
-from lookup_experts.benchmarks.demo.sizes import FULL, QUICK, Sizes
-from lookup_experts.benchmarks.demo.systems import SYSTEMS
+from lookup_experts.benchmarks.demo.measure import measure_memory, require_same_tokens
+from lookup_experts.benchmarks.demo.report import (
+    SYSTEMS,
+    format_count,
+    header,
+    remarks,
+    rows,
+    shorten,
+    show_report,
+    show_sample,
+)
+from lookup_experts.benchmarks.demo.stages import FULL, QUICK, Sizes, run_demo
+from lookup_experts.benchmarks.text import own_text, read_corpus, standard_library, write_corpus
 from lookup_experts.errors import DiskFullError, TableError, UserError
 from lookup_experts.generation.inspection import verify_folder
 from lookup_experts.generation.text import Generation
@@ -67,7 +67,7 @@ def texts(tmp_path_factory) -> Path:
 def memory_not_measured() -> Iterator[None]:
     """Four fresh processes take long; `test_memory_...` starts one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "measure_memory", lambda folder, store: dict(MEMORY))
+        patch.setattr(measure, "measure_memory", lambda demo, system: dict(MEMORY))
         yield
 
 
@@ -178,9 +178,8 @@ def test_a_finished_demo_is_shown_again_at_once(demo, texts, run_python):
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*") if path.is_file()}
     code = f"""
 import sys
-from lookup_experts.benchmarks.demo.corpus import own_text
-from lookup_experts.benchmarks.demo.pipeline import run_demo
-from lookup_experts.benchmarks.demo.sizes import Sizes
+from lookup_experts.benchmarks.demo.stages import Sizes, run_demo
+from lookup_experts.benchmarks.text import own_text
 from pathlib import Path
 texts, out = Path(sys.argv[1]), Path(sys.argv[2])
 report = run_demo(own_text([texts], out), {TINY!r}, out, "again")
@@ -227,9 +226,8 @@ def test_what_was_deleted_is_made_again(demo, texts):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lookup_experts.benchmarks.demo.corpus import own_text
-from lookup_experts.benchmarks.demo.pipeline import run_demo
-from lookup_experts.benchmarks.demo.sizes import Sizes
+from lookup_experts.benchmarks.demo.stages import Sizes, run_demo
+from lookup_experts.benchmarks.text import own_text
 from lookup_experts.training import trainer
 
 publish = trainer.publish_checkpoint
@@ -319,7 +317,7 @@ def test_a_stage_depends_on_those_before_it(tmp_path):
 
 def start_cli(monkeypatch, *arguments: object) -> int:
     """The exit code of `mole demo`, with the tiny sizes for the quick ones."""
-    monkeypatch.setattr(sizes, "QUICK", TINY)
+    monkeypatch.setattr(stages, "QUICK", TINY)
     monkeypatch.setattr("sys.argv", ["mole", "demo", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_:
         cli.main()
@@ -350,7 +348,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, texts, monkeypatch, capsys):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "run_demo", interrupted)
+    monkeypatch.setattr(stages, "run_demo", interrupted)
     code, err = run_cli(monkeypatch, capsys, "--data", texts, "--out", tmp_path / "demo")
     assert (code, err) == (130, "Interrupted. Run the same command again to go on.\n")
 
@@ -441,7 +439,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, texts, monkeypatch):
 
 
 def test_a_missing_package_is_told_before_anything_is_done(tmp_path, texts, monkeypatch):
-    monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+    monkeypatch.setattr(stages, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'lookup-experts\[train,plot\]'"):
         run_demo(own_text([texts], tmp_path / "demo"), TINY, tmp_path / "demo", "")
     assert not (tmp_path / "demo").exists()
@@ -458,7 +456,7 @@ def test_too_little_to_hold_out(tmp_path):
 
 
 def generation(*token_ids: int) -> Generation:
-    return Generation(list(token_ids), None, 1, 0.0, 0.0, None)
+    return Generation(list(token_ids), None, "length", 1, 0.0, 0.0, None)
 
 
 def test_tokens_that_differ_are_an_error():
@@ -516,7 +514,7 @@ def test_a_long_file_is_cut(tmp_path):
 
 
 def test_memory_is_that_of_a_process_of_its_own(finished):
-    measured = measure_memory(finished / "mole-table", "direct")
+    measured = measure_memory(finished, SYSTEMS[3])
     assert 100e6 < measured["process_bytes"] < 2e9  # Python and PyTorch
     assert abs(measured["model_bytes"]) < 30e6  # a model of next to nothing
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -12,34 +13,24 @@ from result_rows import result_rows
 from typer.testing import CliRunner
 
 from lookup_experts import cli
-from lookup_experts.benchmarks import ceilings
+from lookup_experts.benchmarks import machine
 from lookup_experts.benchmarks.latency import measure, worker
-from lookup_experts.benchmarks.latency.measure import Worker
-from lookup_experts.benchmarks.latency.models import Plan, build, prepare_tables
-from lookup_experts.benchmarks.latency.parts import Parts
-from lookup_experts.benchmarks.latency.pictures import table_of
-from lookup_experts.benchmarks.latency.systems import System, parse_systems
-from lookup_experts.benchmarks.latency.worker import Failure, Runner, serve
+from lookup_experts.benchmarks.latency.systems import (
+    Plan,
+    System,
+    build,
+    parse_systems,
+    prepare_tables,
+)
+from lookup_experts.benchmarks.latency.worker import Runner, Worker, serve
+from lookup_experts.benchmarks.results import make_report, write_report
 from lookup_experts.errors import UserError
-from lookup_experts.model import baselines
+from lookup_experts.model import gateless_llama
 
 pytestmark = pytest.mark.timeout(240)
 run = CliRunner().invoke
 
 PEERS = ("moe-6e-disk", "moe-6e-ram", "moe-6e-mmap", "moe-6e-accelerate")
-
-
-@pytest.fixture(autouse=True)
-def tiny_shape(monkeypatch):
-    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    monkeypatch.setitem(baselines.SHAPES, "tiny", shape)
-
-
-@pytest.fixture
-def ids(tmp_path):
-    path = tmp_path / "ids.npy"
-    np.save(path, np.random.default_rng(0).zipf(1.3, 20_000) % 5000)
-    return path
 
 
 def be_killed(connection, system, plan, sizes):
@@ -54,7 +45,7 @@ def be_without_memory(*arguments):
 
 @pytest.mark.slow
 def test_processes_take_turns_and_go_on_when_others_fail(tmp_path, ids, monkeypatch):
-    monkeypatch.setattr(ceilings, "LARGE_READ", 2**16)
+    monkeypatch.setattr(machine, "LARGE_READ", 2**16)
     targets = {"dense": serve, "moe-6e-disk": serve, "moe-5e": be_killed,
                "moe-7e": be_without_memory}  # fmt: skip
     monkeypatch.setattr(
@@ -70,12 +61,12 @@ def test_processes_take_turns_and_go_on_when_others_fail(tmp_path, ids, monkeypa
                  "--work", str(tmp_path / "work"), "--json", str(out), "--plot", str(bars),
                  "--quality", str(quality), "--memory-plot", str(memory)]  # fmt: skip
     # A batch size that was measured before an interruption isn't measured again.
-    plan, systems = Plan("tiny", 100_000, tmp_path / "work"), parse_systems(arguments[:3])
-    before = [{"system": system.name, "batch": 3, "failed": "kept"} for system in systems]
-    Parts(plan, systems, 20, 4, ids).keep(3, before)
+    names = ["dense", *arguments[:3]]
+    before = [{"system": name, "batch": 3, "failed": "kept"} for name in names]
+    write_report(make_report("bench latency", before), tmp_path / "out.json.partial")
     done = run(cli.app, ["bench", "latency", *arguments])
     assert done.exit_code == 0, done.output
-    assert not list((tmp_path / "work").glob("latency-*"))
+    assert not list(tmp_path.rglob("*.partial"))
     results = json.loads(out.read_text())["results"]
     assert [result["system"] for result in results] == [
         "dense",
@@ -86,7 +77,7 @@ def test_processes_take_turns_and_go_on_when_others_fail(tmp_path, ids, monkeypa
     assert [result["failed"] for result in results[4:]] == ["kept"] * 4
     dense, killed, exhausted, offloaded = results[:4]
     assert dense["ratio_to_dense"] == 1 and dense["beyond_dense_bytes"] == 0
-    assert "killed" in killed["failed"] and "killed" in "\n".join(table_of(results))
+    assert "killed" in killed["failed"] and "failed killed" in done.output
     assert exhausted["failed"] == "out of memory"
     rows = {(row["system"], row["batch"]): row for row in result_rows("latency", results)}
     assert rows["moe-7e", "1"]["ms per step"] == "out of memory"
@@ -108,7 +99,7 @@ def test_processes_take_turns_and_go_on_when_others_fail(tmp_path, ids, monkeypa
 def test_every_way_of_one_model_says_the_same(tmp_path):
     plan = Plan("tiny", 200_000, tmp_path)
     systems = parse_systems(["moe-6e", *PEERS])
-    prepare_tables(plan, systems, lambda done, total: None)
+    prepare_tables(plan, systems)
     prompt = np.random.default_rng(0).integers(0, 5000, (2, 9))
     runners = {system.name: Runner(build(system, plan), "cpu") for system in systems[1:]}
     passes = {
@@ -129,7 +120,7 @@ def test_every_way_of_one_model_says_the_same(tmp_path):
 def test_every_way_runs_on_a_gpu(tmp_path):
     plan = Plan("tiny", 200_000, tmp_path, "cuda")
     systems = parse_systems(["mole-2e", "moe-6e", *PEERS])
-    prepare_tables(plan, systems, lambda done, total: None)
+    prepare_tables(plan, systems)
     prompt = np.random.default_rng(0).integers(0, 5000, (2, 9))
     for system in systems:
         built = build(system, plan)
@@ -144,7 +135,7 @@ def test_every_way_runs_on_a_gpu(tmp_path):
 
 def test_mole_counts_what_it_reads(tmp_path):
     plan, (_, mole) = Plan("tiny", 0, tmp_path), parse_systems(["mole-2e"])
-    prepare_tables(plan, [mole], lambda done, total: None)
+    prepare_tables(plan, [mole])
     found = Runner(build(mole, plan), "cpu").prompt(np.arange(12).reshape(2, 6))
     assert found.counts.bytes_loaded >= 12 * plan.case(2).layout.stride
 
@@ -153,9 +144,14 @@ def test_a_system_without_enough_memory_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "build", lambda *_: torch.empty(1 << 60))
     ours, theirs = multiprocessing.Pipe()
     ours.send(("facts",))
-    ours.send(("end",))
-    serve(theirs, System.parse("moe-6e"), Plan("tiny", 0, tmp_path), baselines.SHAPES["tiny"])
-    assert ours.recv() == Failure("out of memory")
+    plan = Plan("tiny", 0, tmp_path)
+    thread = Thread(
+        target=serve, args=(theirs, System.parse("moe-6e"), plan, gateless_llama.SHAPES["tiny"])
+    )
+    thread.start()
+    assert str(ours.recv()) == "out of memory"
+    ours.close()  # which ends it
+    thread.join()
 
 
 @pytest.mark.parametrize(

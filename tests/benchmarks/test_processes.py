@@ -1,22 +1,22 @@
 """Measurements in processes of their own."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
+from fresh_processes import be_killed, growth_by_an_array, signal_parent_and_wait
 
-from lookup_experts.benchmarks.processes import ProcessFailedError, in_fresh_process, in_own_process
+from lookup_experts.benchmarks.processes import (
+    ProcessFailedError,
+    in_fresh_process,
+    in_own_process,
+    is_out_of_memory,
+)
 from lookup_experts.errors import UserError
-
-
-def be_killed() -> int:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return 0
 
 
 def test_it_runs_elsewhere():
@@ -46,20 +46,6 @@ def test_how_a_process_ended_is_told():
         in_own_process(os._exit, 3)
 
 
-def signal_parent_and_wait(number: int) -> None:
-    """What a service manager does: the signal goes to all processes."""
-    os.kill(os.getpid(), number)
-    os.kill(os.getppid(), number)
-    interruptions = 0
-    ends_at = time.monotonic() + 1
-    while time.monotonic() < ends_at:
-        try:
-            time.sleep(0.01)
-        except KeyboardInterrupt:
-            interruptions += 1
-    raise KeyboardInterrupt(f"{interruptions} in {os.getpid()}")
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_interrupts_the_process_once_however_often_it_is_sent(number):
     before = signal.getsignal(number)
@@ -70,15 +56,10 @@ def test_a_signal_interrupts_the_process_once_however_often_it_is_sent(number):
 
 WAIT = """
 from lookup_experts.benchmarks.processes import in_own_process
-from test_processes import say_who_and_wait
+from fresh_processes import say_who_and_wait
 
 in_own_process(say_who_and_wait)
 """
-
-
-def say_who_and_wait() -> None:
-    os.write(sys.stdout.fileno(), f"{os.getpid()}\n".encode())
-    threading.Event().wait()
 
 
 def test_a_process_does_not_outlive_its_parent():
@@ -86,7 +67,7 @@ def test_a_process_does_not_outlive_its_parent():
         [sys.executable, "-c", WAIT],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert parent.stdout is not None
     number = int(parent.stdout.readline())
@@ -94,3 +75,15 @@ def test_a_process_does_not_outlive_its_parent():
     parent.wait()
     assert parent.stdout.read() == ""  # it ends when the last process that writes there has ended
     assert not Path(f"/proc/{number}/exe").exists()
+
+
+@pytest.mark.timeout(90)
+def test_memory_is_that_of_the_process():
+    assert 45_000_000 < in_own_process(growth_by_an_array, 50_000_000) < 60_000_000
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory():
+    assert not is_out_of_memory(RuntimeError("size mismatch"))
+    assert not is_out_of_memory(FileNotFoundError("not enough memory.txt"))
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))

@@ -22,7 +22,7 @@ from lookup_experts.evaluation.quality import (
     row_error,
 )
 from lookup_experts.generation.reencoding import reencode
-from lookup_experts.table.format import open_table
+from lookup_experts.table.opening import open_table
 
 TEXT = token_ids(1, 301, seed=5)[0]
 ENCODINGS = ["float32", "bfloat16", "float16", "int8", "nf4", "nf3"]
@@ -96,7 +96,7 @@ def test_row_errors_are_those_of_the_whole_table(encoding, model, tables):
             rows = module.routed.forward_reference(embeddings)
             codes = layout.encoding.encode(rows)
             decoded = layout.encoding.decode(
-                codes, shape.num_experts, shape.hidden_size, torch.float32
+                codes, shape.num_experts, shape.row_size, torch.float32
             )
             differences.append((decoded - rows).norm())
             norms.append(rows.norm())
@@ -113,7 +113,7 @@ def test_sizes(model, tables):
     assert by_encoding["nf4"].record_bytes == 3 * 4 * (16 + 2)
     assert by_encoding["nf4"].share_of_float16 == pytest.approx(18 / 64)
     assert by_encoding["float32"].share_of_float16 == 2
-    assert by_encoding["float16"].table_bytes == VOCAB * 1024
+    assert by_encoding["float16"].table_bytes == VOCAB * 768
     assert (by_encoding["nf4"].block_size, by_encoding["int8"].block_size) == (768, None)
 
 
@@ -216,9 +216,9 @@ def test_a_sample_of_a_large_vocabulary_is_enough(tmp_path):
     """The relative error over 256 ids is within a few percent of that over all."""
     from lookup_experts.table.build import build_table, decode_records, plan_reencoding
     from lookup_experts.table.encoding import get_encoding
-    from lookup_experts.table.store import open_store
+    from lookup_experts.table.store_choice import open_store
 
-    source, _ = make_table(tmp_path / "source", vocab_size=2000, hidden_size=64, encoding="float32")
+    source, _ = make_table(tmp_path / "source", vocab_size=2000, row_size=64, encoding="float32")
     plan = plan_reencoding(source, get_encoding("nf4"))
     with open_store(source, "mmap", notify=lambda message: None) as store:
         made = build_table(tmp_path / "made", plan, decode_records(store))

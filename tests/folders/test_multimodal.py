@@ -22,6 +22,7 @@ from transformers import (
 import lookup_experts as le
 from lookup_experts.errors import UserError
 from lookup_experts.generation.inspection import verify_folder
+from lookup_experts.model.blocks import find_ffns
 
 VOCAB, IMAGE, VIDEO = 97, 96, 95
 _TEXT = {
@@ -213,9 +214,10 @@ def test_silent_experts_change_nothing(family):
 
 def test_experts_add_nothing_where_images_are(family):
     model = _attach(_backbone(family))
-    added = []
-    for block in model.lookup_blocks:
-        block.register_forward_hook(lambda module, args, output: added.append(output))
+    before, added = [], []
+    for ffn in find_ffns(model):
+        ffn.register_forward_hook(lambda *call: before.append(call[-1]), prepend=True)
+        ffn.register_forward_hook(lambda *call: added.append(call[-1] - before[-1]))
     with_image, plain = _inputs(family)
     is_image = with_image["input_ids"] == IMAGE
     _logits(model, with_image)

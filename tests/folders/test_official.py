@@ -15,7 +15,7 @@ import lookup_experts as le
 from lookup_experts.errors import UserError
 from lookup_experts.folders.model_folder import read_config, tensor_names, weight_files
 from lookup_experts.folders.official import official_kind
-from lookup_experts.model.experts import normalize
+from lookup_experts.model.expert_products import normalize
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 from lookup_experts.model.wiring import routed_experts
 

@@ -20,7 +20,7 @@ from lookup_experts.errors import UserError
 from lookup_experts.folders.tokenizer import copy_tokenizer
 from lookup_experts.generation.inspection import inspect_folder, verify_folder
 from lookup_experts.generation.reencoding import reencode
-from lookup_experts.table.format import open_table
+from lookup_experts.table.opening import open_table
 
 IDS = token_ids(2, 12)
 MAKERS = {"reparameterize": le.reparameterize, "reencode": reencode}
@@ -244,8 +244,10 @@ def test_a_link_that_leads_nowhere_is_told_of(linked_folder, table_folder, tmp_p
     with pytest.raises(UserError, match=r"linked/table"):
         reencode(linked_folder, tmp_path / "out", encoding="nf4")
     assert not list(tmp_path.glob("out*"))
-    le.load(table_folder).save_pretrained(linked_folder)
-    assert not verify_folder(linked_folder).problems
+    before = sorted(linked_folder.rglob("*"))
+    with pytest.raises(UserError, match=r"linked/table is where the table belongs"):
+        le.load(table_folder).save_pretrained(linked_folder)
+    assert sorted(linked_folder.rglob("*")) == before
 
 
 def test_a_table_can_be_made_through_a_link(made_from, tmp_path):

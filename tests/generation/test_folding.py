@@ -21,8 +21,8 @@ from lookup_experts.errors import DiskFullError, UserError
 from lookup_experts.model.fingerprint import fingerprint
 from lookup_experts.model.wiring import routed_experts
 from lookup_experts.table import build
-from lookup_experts.table.format import open_table
-from lookup_experts.table.store import STORES
+from lookup_experts.table.opening import open_table
+from lookup_experts.table.store_choice import STORES
 
 IDS = token_ids(4, 20)
 # Relative error of the logits, about twice what a tiny random model of 12 experts shows.
@@ -102,7 +102,7 @@ def test_every_kind_of_attachment_can_be_folded(settings, tmp_path):
 
 
 def test_a_table_in_many_shards_gives_the_same(training_form, tmp_path, monkeypatch):
-    small = functools.partial(build.plan_shards, max_shard_bytes=100_000)
+    small = functools.partial(build.plan_shards, max_shard_bytes=60_000)
     monkeypatch.setattr(build, "plan_shards", small)
     table = le.reparameterize(training_form, tmp_path / "out", encoding="float32")
     assert len(table.shards) > 2

@@ -209,7 +209,7 @@ def test_a_bare_table_has_no_model_to_match(table_folder):
 
 def test_a_flipped_bit_is_found_and_named(own_folder):
     path = own_folder / "table" / "table-00001-of-00001.safetensors"
-    flip_bit(path, 4096 + 5 * 2048 + 3)
+    flip_bit(path, 4096 + 5 * 1536 + 3)
     found = verify_folder(own_folder)
     assert found.problems[0] == "1 of 97 records are damaged"
     assert "record 5 in table-00001-of-00001.safetensors" in found.problems[1]

@@ -21,7 +21,7 @@ from lookup_experts.generation import reencoding
 from lookup_experts.generation.inspection import verify_folder
 from lookup_experts.generation.reencoding import reencode
 from lookup_experts.table import build
-from lookup_experts.table.format import open_table
+from lookup_experts.table.opening import open_table
 
 IDS = token_ids(4, 20)
 

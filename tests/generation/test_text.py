@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import VOCAB, greedy_reference, token_ids
+from tiny_models import VOCAB, greedy_reference, tiny_model, token_ids
 
 import lookup_experts as le
 from lookup_experts.errors import UserError
@@ -13,6 +13,7 @@ from lookup_experts.generation.conversation import Conversation
 from lookup_experts.generation.text import (
     Generation,
     Sampling,
+    format_end,
     format_statistics,
     generate_ids,
     generate_text,
@@ -115,6 +116,29 @@ def test_temperature_zero_is_greedy_whatever_the_rest(model):
     assert first.token_ids == generate_ids(model, PROMPT, Sampling(8)).token_ids
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_text_ends_with_the_context(family):
+    """GPT-2 has no positions beyond, others would babble."""
+    model = tiny_model(family)
+    generation = generate_ids(model, PROMPT, Sampling(1000))
+    assert len(generation.token_ids) == 128 - len(PROMPT)
+    assert generation.finish_reason == "context"
+    assert format_end(generation) == "Stopped after 119 tokens: the context of 128 is full."
+    exactly = generate_ids(model, PROMPT, Sampling(119))
+    assert (exactly.token_ids, exactly.finish_reason) == (generation.token_ids, "length")
+    assert format_end(exactly) is None
+
+
+def test_a_token_that_ends_the_text_is_told_from_a_length(model):
+    first = generate_ids(model, PROMPT, Sampling(1)).token_ids[0]
+    before = model.generation_config.eos_token_id
+    for ends in (first, [96, first]):
+        model.generation_config.eos_token_id = ends
+        generation = generate_ids(model, PROMPT, Sampling(1))
+        assert (generation.token_ids, generation.finish_reason) == ([first], "stop")
+    model.generation_config.eos_token_id = before
+
+
 # ------------------------------------------------------------------------------- conversation
 
 
@@ -126,7 +150,8 @@ class Recorded:
 
     def __call__(self, model, ids, sampling, *, tokenizer, on_text):
         self.prompts.append(tokenizer.decode(ids))
-        return Generation([5], f"answer {len(self.prompts)}", len(ids), 0.1, 0.2, None)
+        answer = f"answer {len(self.prompts)}"
+        return Generation([5], answer, "length", len(ids), 0.1, 0.2, None)
 
 
 @pytest.fixture
@@ -175,11 +200,34 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(model, table_fo
     assert "the quick" not in recorded.prompts[-1]
 
 
-def test_a_turn_too_long_for_the_context_keeps_its_end(model, table_folder):
-    generation = Conversation(model, load_tokenizer(table_folder), Sampling(10)).answer(
-        "the quick brown fox " * 100
-    )
-    assert generation.prompt_tokens == 118
+def test_what_is_forgotten_is_said_and_an_answer_keeps_half_the_context_at_most(
+    model, table_folder, recorded
+):
+    """However many tokens an answer may have, the turns before it stay while they fit."""
+    said = []
+    conversation = Conversation(model, load_tokenizer(table_folder), Sampling(4000), said.append)
+    for number in range(6):
+        conversation.answer(f"turn {number} of the fox")
+    assert recorded.prompts[1].count("turn") == 2  # not dropped for the sake of 4,000 tokens
+    assert 1 < recorded.prompts[-1].count("turn") < 6
+    assert said and set(said) == {
+        "The context of 128 tokens is full: the oldest turn is forgotten."
+    }
+
+
+def test_a_turn_is_never_cut(model, table_folder):
+    conversation = Conversation(model, load_tokenizer(table_folder), Sampling(100))
+    turn = "the quick brown fox " * 8
+    ids = load_tokenizer(table_folder)(turn)["input_ids"]
+    assert 28 < len(ids) < 128
+    generation = conversation.answer(turn)
+    assert (generation.prompt_tokens, len(generation.token_ids)) == (len(ids), 128 - len(ids))
+    assert generation.finish_reason == "context"
+    with pytest.raises(UserError, match=r"prompt has \d+ tokens and the model's context is 128"):
+        conversation.answer("the quick brown fox " * 100)
+    assert (
+        conversation.answer("the fox").finish_reason == "length"
+    )  # the long one is not remembered
 
 
 def test_an_answer_is_real(model, table_folder):

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lookup_experts.model.computed_rows import Positions, mix_positions
-from lookup_experts.model.experts import EXPERT_KINDS, LayerExperts, expert_outputs
+from lookup_experts.model.expert_products import EXPERT_KINDS, expert_outputs
+from lookup_experts.model.forms.mole import LayerExperts
 from lookup_experts.model.per_position import PerPositionExperts
 from lookup_experts.model.rows import mix_reference
 

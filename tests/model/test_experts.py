@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lookup_experts as le
 from lookup_experts.errors import UserError
 from lookup_experts.model.computed_rows import FFNExperts
-from lookup_experts.model.experts import EXPERT_KINDS, LayerExperts, normalize
+from lookup_experts.model.expert_products import EXPERT_KINDS, normalize
+from lookup_experts.model.forms.mole import LayerExperts
 from lookup_experts.model.per_position import PerPositionExperts
 from lookup_experts.model.rows import mix, mix_reference
-from lookup_experts.model.wiring import LookupExperts, routed_experts
+from lookup_experts.model.wiring import routed_experts
 
 U, N, D = 7, 3, 8
 
@@ -259,9 +260,9 @@ def test_ids_outside_the_vocabulary_are_refused():
 
 
 def test_a_block_outside_of_a_forward_pass_says_what_is_missing():
-    block = LookupExperts(0, 8, 2, None)
+    model = attached_model("llama")
     with pytest.raises(RuntimeError, match="outside a forward pass of its base model"):
-        block(torch.zeros(1, 2, 8))
+        model.model.layers[0].mlp(torch.zeros(1, 2, 32))
 
 
 def test_hidden_states_of_another_batch_are_refused():
@@ -285,7 +286,7 @@ def test_the_scaling_of_an_embedding_is_part_of_what_experts_see():
     """gemma's embedding multiplies by sqrt(d); experts must be evaluated on what it gives."""
     model = attached_model("gemma3_text")
     embedding = model.get_input_embeddings()
-    rows = FFNExperts(2, 1e-6).rows(token_ids(1, 4), base_model=model.base_model)
+    rows = FFNExperts(model.lookup_settings).rows(token_ids(1, 4), base_model=model.base_model)
     unique = token_ids(1, 4).unique()
     experts = routed_experts(model)[0]
     torch.testing.assert_close(rows.layer(0, experts), experts.forward_reference(embedding(unique)))

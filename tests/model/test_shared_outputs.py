@@ -8,7 +8,7 @@ from tiny_models import attached_model, gateless_model, token_ids
 
 import lookup_experts as le
 from lookup_experts.errors import UserError
-from lookup_experts.model import experts as experts_module
+from lookup_experts.model.forms import mole as experts_module
 from lookup_experts.training.models import enable_gradient_checkpointing
 
 BATCHES = [token_ids(2, 11, seed=seed, vocab_size=23) for seed in range(4)]
@@ -48,7 +48,7 @@ def test_experts_are_evaluated_once_per_layer(monkeypatch):
     monkeypatch.setattr(
         experts_module.LayerExperts,
         "forward",
-        lambda self, normalized: calls.append(len(normalized)) or outputs(self, normalized),
+        lambda self, normalized, ids: calls.append(len(normalized)) or outputs(self, normalized),
     )
     model = attached_model()
     accumulate(model, BATCHES, share=True)

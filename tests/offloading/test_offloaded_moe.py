@@ -17,9 +17,8 @@ from lookup_experts.offloading import loading
 from lookup_experts.offloading.cache import ExpertCache
 from lookup_experts.offloading.expert_table import expert_layout, matrices_of, write_experts
 from lookup_experts.offloading.experts import mix_visited, offload_experts
-from lookup_experts.table import format as table_format
-from lookup_experts.table.format import open_table
-from lookup_experts.table.store import open_store
+from lookup_experts.table.opening import open_table
+from lookup_experts.table.store_choice import open_store
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -186,7 +185,7 @@ def test_a_full_disk_is_told(tmp_path, resident, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(table_format.os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DiskFullError):
         write_experts(resident, tmp_path / "table")
 
@@ -224,8 +223,8 @@ def test_an_error_of_the_disk_is_named(resident, table, monkeypatch):
     cache.close()
 
 
-def _fail(self, ids, *_):
-    raise self._unread(int(ids[0]), os.strerror(errno.EIO))
+def _fail(self, ids, reads, *_):
+    raise self._unread(list(ids), reads, 0, 0, os.strerror(errno.EIO))
 
 
 def test_an_error_while_computing_leaves_the_cache_whole(resident, table):

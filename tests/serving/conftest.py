@@ -1,6 +1,6 @@
 """A served model in this process, and the real server in its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -28,20 +28,29 @@ def make_client(table_folder, tokenizer) -> Iterator[Any]:
     from fastapi.testclient import TestClient
 
     import lookup_experts as le
-    from lookup_experts.serving.app import create_app
-    from lookup_experts.serving.guard import Guard
+    from lookup_experts.serving.run import guarded
     from lookup_experts.serving.service import Service, ServiceOptions
     from lookup_experts.serving.waiting import Limits
 
     stack = ExitStack()
 
-    def make(keys: Any = None, limits: Any = None, model: Any = None, **options: Any) -> Any:
+    own = tokenizer
+
+    def make(
+        keys: Any = None,
+        limits: Any = None,
+        model: Any = None,
+        tokenizer: Any = None,
+        origins: Sequence[str] = (),
+        **options: Any,
+    ) -> Any:
         loaded = model or le.load(table_folder, store="direct", cache="20kB")
         chosen = ServiceOptions("tiny", limits or Limits(4, 8), **options)
-        service = Service(loaded, tokenizer, chosen)
-        guarded = Guard(create_app(service), keys, service.metrics.requests)
-        client = stack.enter_context(TestClient(guarded, raise_server_exceptions=False))
+        service = Service(loaded, tokenizer or own, chosen)
+        app = guarded(service, keys, origins)
+        client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
         client.service = service  # type: ignore[attr-defined]
+        client.tokenizer = tokenizer or own  # type: ignore[attr-defined]
         return client
 
     with stack:

@@ -12,7 +12,7 @@ from lookup_experts.errors import TableError, UserError
 from lookup_experts.serving import guard
 from lookup_experts.serving.guard import ApiKeys
 from lookup_experts.serving.metrics import ServingMetrics
-from lookup_experts.serving.prompts import (
+from lookup_experts.serving.templates import (
     PLAIN_TEMPLATE,
     check_chat_template,
     read_chat_template,
@@ -138,7 +138,7 @@ def test_details_ride_on_the_chunks_of_tokens(client):
         lookup = chunk["lookup"]
         assert set(lookup) == {"token_id", "text", "weights", "bytes_read", "cache_hit", "ms"}
         assert [len(layer) for layer in lookup["weights"]] == [4, 4, 4]
-        assert lookup["bytes_read"] == (0 if lookup["cache_hit"] else 2048)
+        assert lookup["bytes_read"] == (0 if lookup["cache_hit"] else 1536)
     assert "lookup" not in chunks[-1]
     chat = events_of(
         client.post(
@@ -204,15 +204,16 @@ def test_a_template_that_fails_refuses_a_conversation(make_client):
 def test_of_several_templates_the_default_one_counts(tokenizer):
     from copy import deepcopy
 
+    from lookup_experts.serving.messages import Message
     from lookup_experts.serving.prompts import Prompter
-    from lookup_experts.serving.protocol import Message
 
     several = deepcopy(tokenizer)
     several.chat_template = {"default": "{{ messages[0]['content'] }}", "tool_use": "tools"}
     prompter = Prompter(tiny_model("llama"), several, None)
     messages = [Message(role="user", content="the fox")]
     assert prompter.encode_chat(messages) == tokenizer("the fox")["input_ids"]
-    assert Prompter(tiny_model("llama"), several, "a fox").encode_chat(messages)
+    given = Prompter(tiny_model("llama"), several, "a {{ messages[0]['content'] }}")
+    assert given.encode_chat(messages) == tokenizer("a the fox")["input_ids"]
 
 
 def test_chat_goes_on_to_the_end_of_the_context(make_client):
@@ -220,6 +221,33 @@ def test_chat_goes_on_to_the_end_of_the_context(make_client):
     body = {"messages": [{"role": "user", "content": "fox"}], "temperature": 0}
     usage = client.post(CHAT, json=body).json()["usage"]
     assert usage["total_tokens"] == 128
+
+
+def test_an_answer_that_was_cut_off_goes_on(make_client):
+    """From its last character, without a line end or a new turn between."""
+    client = make_client(chat_template=PLAIN_TEMPLATE)
+    question = [{"role": "user", "content": "the fox"}]
+
+    def answer(messages: list, tokens: int, **more: object) -> str:
+        body = {"messages": messages, "max_tokens": tokens, "temperature": 0, **more}
+        return client.post(CHAT, json=body).json()["choices"][0]["message"]["content"]
+
+    said = [*question, {"role": "assistant", "content": "over the lazy"}]
+    prompt = "User: the fox\nAssistant: over the lazy"
+    body = {"prompt": prompt, "max_tokens": 7, "temperature": 0}
+    expected = client.post(COMPLETIONS, json=body).json()["choices"][0]["text"]
+    assert answer(said, 7, continue_final_message=True) == expected
+    assert answer(said, 7) != expected
+    body = {"messages": question, "continue_final_message": True}
+    assert "of the assistant" in error_of(client.post(CHAT, json=body), 400)["message"]
+
+
+def test_whether_there_is_a_chat_is_told(make_client):
+    told = [
+        make_client(**options).get("/v1/stats").json()["chat"]
+        for options in ({}, {"chat_template": PLAIN_TEMPLATE})
+    ]
+    assert told == [False, True]
 
 
 # -------------------------------------------------------------------------- requests that can't
@@ -251,10 +279,17 @@ def test_chat_goes_on_to_the_end_of_the_context(make_client):
         ({"prompt": "a", "logprobs": 21}, "logprobs", "less than"),
         ({"prompt": "a", "max_tokns": 5}, "max_tokns", "Did you mean 'max_tokens'"),
         ({"prompt": "a", "suffix": "b"}, None, "suffix is not supported"),
-        ({"prompt": "a", "presence_penalty": 1}, None, "presence_penalty is not supported"),
+        ({"prompt": "a", "presence_penalty": 3}, "presence_penalty", "less than"),
+        ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "greater than"),
+        ({"prompt": "a", "logit_bias": {"97": 1}}, "logit_bias", "Token id 97 is outside"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, None, "logit_bias has 'x'"),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, None, "from -100 to 100"),
+        ({"prompt": "a", "logit_bias": {"5": True}}, None, "from -100 to 100"),
+        ({"prompt": "a", "min_tokens": 17}, "min_tokens", "more than the 16"),
+        ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids", "up to 256 token ids"),
         ({"prompt": "a", "best_of": 3}, None, "best_of is not supported"),
         ({"prompt": "a", "lookup_details": True}, None, "needs stream"),
-        ({"prompt": "a", "stream_options": {}}, None, "needs stream"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, None, "needs stream"),
     ],
 )
 def test_completions_that_can_not_be(refusing, body, param, words):
@@ -274,8 +309,14 @@ def test_completions_that_can_not_be(refusing, body, param, words):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_logprobs": 2}, None),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"tools": []}, "tools"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"tools": [{"type": "retrieval"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, None),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, None),
+        ({"messages": [{"role": "user", "content": None}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}] * 2 + [{}]}, "messages"),
     ],
 )
 def test_chats_that_can_not_be(refusing, change, param):
@@ -320,8 +361,14 @@ def test_bodies_that_are_too_large_or_too_slow(refusing, monkeypatch):
         (COMPLETIONS, {"prompt": [[1.5]] * 10_000}, "must be a string"),
         (COMPLETIONS, {"prompt": "a", "stop": [1] * 10_000}, "up to 16"),
         (COMPLETIONS, {"prompt": "a", **{f"a{place}": 1 for place in range(10_000)}}, "10001"),
-        (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 2}}, "not supported"),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "logit_bias": {f"a{place}": 1 for place in range(10_000)}},
+            "logit_bias has 'a0'",
+        ),
         (CHAT, {"messages": [{}] * 10_000}, "must be a list of messages"),
+        (CHAT, {"messages": [{"role": "user", "content": [{}] * 10_000}]}, "list of messages"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "tools": [{}] * 100}, "functions"),
     ],
 )
 def test_many_errors_cost_no_more_than_one(refusing, monkeypatch, path, body, words):
@@ -330,7 +377,9 @@ def test_many_errors_cost_no_more_than_one(refusing, monkeypatch, path, body, wo
     numbers = []
     sentence_of = app.sentence_of
     monkeypatch.setattr(
-        app, "sentence_of", lambda errors: numbers.append(len(errors)) or sentence_of(errors)
+        app,
+        "sentence_of",
+        lambda errors, path: numbers.append(len(errors)) or sentence_of(errors, path),
     )
     assert words in error_of(refusing.post(path, json=body), 400)["message"]
     assert numbers[0] < 10
@@ -338,7 +387,7 @@ def test_many_errors_cost_no_more_than_one(refusing, monkeypatch, path, body, wo
 
 def test_too_many_sequences_are_refused_before_any_work(refusing, monkeypatch):
     monkeypatch.setattr(refusing.service.prompter, "encode", lambda prompt: 1 / 0)
-    monkeypatch.setattr(refusing.service.prompter, "encode_chat", lambda messages: 1 / 0)
+    monkeypatch.setattr(refusing.service.prompter, "encode_chat", lambda *_: 1 / 0)
     error = error_of(refusing.post(COMPLETIONS, json={"prompt": ["a"] * 7, "n": 64}), 400)
     assert "448 sequences" in error["message"] and "at most 12" in error["message"]
     body = {"messages": [{"role": "user", "content": "x"}], "n": 13}
@@ -406,7 +455,7 @@ def test_a_failed_record_is_a_503_and_the_server_goes_on(client, monkeypatch):
     context = client.service._model.lookup_entrance
 
     class Broken:
-        def rows(self, ids, ready=False):
+        def rows(self, ids, ready=False, base_model=None):
             raise TableError("table-00001.safetensors: record 5 can't be read.")
 
     with monkeypatch.context() as patched:

@@ -119,7 +119,7 @@ def test_log_probabilities_are_those_of_generate(model):
         for other in others:
             other.wait()
     for token, score in zip(done.tokens, scores, strict=True):
-        told = token.log_probability
+        told = token.scored[0].score
         assert told.value == pytest.approx(float(score[token.token_id]), abs=1e-4)
         top = score.topk(3)
         assert told.top_ids == top.indices.tolist()
@@ -179,7 +179,7 @@ def test_the_model_is_told_of_only_when_somebody_asks(model):
         weights = torch.tensor(token.lookup.weights)
         assert weights.shape == (3, 4)
         assert torch.allclose(weights.sum(-1), torch.ones(3), atol=1e-3)
-        assert token.lookup.bytes_read == (0 if token.lookup.cache_hit else 2048)
+        assert token.lookup.bytes_read == (0 if token.lookup.cache_hit else 1536)
         assert token.lookup.milliseconds > 0
 
 
@@ -207,9 +207,9 @@ def test_what_was_read_is_told_of_each_token(table_folder):
         again = bench.run(GenerationRequest(loop, 1, lookup_details=True))[0].tokens[0].lookup
         many = list(range(1, 90))
         prompt = bench.run(GenerationRequest(many, 1, lookup_details=True))[0].tokens[0].lookup
-    assert (first.cache_hit, first.bytes_read) == (False, 2048)
+    assert (first.cache_hit, first.bytes_read) == (False, 1536)
     assert (again.cache_hit, again.bytes_read) == (True, 0)
-    assert (prompt.cache_hit, prompt.bytes_read) == (False, 2048)  # past the cache
+    assert (prompt.cache_hit, prompt.bytes_read) == (False, 1536)  # past the cache
     in_memory = le.load(table_folder, store="memory")
     with Bench(in_memory) as bench:
         detail = bench.run(GenerationRequest(loop, 1, lookup_details=True))[0].tokens[0].lookup
@@ -317,8 +317,8 @@ class Unreadable:
     def __init__(self, table, *ids: int) -> None:
         self._table, self._ids = table, ids
 
-    def rows(self, ids, ready=False):
-        rows = self._table.rows(ids, ready)
+    def rows(self, ids, ready=False, base_model=None):
+        rows = self._table.rows(ids, ready, base_model)
         return _Rows(rows, [one for one in self._ids if (ids == one).any()])
 
 
@@ -331,14 +331,14 @@ class _Rows:
         if self._unreadable:
             raise TableError(f"shard: record {self._unreadable[0]} can't be read.")
 
-    def layer(self, layer):
+    def layer(self, layer, experts=None):
         self._check()
-        return self._rows.layer(layer)
+        return self._rows.layer(layer, experts)
 
-    def mix(self, layer, weights):
+    def mix(self, layer, weights, experts=None):
         if layer == 1:  # some layers have been through already
             self._check()
-        return self._rows.mix(layer, weights)
+        return self._rows.mix(layer, weights, experts)
 
 
 @pytest.mark.parametrize("place", ["prompt", "step"])

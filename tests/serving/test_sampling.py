@@ -23,6 +23,9 @@ WAYS = (
     {"temperature": 0.9, "top_k": 7},
     {"temperature": 2.0, "top_k": 30, "top_p": 0.5},
     {"temperature": 1.0, "top_k": 10**6, "top_p": 0.99},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 1.5, "min_p": 0.001, "top_p": 0.95},
+    {"temperature": 0.8, "min_p": 1.0, "top_k": 5},
 )
 
 
@@ -33,7 +36,7 @@ def test_choosing_is_as_by_the_book(monkeypatch, nucleus, dtype):
     generator = torch.Generator().manual_seed(0)
     for seed in range(30):
         # All different, since among equals sorting may choose either.
-        logits = (torch.randperm(200, generator=generator)[: 9 * 20].view(9, 20) / 16).to(dtype)
+        logits = (torch.randperm(200, generator=generator)[: 12 * 16].view(12, 16) / 16).to(dtype)
         fast = [Chooser(**way, seed=seed) for way in WAYS]
         slow = [Chooser(**way, seed=seed) for way in WAYS]
         assert choose(logits, fast) == choose_reference(logits, slow)
@@ -52,7 +55,7 @@ def test_a_draw_in_blocks_is_as_entry_by_entry(size):
 
 
 def test_the_batch_changes_nothing():
-    logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(12, 50, generator=torch.Generator().manual_seed(1))
     together = choose(logits, [Chooser(**way, seed=3) for way in WAYS])
     alone = [
         choose(row[None], [Chooser(**way, seed=3)])[0]
@@ -61,13 +64,13 @@ def test_the_batch_changes_nothing():
     assert together == alone
 
 
-@pytest.mark.parametrize("way", [{}, {"top_p": 0.8}, {"top_k": 3}])
+@pytest.mark.parametrize("way", [{}, {"top_p": 0.8}, {"top_k": 3}, {"min_p": 0.3}])
 def test_tokens_are_as_frequent_as_they_are_probable(way):
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -2.0]])
     chooser = Chooser(temperature=1.0, seed=0, **way)
     counts = Counter(choose(logits, [chooser])[0] for _ in range(3000))
     expected = logits[0].softmax(-1)
-    keep = {"top_p": 2, "top_k": 3}.get(next(iter(way), ""), 5)
+    keep = {"top_p": 2, "top_k": 3, "min_p": 2}.get(next(iter(way), ""), 5)
     expected = expected[:keep] / expected[:keep].sum()
     for token_id, probability in enumerate(expected.tolist()):
         assert counts[token_id] / 3000 == pytest.approx(probability, abs=0.03)

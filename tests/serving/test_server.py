@@ -275,7 +275,7 @@ def test_a_disk_error_fails_the_request_and_the_server_lives_through_kill_and_te
         )
         shard = folder / SHARD
         with shard.open("r+b") as opened:
-            opened.truncate(4096 + 50 * 2048)
+            opened.truncate(4096 + 50 * 1536)
         with pytest.raises(openai.InternalServerError, match="record") as failed:
             client.completions.create(model="own", prompt=high, max_tokens=1)
         assert failed.value.status_code == 503

@@ -18,18 +18,19 @@ from random_tables import flip_bit
 from torch import nn
 
 from lookup_experts.errors import DiskFullError, TableError
-from lookup_experts.model.experts import LayerExperts
+from lookup_experts.generation.folding import plan_folding
+from lookup_experts.model.folded import evaluate_experts
+from lookup_experts.model.forms.mole import LayerExperts
 from lookup_experts.table import build
 from lookup_experts.table.build import (
     JOURNAL,
     build_table,
     check_sample,
     copy_table,
-    evaluate_experts,
-    plan_table,
 )
 from lookup_experts.table.encoding import get_encoding
-from lookup_experts.table.format import open_table, verify_table
+from lookup_experts.table.opening import open_table
+from lookup_experts.table.verifying import verify_table
 
 VOCAB = 90
 
@@ -56,7 +57,7 @@ class Build:
         small = functools.partial(build.plan_shards, max_shard_bytes=20_000)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(build, "plan_shards", small)
-            self.plan = plan_table(
+            self.plan = plan_folding(
                 embedding,
                 layers,
                 embedding.num_embeddings,
@@ -126,7 +127,7 @@ def test_records_are_the_encoded_outputs_of_the_experts(encoding, kind, tmp_path
     for number, experts in enumerate(layers):
         codes = torch.from_numpy(records[:, table.layout.layer_slice(number)])
         found = table.layout.encoding.decode(
-            codes, shape.num_experts, shape.hidden_size, torch.float32
+            codes, shape.num_experts, shape.row_size, torch.float32
         )
         with torch.no_grad():
             rows = experts.forward_reference(embedding.weight)
@@ -376,7 +377,9 @@ import sys, torch
 from pathlib import Path
 from torch import nn
 from lookup_experts.model.experts import LayerExperts
-from lookup_experts.table.build import build_table, evaluate_experts, plan_table
+from lookup_experts.generation.folding import plan_folding
+from lookup_experts.model.folded import evaluate_experts
+from lookup_experts.table.build import build_table
 from lookup_experts.table.encoding import get_encoding
 
 def peak():
@@ -390,7 +393,7 @@ for layer in layers:
     for weight in layer.parameters():
         nn.init.normal_(weight)
 def build(folder, budget, vocab_size):
-    plan = plan_table(
+    plan = plan_folding(
         embedding, layers, vocab_size, get_encoding("bfloat16"), chunk_budget_bytes=budget
     )
     build_table(Path(folder), plan, evaluate_experts(embedding, layers))
@@ -412,7 +415,9 @@ def test_memory_is_bounded_by_the_budget(run_python, tmp_path):
 @pytest.mark.parametrize("budget", [1, 10_000, 200 * 2**20])
 def test_chunks_follow_the_budget(budget):
     embedding, layers = drawn_experts(vocab_size=20_000)
-    plan = plan_table(embedding, layers, 20_000, get_encoding("float32"), chunk_budget_bytes=budget)
+    plan = plan_folding(
+        embedding, layers, 20_000, get_encoding("float32"), chunk_budget_bytes=budget
+    )
     assert 1 <= plan.chunk_ids <= build.MAX_CHUNK_IDS
     assert plan.chunk_ids == 1 or 2 * plan.chunk_ids * plan.manifest.layout.stride < budget
 

@@ -18,7 +18,7 @@ from reading import Expected, open_reader_by
 from lookup_experts.errors import TableError
 from lookup_experts.table.batch import FillingFromStore, SlotBatch
 from lookup_experts.table.cache import Arrival, RowCache, Taken
-from lookup_experts.table.store import ThreadedRead
+from lookup_experts.table.reading_thread import ThreadedRead
 
 pytestmark = pytest.mark.timeout(60)
 

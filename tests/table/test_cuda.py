@@ -20,7 +20,7 @@ from lookup_experts.table.mixing import (
     route_mix_add_reference,
 )
 from lookup_experts.table.reader import SLOT_BATCH, TableExperts
-from lookup_experts.table.store import STORES
+from lookup_experts.table.store_choice import STORES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 
-ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "hidden_size": 512, "encoding": "float16"}
+ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "row_size": 512, "encoding": "float16"}
 """A record of 4096 bytes."""
 STRIDE = 4096
 

@@ -20,13 +20,14 @@ from tiny_models import greedy, logits_of, token_ids
 import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.model.rows import mix_reference
+from lookup_experts.model.wiring import forward_pass
 from lookup_experts.table import device as device_module
 from lookup_experts.table import reader as reader_module
 from lookup_experts.table import transfer
 from lookup_experts.table.cache import SlotCache
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
-from lookup_experts.table.format import RecordLayout, TableShape
 from lookup_experts.table.lanes import HostLane, open_lane
+from lookup_experts.table.layout import RecordLayout, TableShape
 from lookup_experts.table.mixing import (
     decode_and_mix,
     decode_and_mix_reference,
@@ -39,7 +40,7 @@ from lookup_experts.table.transfer import PinnedRing, copy_groups
 
 pytestmark = pytest.mark.timeout(60)
 
-ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "hidden_size": 512, "encoding": "float16"}
+ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "row_size": 512, "encoding": "float16"}
 """A record of 4096 bytes."""
 
 
@@ -70,8 +71,9 @@ def test_rows_of_any_table_and_batch(tmp_path_factory, data):
         "vocab_size": vocab_size,
         "num_layers": data.draw(st.integers(1, 5), "layers"),
         "num_experts": data.draw(st.integers(1, 4), "experts"),
-        "hidden_size": data.draw(st.sampled_from([1, 7, 40, 96, 520]), "d"),
+        "row_size": data.draw(st.sampled_from([1, 7, 40, 96, 520]), "d"),
         "encoding": data.draw(st.sampled_from(sorted(ENCODINGS)), "encoding"),
+        "version": data.draw(st.sampled_from([2, 2, 1]), "version"),
     }
     table, records = make_table(tmp_path_factory.mktemp("table"), **shape)
     dtypes = {torch.float32, table.layout.encoding.torch_dtype or torch.bfloat16}
@@ -597,11 +599,11 @@ def test_one_position_in_ram_takes_one_operation_too(table_folder, monkeypatch):
 
 def test_what_does_not_fit_together_takes_the_ways_that_say_so(on_device):
     """Of another length or dtype: not in one operation, which would read beyond the ends."""
-    ids = token_ids(1, 3)
-    with torch.no_grad():
-        on_device(input_ids=ids)
-        module = on_device.lookup_blocks[0]
-        rows, router = module.context.rows, module.router.weight
+    seen = []
+
+    def try_them(ffn, args, output):
+        rows, module = forward_pass().rows, ffn.lookup_experts
+        router = module.router.weight
         states = torch.randn(1, 3, router.shape[1])
         assert rows.route_mix_add(0, states, router, states).shape == states.shape
         assert rows.route_mix_add(0, states[:, :2], router, states[:, :2]) is None
@@ -611,6 +613,13 @@ def test_what_does_not_fit_together_takes_the_ways_that_say_so(on_device):
         assert rows.route_mix_add(0, states, router, states.to("meta")) is None
         with pytest.raises(RuntimeError, match="don't belong to the token ids"):
             module(states[:, :2])
+        seen.append(rows)
+
+    handle = on_device.model.layers[0].mlp.register_forward_hook(try_them)
+    with torch.no_grad():
+        on_device(input_ids=token_ids(1, 3))
+    handle.remove()
+    assert len(seen) == 1
 
 
 def test_without_triton_cuda_says_what_to_do(monkeypatch):

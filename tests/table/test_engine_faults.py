@@ -21,17 +21,13 @@ from lookup_experts.table import reader as reader_module
 from lookup_experts.table import store as store_module
 from lookup_experts.table import uring
 from lookup_experts.table.encoding import get_encoding
-from lookup_experts.table.format import (
-    RecordLayout,
-    ShardWriter,
-    TableManifest,
-    TableShape,
-    open_table,
-    plan_shards,
-    write_manifest,
-)
+from lookup_experts.table.layout import RecordLayout, TableShape, plan_shards
+from lookup_experts.table.manifest import TableManifest, write_manifest
+from lookup_experts.table.opening import open_table
 from lookup_experts.table.reader import GROUP_BYTES, SLOT_BATCH, TableExperts
-from lookup_experts.table.store import RecordStore, open_store
+from lookup_experts.table.shard_writer import ShardWriter
+from lookup_experts.table.store import RecordStore
+from lookup_experts.table.store_choice import open_store
 from lookup_experts.table.uring import Ring
 
 pytestmark = pytest.mark.timeout(60)
@@ -44,17 +40,18 @@ PROMPT = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0)).view(
 BATCHES = {"step": STEP, "prompt": PROMPT}
 
 
-@pytest.fixture(scope="module")
-def never_changed(tmp_path_factory):
-    """A table of records of 12,288 bytes in three layers, and its records."""
-    return make_table(tmp_path_factory.mktemp("table"), **TABLE)
+@pytest.fixture(scope="module", params=[512, 500], ids=["whole blocks", "straddling"])
+def never_changed(request, tmp_path_factory):
+    """A table of records of 12,288 or 12,000 bytes in three layers, and its records."""
+    folder = tmp_path_factory.mktemp("table")
+    return make_table(folder, **{**TABLE, "row_size": request.param})
 
 
 TABLE = {
     "vocab_size": VOCAB,
     "num_layers": 3,
     "num_experts": 4,
-    "hidden_size": 512,
+    "row_size": 512,
     "encoding": "bfloat16",
     "ids_per_shard": 70,
 }
@@ -90,8 +87,8 @@ def test_a_disk_error_passes(never_changed, monkeypatch, way, batch, cached):
     def broken(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def broken_read_rows(self, fds, offsets, target):
-        return np.full(len(target), -errno.EIO)
+    def broken_read(self, fds, offsets, lengths, buffer, targets):
+        return np.full(len(targets), -errno.EIO)
 
     table, records = never_changed
     expected = Expected(table, records)
@@ -103,7 +100,7 @@ def test_a_disk_error_passes(never_changed, monkeypatch, way, batch, cached):
         expected.assert_right(reader.rows(some), some)
         with monkeypatch.context() as patch:
             patch.setattr(os, "preadv", broken)
-            patch.setattr(Ring, "read_rows", broken_read_rows)
+            patch.setattr(Ring, "read", broken_read)
             patch.setattr(Ring, "finish", lambda self: [-errno.EIO] * len(self._answers))
             assert_fails(reader, BATCHES[batch], "Input/output error")
         everything_is_right(reader, expected)
@@ -410,7 +407,8 @@ def test_ctrl_c_between_the_kernel_and_the_reader(never_changed, monkeypatch):
                 with pytest.raises(KeyboardInterrupt):
                     reader.rows(STEP)
         assert not reader._store.under_way
-        (ring,) = reader._store._idle_rings
+        (taken,) = reader._store._idle_rings
+        ring = taken.ring
         assert ring._distance(ring._cq_head, ring._sq_tail) == 0
         everything_is_right(reader, Expected(table, records))
         assert_slots_are_given_back(reader)
@@ -491,7 +489,7 @@ class SlowReads:
 def test_groups_are_read_while_others_are_used(tmp_path, monkeypatch):
     layers, group = 6, 4096 * 2
     table, records = make_table(
-        tmp_path, **{**TABLE, "num_layers": layers, "num_experts": 2, "hidden_size": 4096 // 2}
+        tmp_path, **{**TABLE, "num_layers": layers, "num_experts": 2, "row_size": 4096 // 2}
     )
     assert table.layout.layer_bytes == group
     monkeypatch.setattr(reader_module, "GROUP_BYTES", 1)
@@ -528,7 +526,7 @@ def test_groups_are_read_while_others_are_used(tmp_path, monkeypatch):
 @pytest.mark.parametrize("cached", [0, 50])
 @pytest.mark.parametrize("way", READING)
 def test_ten_thousand_steps_leave_nothing_behind(tmp_path, way, cached):
-    table, _ = make_table(tmp_path, vocab_size=100, num_layers=1, hidden_size=1024)
+    table, _ = make_table(tmp_path, vocab_size=100, num_layers=1, row_size=1024)
     generator = torch.Generator().manual_seed(0)
     steps = torch.randint(0, 100, (5000, 1, 1), generator=generator).unbind()
     weights = torch.rand(1, 2).half()
@@ -567,7 +565,7 @@ import sys
 from pathlib import Path
 import torch
 from reading import open_reader_by, resident_bytes
-from lookup_experts.table.format import open_table
+from lookup_experts.table.opening import open_table
 
 table = open_table(Path(sys.argv[1]))
 ids = torch.arange(table.layout.shape.vocab_size).unbind()
@@ -591,7 +589,7 @@ import json, sys
 from pathlib import Path
 import torch
 from reading import open_reader_by, resident_bytes
-from lookup_experts.table.format import open_table
+from lookup_experts.table.opening import open_table
 
 torch.set_num_threads(1)
 
@@ -630,18 +628,22 @@ def test_memory_stays_as_asked(tmp_path, run_python):
     steps, prompts = tmp_path / "steps", tmp_path / "prompts"
     assert zero_table(steps, TableShape(1200, 4, 4, 2048)).layout.stride == stride
     assert zero_table(prompts, TableShape(2000, 24, 4, 1024)).layout.table_bytes > 390_000_000
+    straddling = tmp_path / "straddling"
+    assert zero_table(straddling, TableShape(1200, 4, 4, 2040)).layout.stride == 65_280
     cases = [
         (str(steps), way, 0, 1),
         (str(steps), way, 0, SLOT_BATCH),
         (str(steps), way, budget, 1),
         (str(steps), way, budget, SLOT_BATCH),
         (str(prompts), way, 0, 2000),
+        (str(straddling), way, 0, SLOT_BATCH),
     ]
     code, out, err = run_python(MEASURE, json.dumps(cases))
     assert code == 0, err
-    single, batches, cached, cached_batches, prompt = json.loads(out)
+    single, batches, cached, cached_batches, prompt, with_blocks = json.loads(out)
     assert single < 2 * stride + SLACK
     assert batches < SLOT_BATCH * stride + SLACK
+    assert with_blocks < 2 * SLOT_BATCH * stride + SLACK  # and what they are copied from
     assert 0.98 * budget < cached < 1.05 * budget + 2 * stride
     assert 0.98 * budget < cached_batches < budget + SLOT_BATCH * stride + SLACK
     mixed = 2000 * 1024 * (4 + 2)  # a layer's sums in float32, and rounded
@@ -650,7 +652,7 @@ def test_memory_stays_as_asked(tmp_path, run_python):
 
 def test_memory_of_a_prompt_is_bounded_with_checksums_too(tmp_path, run_python):
     """Records are checked whole, a few at a time, before they are read in parts."""
-    shape = {"vocab_size": 1000, "num_layers": 12, "num_experts": 4, "hidden_size": 1024}
+    shape = {"vocab_size": 1000, "num_layers": 12, "num_experts": 4, "row_size": 1024}
     table, _ = make_table(tmp_path, **shape)
     checked = 2**24
     mixed = 1000 * 1024 * (4 + 2)

@@ -18,24 +18,17 @@ from hypothesis import strategies as st
 from random_tables import edit_json, flip_bit, make_table, random_records
 from safetensors import safe_open
 from safetensors.torch import load_file
+from version_1 import stride_of
 
 from lookup_experts.errors import DiskFullError, TableError, UserError
-from lookup_experts.table import format as table_format
+from lookup_experts.table import shard as shard_module
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
-from lookup_experts.table.format import (
-    DATA_START,
-    MANIFEST_NAME,
-    RecordLayout,
-    ShardInfo,
-    ShardWriter,
-    TableManifest,
-    TableShape,
-    open_table,
-    plan_shards,
-    read_manifest,
-    verify_table,
-    write_manifest,
-)
+from lookup_experts.table.format import DATA_START, MANIFEST_NAME
+from lookup_experts.table.layout import RecordLayout, ShardInfo, TableShape, plan_shards
+from lookup_experts.table.manifest import TableManifest, read_manifest, write_manifest
+from lookup_experts.table.opening import open_table
+from lookup_experts.table.shard_writer import ShardWriter
+from lookup_experts.table.verifying import verify_table
 
 shapes = st.builds(
     TableShape, st.integers(1, 500), st.integers(1, 30), st.integers(1, 20), st.integers(1, 2000)
@@ -47,14 +40,17 @@ layouts = st.builds(RecordLayout, shapes, st.sampled_from(list(ENCODINGS.values(
 
 
 @given(layouts)
-def test_no_record_straddles_a_block_it_could_fit_into(layout):
-    stride = layout.stride
-    assert stride >= layout.record_bytes and stride >= 64
-    if layout.record_bytes >= 4096:
-        assert stride % 4096 == 0 and stride - layout.record_bytes < 4096
-    else:
-        assert 4096 % stride == 0
-    assert all(layout.record_offset(row) % min(stride, 4096) == 0 for row in range(5))
+def test_records_lie_densely(layout):
+    assert 0 <= layout.stride - layout.record_bytes < 16
+    assert all(layout.record_offset(row) % 16 == 0 for row in range(5))
+    assert layout.is_whole_blocks == (layout.stride % 4096 == 0)
+
+
+@given(shapes, st.sampled_from(list(ENCODINGS.values())))
+def test_no_record_of_version_1_straddles_a_block_it_could_fit_into(shape, encoding):
+    layout = RecordLayout(shape, encoding, version=1)
+    assert layout.stride == stride_of(layout.record_bytes)
+    assert all(layout.record_offset(row) % min(layout.stride, 4096) == 0 for row in range(5))
 
 
 @given(layouts)
@@ -252,7 +248,7 @@ def test_every_edited_field_is_noticed(tmp_path):
                 open_table(tmp_path)
 
 
-NUMBERS = [("shape", "vocab_size"), ("shape", "num_layers"), ("shape", "hidden_size"), ("stride",)]
+NUMBERS = [("shape", "vocab_size"), ("shape", "num_layers"), ("shape", "row_size"), ("stride",)]
 
 
 @pytest.mark.parametrize("field", [*NUMBERS, ("version",), ("shards", 1, "num_ids")])
@@ -281,7 +277,7 @@ def test_a_missing_key_is_named(tmp_path, key):
 def test_an_unknown_key_is_named(tmp_path):
     make_table(tmp_path)
     edit_json(tmp_path / MANIFEST_NAME, lambda content: content["shape"].update(depth=1))
-    with pytest.raises(TableError, match=r"field shape\.depth is not a field of version 1"):
+    with pytest.raises(TableError, match=r"field shape\.depth is not a field of this version"):
         open_table(tmp_path)
 
 
@@ -387,7 +383,7 @@ def test_an_intact_table(tmp_path, encoding):
 
 
 def test_flipped_bits_are_found_anywhere_in_a_record(tmp_path):
-    table, _ = make_table(tmp_path, encoding="int8", hidden_size=9, ids_per_shard=20)
+    table, _ = make_table(tmp_path, encoding="int8", row_size=9, ids_per_shard=20)
     layout = table.layout
     assert layout.stride > layout.record_bytes
     for row, byte in ((0, 0), (7, layout.record_bytes - 1), (19, layout.stride - 1)):
@@ -418,7 +414,7 @@ def test_numbers_that_are_not_finite_are_found_under_a_right_checksum(tmp_path, 
 
 
 def test_many_bad_records_are_counted_and_some_listed(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_format, "_CHUNK_BYTES", 256)
+    monkeypatch.setattr(shard_module, "_CHUNK_BYTES", 256)
     table, _ = make_table(tmp_path, vocab_size=50)
     for row in range(3, 50):
         flip_bit(table.path(table.shards[0]), table.layout.record_offset(row))
@@ -436,9 +432,9 @@ def test_a_shard_truncated_before_verifying(tmp_path):
 
 
 def test_verifying_holds_little_memory(tmp_path, monkeypatch):
-    table, _ = make_table(tmp_path, vocab_size=2000, hidden_size=1024)
+    table, _ = make_table(tmp_path, vocab_size=2000, row_size=1024)
     assert table.layout.table_bytes > 15e6
-    monkeypatch.setattr(table_format, "_CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(shard_module, "_CHUNK_BYTES", 2**16)
     tracemalloc.start()
     try:
         assert verify_table(table).intact

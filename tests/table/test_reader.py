@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from reading import RowsInTraining
 from tiny_models import attached_model, greedy, logits_of, token_ids
 
 import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
+from lookup_experts.table.opening import open_table
 from lookup_experts.table.reader import TableExperts
-from lookup_experts.table.store import STORES
+from lookup_experts.table.store_choice import STORES
 
 IDS = token_ids(2, 9)
 READING = ("mmap", "direct")
@@ -55,7 +57,7 @@ BATCHES = {
 def test_rows_are_those_of_the_experts(store, batch, grad, training_form, table_folder):
     ids = BATCHES[batch]
     with torch.set_grad_enabled(grad):
-        expected = training_form.expert_source.rows(ids)
+        expected = RowsInTraining(training_form, ids)
         rows = opened(table_folder, store).expert_source.rows(ids)
         assert rows.index.shape == ids.shape
         for layer in range(3):
@@ -70,7 +72,7 @@ def test_layers_can_be_asked_for_again_and_in_any_order(training_form, table_fol
         for ids in (token_ids(1, 5), token_ids(4, 100)):
             with torch.no_grad():
                 rows = opened(table_folder, store).expert_source.rows(ids)
-                expected = training_form.expert_source.rows(ids)
+                expected = RowsInTraining(training_form, ids)
                 for layer in (2, 0, 0, 1, 2):
                     torch.testing.assert_close(
                         rows.layer(layer)[rows.index], expected.layer(layer)[expected.index]
@@ -83,7 +85,7 @@ def test_rows_stay_what_they_are_while_other_batches_are_read(training_form, tab
     with torch.no_grad():
         held = [(ids, source.rows(ids)) for ids in (token_ids(1, 4, seed=s) for s in range(8))]
         for ids, rows in held:
-            expected = training_form.expert_source.rows(ids)
+            expected = RowsInTraining(training_form, ids)
             for layer in range(3):
                 torch.testing.assert_close(
                     rows.layer(layer)[rows.index], expected.layer(layer)[expected.index]
@@ -155,7 +157,7 @@ def test_a_table_truncated_while_open_is_an_error_and_no_more(store, own_folder)
 def test_checksums_find_a_flipped_byte_while_generating(own_folder):
     from random_tables import flip_bit
 
-    flip_bit(shard_of(own_folder), 4096 + 33 * 2048 + 5)
+    flip_bit(shard_of(own_folder), open_table(own_folder / "table").layout.record_offset(33) + 5)
     ids = torch.tensor([[33, 1]])
     assert logits_of(opened(own_folder), ids).shape == (1, 2, 97)  # unnoticed without
     for store in READING:
@@ -211,13 +213,19 @@ def test_records_are_not_overwritten_before_the_backward(training_form, table_fo
             torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_copy_of_a_model_reads_the_same_table(table_folder):
-    model = opened(table_folder)
+@pytest.mark.parametrize("store", STORES)
+def test_a_copy_of_a_model_reads_the_same_table(store, table_folder):
+    model = opened(table_folder, store)
     expected = logits_of(model, IDS)
     copied = copy.deepcopy(model)
+    assert copied.expert_source is not model.expert_source
+    model.expert_source.reset_stats()
     assert torch.equal(logits_of(copied, IDS), expected)
-    assert torch.equal(logits_of(model, IDS), expected)
-    assert copied.expert_source is model.expert_source
+    assert model.expert_source.stats().batches == 0
+    model.expert_source.close()
+    assert torch.equal(logits_of(copied, IDS), expected)
+    with pytest.raises(ValueError, match="is closed"):
+        logits_of(model, IDS)
 
 
 # ------------------------------------------------------------------------- many steps, threads

@@ -15,19 +15,20 @@ from random_tables import flip_bit, make_table
 from torch import nn
 
 from lookup_experts.errors import TableError, UserError
-from lookup_experts.model.experts import LayerExperts
+from lookup_experts.generation.folding import plan_folding
+from lookup_experts.model.folded import evaluate_experts
+from lookup_experts.model.forms.mole import LayerExperts
 from lookup_experts.table import build
 from lookup_experts.table.build import (
     build_table,
     decode_records,
-    evaluate_experts,
     link_or_copy,
     plan_reencoding,
-    plan_table,
 )
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
-from lookup_experts.table.format import Table, open_table, verify_table
-from lookup_experts.table.store import open_store
+from lookup_experts.table.opening import Table, open_table
+from lookup_experts.table.store_choice import open_store
+from lookup_experts.table.verifying import verify_table
 
 VOCAB = 90
 
@@ -40,7 +41,7 @@ def fold(folder: Path, encoding: str, dtype: torch.dtype = torch.float32) -> Tab
     for layer in layers:
         for weight in layer.parameters():
             nn.init.normal_(weight, 0.0, 0.5)
-    plan = plan_table(embedding, layers, VOCAB, get_encoding(encoding), tokenizer_hash="words")
+    plan = plan_folding(embedding, layers, VOCAB, get_encoding(encoding), tokenizer_hash="words")
     return build_table(folder, plan, evaluate_experts(embedding, layers))
 
 
@@ -84,9 +85,7 @@ def test_decoded_records_are_the_rows_of_each_layer(tmp_path):
     assert len(found) == 3
     for layer, rows in enumerate(found):
         codes = torch.from_numpy(records[ids.numpy()])[:, layout.layer_slice(layer)]
-        expected = layout.encoding.decode(
-            codes, shape.num_experts, shape.hidden_size, torch.float32
-        )
+        expected = layout.encoding.decode(codes, shape.num_experts, shape.row_size, torch.float32)
         assert rows.dtype == torch.float32
         assert torch.equal(rows, expected)
 
@@ -233,7 +232,7 @@ def _huge_numbers(folder: Path) -> Table:
     embedding, layers = nn.Embedding(VOCAB, 4), [LayerExperts(2, 4, 4, 8)]
     for weight in layers[0].parameters():
         nn.init.normal_(weight, 0.0, 1e4)
-    plan = plan_table(embedding, layers, VOCAB, ENCODINGS["float32"])
+    plan = plan_folding(embedding, layers, VOCAB, ENCODINGS["float32"])
     return build_table(folder, plan, evaluate_experts(embedding, layers))
 
 
@@ -254,8 +253,8 @@ from pathlib import Path
 import torch
 from lookup_experts.table.build import build_table, decode_records, plan_reencoding
 from lookup_experts.table.encoding import get_encoding
-from lookup_experts.table.format import open_table
-from lookup_experts.table.store import open_store
+from lookup_experts.table.opening import open_table
+from lookup_experts.table.store_choice import open_store
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -276,7 +275,7 @@ print(reencode(sys.argv[2]), peak() - before)
 
 
 def test_memory_is_bounded_by_the_budget(run_python, tmp_path):
-    sizes = {"num_layers": 4, "num_experts": 4, "hidden_size": 256, "encoding": "bfloat16"}
+    sizes = {"num_layers": 4, "num_experts": 4, "row_size": 256, "encoding": "bfloat16"}
     make_table(tmp_path / "small", vocab_size=1000, **sizes)
     make_table(tmp_path / "large", vocab_size=6000, **sizes)
     exit_code, out, err = run_python(MEMORY, tmp_path / "small", tmp_path / "large")

@@ -14,7 +14,8 @@ from reading import Expected, open_reader_by, ways_here
 
 from lookup_experts.table import reader as reader_module
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
-from lookup_experts.table.format import BLOCK, RecordLayout, TableShape
+from lookup_experts.table.format import BLOCK
+from lookup_experts.table.layout import RecordLayout, TableShape
 from lookup_experts.table.reader import SLOT_BATCH
 from lookup_experts.table.rows import plan_groups
 
@@ -29,7 +30,7 @@ MODES = {
     "inference_mode": torch.inference_mode,
     "grad": torch.enable_grad,
 }
-ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "hidden_size": 512, "encoding": "float16"}
+ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "row_size": 512, "encoding": "float16"}
 """A record of 4096 bytes."""
 
 
@@ -43,9 +44,10 @@ def table_settings(draw):
         "vocab_size": vocab_size,
         "num_layers": draw(st.integers(1, 5)),
         "num_experts": draw(st.integers(1, 4)),
-        "hidden_size": draw(st.integers(1, 40) | st.sampled_from([96, 256, 520])),
+        "row_size": draw(st.integers(1, 40) | st.sampled_from([96, 256, 520])),
         "encoding": draw(st.sampled_from(sorted(ENCODINGS))),
         "ids_per_shard": draw(st.sampled_from([None, 50])),
+        "version": draw(st.sampled_from([2, 2, 1])),
     }
 
 
@@ -79,13 +81,13 @@ def wide_vocabulary(tmp_path_factory):
     "shape",
     [
         # One layer in records with padding, whose stride is no whole number of rows.
-        {"num_layers": 1, "num_experts": 4, "hidden_size": 96, "encoding": "float32"},
-        {"num_layers": 1, "num_experts": 4, "hidden_size": 768, "encoding": "bfloat16"},
+        {"num_layers": 1, "num_experts": 4, "row_size": 96, "encoding": "float32"},
+        {"num_layers": 1, "num_experts": 4, "row_size": 768, "encoding": "bfloat16"},
         # More codes in the last byte than numbers.
-        {"num_layers": 2, "num_experts": 3, "hidden_size": 5, "encoding": "nf3"},
-        {"num_layers": 2, "num_experts": 3, "hidden_size": 5, "encoding": "nf4"},
+        {"num_layers": 2, "num_experts": 3, "row_size": 5, "encoding": "nf3"},
+        {"num_layers": 2, "num_experts": 3, "row_size": 5, "encoding": "nf4"},
     ],
-    ids=lambda shape: f"{shape['encoding']}-{shape['hidden_size']}",
+    ids=lambda shape: f"{shape['encoding']}-{shape['row_size']}",
 )
 def test_rows_of_awkward_shapes(shape, tmp_path):
     table, records = make_table(tmp_path, **shape)
@@ -132,7 +134,7 @@ def test_rows_of_any_table_and_batch(tmp_path_factory, data, shape, mode, order)
 @pytest.mark.parametrize("encoding", ["bfloat16", "float32", "nf4"])
 def test_one_position_in_bfloat16(tmp_path, way, encoding):
     """By a product of its own, with and without gradients."""
-    size = {"num_layers": 3, "num_experts": 4, "hidden_size": 512}
+    size = {"num_layers": 3, "num_experts": 4, "row_size": 512}
     table, records = make_table(tmp_path, encoding=encoding, **size)
     expected = Expected(table, records, torch.bfloat16)
     with open_reader_by(way, table, torch.bfloat16, cache_bytes=2**20) as reader:
@@ -149,7 +151,7 @@ def test_one_position_in_bfloat16(tmp_path, way, encoding):
 @pytest.mark.parametrize("encoding", ["bfloat16", "nf4"])
 def test_all_of_a_block_in_one_for_one_position_in_bfloat16(tmp_path, encoding):
     """Router, softmax, sum and addition; whatever else there is takes the operations apart."""
-    shape = {"num_layers": 3, "num_experts": 4, "hidden_size": 768, "encoding": encoding}
+    shape = {"num_layers": 3, "num_experts": 4, "row_size": 768, "encoding": encoding}
     table, records = make_table(tmp_path, vocab_size=9, **shape)
     expected = Expected(table, records, torch.bfloat16)
     states, output = torch.randn(2, 1, 1, 768).bfloat16().unbind()
@@ -289,35 +291,42 @@ def test_prompts_one_after_the_other_and_at_once_share_no_rows(tmp_path):
 # ------------------------------------------------------------------------- groups of layers
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.integers(1, 40),
     st.integers(1, 4),
-    st.integers(1, 900),
+    st.integers(1, 900) | st.sampled_from([512, 1024]),
     st.integers(0, 5000),
     st.sampled_from([1, 50_000, 2**24]),
-    st.booleans(),
+    st.sampled_from([1, 2]),
 )
-@example(24, 4, 1024, 2000, 2**24, True)
-def test_groups_cover_every_layer_once(layers, experts, hidden, num_ids, group_bytes, in_parts):
-    layout = RecordLayout(TableShape(10, layers, experts, hidden), get_encoding("float16"))
-    in_parts = in_parts and layout.stride >= BLOCK
-    groups = plan_groups(layout, num_ids, group_bytes, in_parts)
+@example(24, 4, 1024, 2000, 2**24, 2)
+@example(12, 4, 768, 2000, 2**24, 2)
+def test_groups_cover_every_layer_once(layers, experts, row_size, num_ids, group_bytes, version):
+    shape = TableShape(10, layers, experts, row_size)
+    layout = RecordLayout(shape, get_encoding("float16"), version)
+    groups = plan_groups(layout, num_ids, group_bytes)
     assert [layer for group in groups for layer in group.layers] == list(range(layers))
     for group in groups:
         first, last = (layout.layer_slice(layer) for layer in (group.layers[0], group.layers[-1]))
         assert 0 <= group.start <= first.start and last.stop <= group.stop <= layout.stride
-        if in_parts:
+        if layout.is_whole_blocks:
             assert group.start % BLOCK == group.stop % BLOCK == 0
-            # No more than asked, or one layer, and the blocks at both ends.
-            most = max(group_bytes, num_ids * layout.layer_bytes)
-            assert num_ids * (group.stop - group.start - 2 * BLOCK) <= most
+        # No more than asked, or one layer, and the blocks at both ends.
+        most = max(group_bytes, num_ids * layout.layer_bytes)
+        assert num_ids * (group.stop - group.start - 2 * BLOCK) <= most
 
 
 def test_the_first_group_is_one_layer():
     layout = RecordLayout(TableShape(10, 24, 4, 1024), get_encoding("float16"))
-    assert len(plan_groups(layout, 100, 2**24, True)[0].layers) == 1
+    assert len(plan_groups(layout, 100, 2**24)[0].layers) == 1
     assert SLOT_BATCH < 100
+
+
+def test_small_records_come_whole_as_long_as_they_fit():
+    layout = RecordLayout(TableShape(10, 12, 1, 96), get_encoding("nf4"))
+    assert len(plan_groups(layout, 20_000, 2**24)) == 1
+    assert len(plan_groups(layout, 100_000, 2**24)) > 2
 
 
 # --------------------------------------------------------------------------------- encodings

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from random_tables import random_records
 
 from lookup_experts.table.encoding import get_encoding
-from lookup_experts.table.format import RecordLayout, TableShape
+from lookup_experts.table.layout import RecordLayout, TableShape
 from lookup_experts.table.scales import scale_check
 
 

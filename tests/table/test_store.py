@@ -16,31 +16,40 @@ import pytest
 from random_tables import flip_bit, make_table
 
 from lookup_experts.errors import TableError, UserError
-from lookup_experts.table import direct, uring
-from lookup_experts.table import store as stores
+from lookup_experts.table import direct, in_memory, uring
 from lookup_experts.table.direct import ThreadedReads
-from lookup_experts.table.format import ShardWriter
-from lookup_experts.table.store import (
-    STORES,
-    aligned_buffer,
-    available_memory_bytes,
-    open_store,
-)
+from lookup_experts.table.host_memory import aligned_buffer, available_memory_bytes
+from lookup_experts.table.shard_writer import ShardWriter
+from lookup_experts.table.store_choice import STORES, open_store
 from lookup_experts.table.uring import Ring
 
 pytestmark = pytest.mark.timeout(60)
 
-SMALL = {"hidden_size": 20, "encoding": "nf3"}
-ONE_BLOCK = {"hidden_size": 512, "encoding": "float16"}
-LARGE = {"hidden_size": 1700, "num_experts": 3, "encoding": "bfloat16"}
-SIZES = {"64": SMALL, "4096": ONE_BLOCK, "20480": LARGE}
+SMALL = {"row_size": 20, "encoding": "nf3"}
+ONE_BLOCK = {"row_size": 512, "encoding": "float16"}
+LARGE = {"row_size": 1280, "num_experts": 4, "encoding": "bfloat16"}
+"""Whole blocks, 20,480 bytes."""
+DENSE = {"row_size": 1700, "num_experts": 3, "encoding": "bfloat16"}
+"""20,400 bytes, which begin anywhere in a block."""
+NARROW = {"row_size": 96, "num_layers": 12, "num_experts": 1, "encoding": "nf4"}
+"""600 bytes."""
+SIZES = {
+    "48": SMALL,
+    "608": NARROW,
+    "4096": ONE_BLOCK,
+    "20400": DENSE,
+    "20480": LARGE,
+    "64, version 1": {**SMALL, "version": 1},
+    "1024, version 1": {**NARROW, "version": 1},
+    "20480, version 1": {**DENSE, "version": 1},
+}
 
 
 def silent(_message: str) -> None:
     """For tests that don't look at the messages."""
 
 
-@pytest.fixture(params=SIZES, ids=[f"stride{size}" for size in SIZES])
+@pytest.fixture(params=SIZES)
 def size(request):
     return SIZES[request.param]
 
@@ -225,7 +234,7 @@ def test_auto_takes_what_fits_and_says_so(tmp_path):
 
 def test_a_table_larger_than_memory(tmp_path, monkeypatch):
     table, _ = make_table(tmp_path)
-    monkeypatch.setattr(stores, "available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(in_memory, "available_memory_bytes", lambda: 1000)
     with pytest.raises(UserError, match=r"2\.56 kB.*'direct' or 'mmap'"):
         open_store(table, "memory", notify=silent)
 
@@ -247,13 +256,13 @@ def test_without_io_uring_threads_read_and_it_is_said(tmp_path, monkeypatch, cod
 
 
 def test_a_ring_that_can_not_read_is_not_taken(tmp_path, monkeypatch):
-    def refused(self, fds, offsets, target):
-        return np.full(len(target), -errno.EINVAL)
+    def refused(self, fds, offsets, lengths, buffer, targets):
+        return np.full(len(targets), -errno.EINVAL)
 
     table, records = make_table(tmp_path)
     if not has_ring():
         pytest.skip("no io_uring here")
-    monkeypatch.setattr(Ring, "read_rows", refused)
+    monkeypatch.setattr(Ring, "read", refused)
     before = open_files()
     with open_store(table, "direct", notify=silent) as store:
         assert store.backend == "preadv x8 threads"
@@ -379,12 +388,16 @@ def test_a_shard_that_vanished(tmp_path):
 def results_changed(monkeypatch, direct_backend, change) -> None:
     """Have the back end of the direct store come back with other results."""
     owner = Ring if direct_backend == "io_uring" else ThreadedReads
-    real = owner.read_rows
+    real = owner.read
 
-    def changed(self, fds, offsets, target):
-        return change(real(self, fds, offsets, target), target)
+    def changed(self, fds, offsets, lengths, buffer, targets):
+        results = real(self, fds, offsets, lengths, buffer, targets)
+        return change(
+            results,
+            [buffer[target:][:length] for target, length in zip(targets, lengths, strict=True)],
+        )
 
-    monkeypatch.setattr(owner, "read_rows", changed)
+    monkeypatch.setattr(owner, "read", changed)
 
 
 def two_backends(function):
@@ -411,7 +424,7 @@ def test_a_disk_error_names_file_id_and_offset(tmp_path, monkeypatch, direct_bac
 @pytest.mark.parametrize("count", [-errno.EINTR, -errno.EAGAIN, 0, 1000, 4096, 8192])
 def test_a_read_that_came_back_short_is_completed(tmp_path, monkeypatch, direct_backend, count):
     def short(results, target):
-        target[3, max(0, count) :] = 0
+        target[3][max(0, count) :] = 0
         results[3] = count
         return results
 
@@ -435,6 +448,59 @@ def test_a_read_that_stays_short_is_an_error(tmp_path, monkeypatch, direct_backe
         got = count // 4096 * 4096
         with pytest.raises(TableError, match=f"id 3 at 65536: got {got} of 20480 bytes"):
             check(store, records, np.arange(40))
+
+
+@two_backends
+def test_a_disk_error_under_records_that_share_blocks(tmp_path, monkeypatch, direct_backend):
+    """The read that fails brings several; the one named is the first that it would have brought."""
+
+    def broken(results, target):
+        results[1] = -errno.EIO
+        return results
+
+    table, records = make_table(tmp_path, vocab_size=400, ids_per_shard=200, **NARROW)
+    ids = np.array([399, 60, 61, 62, 1, 0])
+    with open_store(table, "direct", notify=silent) as store:
+        results_changed(monkeypatch, direct_backend, broken)
+        offset = 4096 + 60 * 608
+        with pytest.raises(
+            TableError, match=rf"00001-of-00002.*id 60 at {offset}: Input/output error"
+        ):
+            check(store, records, ids)
+        monkeypatch.undo()
+        check(store, records, ids)
+
+
+@two_backends
+@pytest.mark.parametrize("count", [-errno.EINTR, -errno.EAGAIN, 0, 1000, 4096, 20000])
+def test_a_short_read_of_shared_blocks_is_completed(tmp_path, monkeypatch, direct_backend, count):
+    def short(results, target):
+        target[1][max(0, count) :] = 0
+        results[1] = count
+        return results
+
+    table, records = make_table(tmp_path, **DENSE)
+    with open_store(table, "direct", notify=silent) as store:
+        results_changed(monkeypatch, direct_backend, short)
+        check(store, records, np.array([0, 20, 21, 22, 39]))
+
+
+@two_backends
+@pytest.mark.parametrize("got", [0, 8192, 24576])
+def test_a_read_of_shared_blocks_that_stays_short(tmp_path, monkeypatch, direct_backend, got):
+    def short(results, target):
+        monkeypatch.setattr(os, "preadv", lambda *_: 0)  # the second attempt finds nothing
+        results[1] = got
+        return results
+
+    table, records = make_table(tmp_path, **DENSE)
+    begin = 4096 + 20 * 20400
+    lost = 20 if begin // 4096 * 4096 + got < begin + 20400 else 21
+    with open_store(table, "direct", notify=silent) as store:
+        results_changed(monkeypatch, direct_backend, short)
+        needed = begin % 4096 + 3 * 20400
+        with pytest.raises(TableError, match=f"id {lost} at .*: got {got} of {needed} bytes"):
+            check(store, records, np.array([0, 22, 21, 20, 39]))
 
 
 def test_a_ring_that_fails_while_reading(tmp_path, monkeypatch):
@@ -492,8 +558,9 @@ def test_processes_share_a_table(tmp_path):
     script = """
 import sys, zlib
 import numpy as np
-from lookup_experts.table.format import open_table
-from lookup_experts.table.store import aligned_buffer, open_store
+from lookup_experts.table.opening import open_table
+from lookup_experts.table.host_memory import aligned_buffer
+from lookup_experts.table.store_choice import open_store
 table = open_table(sys.argv[1])
 out = aligned_buffer(200 * table.layout.stride).reshape(200, -1)
 with open_store(table, "direct", notify=print) as store:

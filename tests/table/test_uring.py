@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lookup_experts.table import uring
-from lookup_experts.table.store import aligned_buffer
+from lookup_experts.table.host_memory import aligned_buffer
 from lookup_experts.table.uring import ENTER, Ring
 
 pytestmark = pytest.mark.timeout(30)
@@ -59,11 +59,17 @@ def system_calls(monkeypatch):
     return calls
 
 
+def read_rows(ring, fds, offsets, target):
+    """A row of `target` from each place."""
+    starts = np.arange(len(target)) * ROW
+    return ring.read(fds, offsets, np.full(len(target), ROW), target.reshape(-1), starts)
+
+
 def read(ring, file, rows):
     """Read these rows and check every byte."""
     fd, content = file
     target = aligned_buffer(len(rows) * ROW).reshape(len(rows), ROW)
-    results = ring.read_rows(np.full(len(rows), fd, np.int32), np.array(rows) * ROW, target)
+    results = read_rows(ring, np.full(len(rows), fd, np.int32), np.array(rows) * ROW, target)
     assert (results == ROW).all()
     assert (target == content[rows]).all()
 
@@ -75,6 +81,24 @@ def test_batches_of_any_size(ring, file, num_rows):
 
 def test_an_empty_batch(ring, file):
     read(ring, file, np.array([], np.int64))
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_reads_of_many_lengths(ring, file, started):
+    fd, content = file
+    lengths, offsets = [1, 5000, ROW, 3 * ROW + 7], [3, 10 * ROW - 1, 0, 100]
+    buffer = aligned_buffer(8 * ROW)
+    targets = [2, 10, 2 * ROW, 3 * ROW + 1]
+    if started:
+        address = buffer.ctypes.data
+        ring.start([fd] * 4, offsets, [address + target for target in targets], lengths)
+        assert ring.finish() == lengths
+    else:
+        assert ring.read([fd] * 4, offsets, lengths, buffer, targets).tolist() == lengths
+    expected = np.zeros(8 * ROW, np.uint8)
+    for length, offset, target in zip(lengths, offsets, targets, strict=True):
+        expected[target : target + length] = content.reshape(-1)[offset : offset + length]
+    assert (buffer == expected).all()
 
 
 @pytest.mark.parametrize("num_rows", [1, 16])
@@ -94,7 +118,7 @@ def test_errors_come_back_with_their_row(ring, file):
     fd, content = file
     target = aligned_buffer(3 * ROW).reshape(3, ROW)
     fds = np.array([fd, 10_000, fd], np.int32)
-    results = ring.read_rows(fds, np.array([0, 0, NUM_ROWS * ROW - 100]), target)
+    results = read_rows(ring, fds, np.array([0, 0, NUM_ROWS * ROW - 100]), target)
     assert results.tolist() == [ROW, -errno.EBADF, 100]
     assert (target[0] == content[0]).all()
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_runs import make_data, tiny_recipe
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.experts import LayerExperts
+from lookup_experts.model.forms.mole import LayerExperts
 from lookup_experts.training.accumulation import SharesExpertOutputs
 from lookup_experts.training.recipe import load_recipe
 from lookup_experts.training.train import train
@@ -30,7 +30,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     outputs = LayerExperts.forward
 
-    def noted(self: LayerExperts, normalized: torch.Tensor) -> torch.Tensor:
+    def noted(self: LayerExperts, normalized: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             found.append(len(normalized))
         return outputs(self, normalized)

@@ -3,6 +3,8 @@
 import gzip
 import json
 import random
+import shutil
+import subprocess
 import sys
 
 import pyarrow
@@ -65,12 +67,31 @@ def test_empty_files_are_empty_documents(tmp_path):
     assert read(tmp_path / "a.jsonl") == []
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_a_row_is_a_document(tmp_path, pack):
-    path = tmp_path / ("a.jsonl" if pack is bytes else "a.jsonl.gz")
+def zst(content: bytes) -> bytes:
+    return pyarrow.compress(content, "zstd", asbytes=True)
+
+
+@pytest.mark.parametrize(("pack", "ending"), [(bytes, ""), (gzip.compress, ".gz"), (zst, ".zst")])
+def test_a_row_is_a_document(tmp_path, pack, ending):
+    path = tmp_path / f"a.jsonl{ending}"
     content = rows({"text": "one\n"}, {"text": ""}, {"text": None}) + b"\n" + rows({"text": "é"})
     path.write_bytes(pack(content))
     assert read(path) == ["one\n", "", "", "é"]
+
+
+def test_zst_in_several_frames_and_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "CHUNK_CHARACTERS", 1000)
+    path = tmp_path / "a.txt.zst"
+    parts = ["é line\r\n\n" * 300, "und so weiter " * 5000]
+    path.write_bytes(b"".join(zst(part.encode()) for part in parts))
+    assert read(path) == ["".join(parts)]
+    # By other programs, whose frames don't say how much is in them.
+    (tmp_path / "raw.jsonl").write_bytes(rows({"text": "one"}, {"text": "two"}))
+    if shutil.which("zstd"):
+        packed = tmp_path / "b.jsonl.zst"
+        with packed.open("wb") as file:
+            subprocess.run(["zstd", "-c"], input=rows({"text": "1"}), stdout=file, check=True)
+        assert read(packed) == ["1"]
 
 
 def test_the_text_field_can_be_named(tmp_path):
@@ -91,6 +112,39 @@ def test_parquet_rows(tmp_path, monkeypatch):
         read(path, "body")
     with pytest.raises(UserError, match=r"row 1: the field 'id' holds a int"):
         read(path, "id")
+
+
+def test_a_large_row_group_of_parquet_is_not_held(tmp_path):
+    """So that no more is held than of a .jsonl: peaks of fresh processes, by the kernel's word."""
+    random_text = random.Random(0)
+    texts = [random_text.randbytes(2048).hex() for _ in range(25_000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_bytes(rows(*({"text": text} for text in texts)))
+    script = """
+import sys
+from pathlib import Path
+import pyarrow.parquet
+from lookup_experts.training.documents import read_documents
+from lookup_experts.training.inputs import find_inputs
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+(source,) = find_inputs([sys.argv[1]])
+before = status("VmHWM")
+assert sum(len(chunk.text) for chunk in read_documents(source, "text")) == 25_000 * 4096
+print(before, status("VmHWM"))
+"""
+    peaks = {}
+    for name in ("a.jsonl", "a.parquet"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        before, peaks[name] = map(int, done.stdout.split())
+    assert peaks["a.parquet"] < 2 * peaks["a.jsonl"]
+    assert peaks["a.parquet"] - before < 60 * 2**20  # the column has 98 MiB
 
 
 @pytest.mark.parametrize(
@@ -118,6 +172,8 @@ def test_bad_rows_are_told_with_their_line(tmp_path, content, message):
         ("a.txt", "é".encode("latin1") + b" text", "not UTF-8 text"),
         ("a.txt.gz", b"no gzip", "damaged gzip"),
         ("a.jsonl.gz", gzip.compress(rows({"text": "x" * 99}), mtime=0)[:-12], "damaged gzip"),
+        ("a.jsonl.zst", zst(rows({"text": "x" * 99}))[:-9], "damaged zst"),
+        ("a.txt.zst", b"no zst at all", "damaged zst"),
         ("a.parquet", b"PAR1 and then nothing", "can't be read as parquet"),
     ],
 )

@@ -14,11 +14,11 @@ def found(names: list[Path], out: Path) -> list[str]:
 
 def test_folders_are_walked_in_sorted_order(tmp_path):
     text = tmp_path / "text"
-    for name in ("b.txt", "a/z.md", "a/b/c.jsonl.gz", "a/c.py", ".git/x.txt", "a/.x.txt", "d.exe"):
+    for name in ("b.txt", "a/z.md", "a/b/c.txt.gz", "a/c.py", ".git/x.txt", "a/.x.txt", "d.exe"):
         path = text / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    expected = [text / "b.txt", text / "a/c.py", text / "a/z.md", text / "a/b/c.jsonl.gz"]
+    expected = [text / "b.txt", text / "a/c.py", text / "a/z.md", text / "a/b/c.txt.gz"]
     assert found([text], tmp_path / "out") == [str(path) for path in expected]
 
 

@@ -100,6 +100,36 @@ def test_sft_with_prompts_that_are_masked(tmp_path):
     assert torch.equal(logits_of(le.load(tmp_path / "experts"), ids), logits_of(model.eval(), ids))
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_sft_with_adapters(tmp_path):
+    """TRL puts PEFT's adapters on by itself: here LoRA on the backbone, and the experts' copies."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    peft = pytest.importorskip("peft")
+    tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path / "tokenizer"))
+    tokenizer.pad_token = tokenizer.eos_token
+    folder = saved_backbone(tmp_path / "backbone", vocab_size=len(tokenizer))
+    model = le.attach(AutoModelForCausalLM.from_pretrained(folder), 2)
+    rows = [{"text": f"one two {word} three {word}"} for word in ("a", "beta")]
+    trainer = trl.SFTTrainer(
+        model,
+        args=trl.SFTConfig(**arguments(tmp_path / "run", max_steps=12, bf16=False)),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(
+            target_modules="all-linear", modules_to_save=["lookup_experts"], r=4
+        ),
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+    ids = token_ids(2, 9)
+    expected = logits_of(trainer.model.eval(), ids)
+    le.reparameterize(trainer.model.merge_and_unload(), tmp_path / "folded", encoding="float32")
+    found = logits_of(le.load(tmp_path / "folded"), ids)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_backbone_under_trained_experts(tmp_path, kind):
     """bitsandbytes on the CPU; experts in float32, bfloat16 by autocast."""

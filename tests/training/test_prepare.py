@@ -39,11 +39,15 @@ def mixed_text(tmp_path_factory) -> Path:
     (folder / "a.txt").write_text(prose(9000, seed=100))
     (folder / "b.txt.gz").write_bytes(gzip.compress(prose(800, seed=101).encode()))
     (folder / "c.md").write_text("# A title\n")
-    (folder / "d.py").write_text("")
+    (folder / "d.txt").write_text("")
     write_rows(folder / "e.jsonl", [*texts[:20], "", "  \n", *texts[20:30]])
     rows = write_rows(folder.parent / "f.jsonl", texts[30:45])
     (folder / "f.jsonl.gz").write_bytes(gzip.compress(rows.read_bytes()))
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts[45:]}), folder / "g.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[45:50]}), folder / "g.parquet")
+    packed = pyarrow.compress(
+        write_rows(folder.parent / "h.jsonl", texts[50:]).read_bytes(), "zstd", asbytes=True
+    )
+    (folder / "h.jsonl.zst").write_bytes(packed)
     return folder
 
 

@@ -51,6 +51,45 @@ def test_the_summary_in_words_and_as_json(mole, tmp_path):
     assert (summary["dtype"], summary["vocab_size"]) == ("uint16", 300)
 
 
+def test_what_was_taken_as_what_is_told_and_what_was_passed_over_and_why(
+    tmp_path, tokenizer_folder
+):
+    """A clone of a data set's repository, through the real command."""
+    folder = tmp_path / "set"
+    for name in (".git/config", "README.md", "load.py", "data/LICENSE", "data/more.txt", "a/b.md"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("Not a document?")
+    for number in range(6):
+        write_rows(folder / "data" / f"{number}.jsonl", [prose(200, number), prose(200, -number)])
+    (folder / "data" / "gone.txt").symlink_to(folder / "nowhere")
+    (folder / "data" / "again").symlink_to(folder / "a")
+    options = ["--tokenizer", tokenizer_folder, "--out", tmp_path / "out", "--workers", "1"]
+    done = binary(folder, *options, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    taken = {Path(i["name"]).name: i["taken_as"] for i in told["inputs"]}
+    rows = {f"{number}.jsonl": "a document per row" for number in range(6)}
+    assert taken == rows | {"more.txt": "one document", "b.md": "one document"}
+    reasons = {Path(p["name"]).name: p["reason"].split(",")[0] for p in told["passed_over"]}
+    assert reasons == {
+        ".git": "hidden",
+        "README.md": "the card of a data set",
+        "load.py": "a script of a data set",
+        "LICENSE": "unknown ending",
+        "gone.txt": "a link to nothing",
+        "again": "a link to a folder",
+    }
+    assert sum(split["num_documents"] for split in told["splits"].values()) == 12 + 2
+    told_lines = done.stderr.splitlines()
+    assert "Taken, each as a document per row, field 'text': 6 (" in done.stderr
+    assert next(line for line in told_lines if "field" in line).endswith("3.jsonl …)")
+    assert any(
+        line.startswith("Passed over, the card of a data set, beside") for line in told_lines
+    )
+    named = binary(folder / "README.md", folder / "load.py", *options[:3], tmp_path / "named")
+    assert "Taken, each as one document: 2 (" in named.stderr
+
+
 def test_a_single_document_is_said(mole, tmp_path):
     (tmp_path / "a.txt").write_text(prose(2000, seed=0))
     _, words, _ = mole(tmp_path / "a.txt")
@@ -64,10 +103,10 @@ def test_help_has_an_example():
 
 
 def the_line(error: str) -> str:
-    """The one line of an error; before it there may be a progress bar and its line end."""
+    """The one line of an error; before it what was taken may be told, and a progress bar."""
     *before, line = error.splitlines()
     assert line.startswith("mole: ")
-    assert all(not other or "━" in other for other in before)
+    assert all(not other or "━" in other or other.startswith("Taken, ") for other in before)
     return line
 
 

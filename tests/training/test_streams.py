@@ -17,7 +17,7 @@ from lookup_experts.training.data import TokenShards
 from lookup_experts.training.inputs import find_inputs
 from lookup_experts.training.prepare import prepare
 from lookup_experts.training.streams import RowStream, StreamedSequences
-from lookup_experts.training.tokenizer import load_tokenizer
+from lookup_experts.training.tokenizer import bos_token_ids, load_tokenizer
 
 CONTEXT = 32
 
@@ -40,7 +40,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_stream(path: Path, tokenizer_folder: Path, lag: int = 4) -> StreamedSequences:
     rows = RowStream(find_inputs([str(path)]), "text")
-    return StreamedSequences(rows, load_tokenizer(str(tokenizer_folder)), CONTEXT, lag)
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    return StreamedSequences(rows, tokenizer, CONTEXT, lag, bos=bos_token_ids(tokenizer))
 
 
 def tokens_of(stream: StreamedSequences, numbers: Any) -> np.ndarray:
@@ -142,12 +143,14 @@ import json, sys
 from lookup_experts.training.inputs import find_inputs
 from lookup_experts.training.streams import RowStream
 report = []
+def texts(rows, count):
+    return [text for text, _ in rows.texts(count)]
 for name in sys.argv[1:]:
     rows = RowStream(find_inputs([name]), "text")
-    first, state, rest = rows.texts(1), rows.state(), rows.texts(5)
+    first, state, rest = texts(rows, 1), rows.state(), texts(rows, 5)
     again = RowStream(find_inputs([name]), "text")
     again.restore(json.loads(json.dumps(state)))
-    report.append([first, rest, again.texts(5)])
+    report.append([first, rest, texts(again, 5)])
 print(json.dumps(report))
 """
 

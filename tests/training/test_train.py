@@ -109,6 +109,16 @@ def test_the_summary_counts(trained: Path) -> None:
     assert summary.parameters.resident == sum(sizes.values()) - routed
 
 
+def test_a_short_run_shows_its_loss(data: Path, tmp_path: Path, capsys: Any) -> None:
+    """Over before a line is due, and before as many steps as lines are apart."""
+    recipe = tiny_recipe(steps=3, log_every=10, validate_every=3)
+    train(recipe, data, tmp_path / "out")
+    said = capsys.readouterr().err
+    losses = [line["loss"] for line in history(tmp_path / "out") if "loss" in line]
+    assert len(losses) == 3
+    assert f"step 3/3  loss {losses[-1]:.3f}" in said
+
+
 def test_the_history_has_losses_and_validations(trained: Path) -> None:
     lines = history(trained)
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
@@ -248,8 +258,7 @@ def test_the_vocabulary_is_the_tokenizers_rounded_up_unless_stated() -> None:
     assert with_vocabulary(recipe, 320).model.vocab_size == 320
     stated = replace(recipe, model=replace(recipe.model, vocab_size=301))
     assert with_vocabulary(stated, 300).model.vocab_size == 301
-    with pytest.raises(UserError, match=r"model.vocab_size is 301.*has 302"):
-        with_vocabulary(stated, 302)
+    assert with_vocabulary(stated, 302).model.vocab_size == 301  # the text may use few of them
 
 
 def test_only_matrices_decay() -> None:
@@ -504,7 +513,7 @@ def test_the_command_says_what_came_out(
     [
         ("no-such-recipe", [], "Unknown recipe"),
         (None, ["--set", "training.step=3"], "Did you mean 'training.steps'"),
-        (None, ["--set", "model.vocab_size=64"], "tokenizer of the data has"),
+        (None, ["--set", "model.vocab_size=64"], "embedding has rows for the ids below 64 only"),
         (None, ["--data", "nowhere"], "has no weight"),
     ],
 )

@@ -304,7 +304,7 @@ def with_tokenizer(folder: Path, data: Path, **config: Any) -> Path:
 
 def test_more_token_ids_than_the_embedding_has_rows(data: Path, tmp_path: Path) -> None:
     model = with_tokenizer(tmp_path / "model", data, vocab_size=200)
-    with pytest.raises(UserError, match=r"prepared with 2\d\d token ids.*has 200 rows"):
+    with pytest.raises(UserError, match=r"Document 1 of the train text.*below 200 only"):
         train(for_backbone(recipe(), str(model)), data, tmp_path / "out", progress=False)
 
 
@@ -425,7 +425,8 @@ def test_a_quantised_backbone(data: Path, tmp_path: Path, kind: str) -> None:
     )
     summary = train(chosen, data, tmp_path / "out", progress=False)
     assert summary.validation_loss is not None
-    untrained = json.loads((tmp_path / "out/history.jsonl").read_text().splitlines()[0])["loss"]
+    lines = map(json.loads, (tmp_path / "out/history.jsonl").read_text().splitlines())
+    untrained = next(line["loss"] for line in lines if "loss" in line)
     assert summary.training_loss < untrained
     assert summary.validation_loss < untrained
     assert le.load(tmp_path / "out").is_quantized

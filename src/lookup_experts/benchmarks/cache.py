@@ -18,13 +18,21 @@ counts (`table/counts.py`). `tinylfu` is TinyLFU (arXiv 1512.00727) with exact c
 sketch, because a vocabulary is small.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
 
 import numpy as np
 
+from lookup_experts import console
+from lookup_experts.benchmarks.models import Case
+from lookup_experts.benchmarks.plots import draw_bars
+from lookup_experts.benchmarks.results import Result, Results
+from lookup_experts.benchmarks.text import id_stream
+from lookup_experts.benchmarks.timing import Advance
+from lookup_experts.errors import UserError
 from lookup_experts.table.counts import most_frequent
 
 FIRST_TOKENS = 4096
@@ -35,27 +43,47 @@ USES_PER_AGEING = 10
 """Counts are halved after this many uses for each record of the capacity."""
 
 
-class Policy(Protocol):
-    """A cache of records, as far as it decides which to keep."""
+def bench_cache(
+    capacities: Sequence[int],
+    num_streams: Sequence[int],
+    most_tokens: int,
+    ids: Path | None,
+    work: Path,
+    results: Results,
+) -> None:
+    """`mole bench cache`: caches of so many records, over so many tokens of the stream."""
+    stream = id_stream(ids, Case().layout.shape.vocab_size, work)[:most_tokens]
+    if len(stream) < 2 * max(num_streams):
+        raise UserError(f"{len(stream)} token ids are too few for {max(num_streams)} streams.")
+    with console.progress_bar("Simulating") as progress:
+        found = compare_policies(stream, capacities, num_streams, progress)
+    results.add(*found)
+    results.finish(draw)
 
+
+class Policy(ABC):
+    """A cache of so many records, at least 1, as far as it decides which to keep."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+
+    @abstractmethod
     def use(self, ids: Sequence[int]) -> int:
         """Look up the unique ids of one step; how many of them were there."""
 
 
-class LeastRecentlyUsed:
+class LeastRecentlyUsed(Policy):
     """`lru`, the row cache of `table/cache.py`.
 
     Args:
-        capacity: records, at least 1.
         filled_with: ids that are there from the start, those to be kept longest last.
     """
 
     def __init__(self, capacity: int, filled_with: Iterable[int] = ()) -> None:
-        self._capacity = capacity
+        super().__init__(capacity)
         self._kept: OrderedDict[int, None] = OrderedDict.fromkeys(filled_with)
 
     def use(self, ids: Sequence[int]) -> int:
-        """See `Policy.use`."""
         kept = self._kept
         hits = sum(id_ in kept for id_ in ids)
         for id_ in ids:
@@ -66,44 +94,51 @@ class LeastRecentlyUsed:
         return hits
 
 
-class LeastFrequentlyUsed:
-    """`lfu`: of those used least often, the least recently used goes first.
-
-    Args:
-        capacity: records, at least 1.
-    """
+class Ageing(Policy):
+    """A policy by how often records were used, which halves its counts as time goes by."""
 
     def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._counts: dict[int, int] = {}
-        self._by_count: defaultdict[int, OrderedDict[int, None]] = defaultdict(OrderedDict)
+        super().__init__(capacity)
         self._uses = 0
 
     def use(self, ids: Sequence[int]) -> int:
-        """See `Policy.use`."""
+        hits = self._use(ids)
+        self._uses += len(ids)
+        if self._uses >= USES_PER_AGEING * self._capacity:
+            self._uses = 0
+            self._age()
+        return hits
+
+    @abstractmethod
+    def _use(self, ids: Sequence[int]) -> int: ...
+
+    @abstractmethod
+    def _age(self) -> None: ...
+
+
+class LeastFrequentlyUsed(Ageing):
+    """`lfu`: of those used least often, the least recently used goes first."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._counts: dict[int, int] = {}
+        self._by_count: defaultdict[int, OrderedDict[int, None]] = defaultdict(OrderedDict)
+
+    def _use(self, ids: Sequence[int]) -> int:
         found = [id_ for id_ in ids if id_ in self._counts]
         missing = [id_ for id_ in ids if id_ not in self._counts]
         for id_ in found + missing:  # in this order, so that none is replaced before its use
-            self._use_one(id_)
-        self._uses += len(ids)
-        if self._uses >= USES_PER_AGEING * self._capacity:
-            self._age()
+            count = self._counts.pop(id_, 0)
+            if count:
+                self._take_from(count, id_)
+            elif len(self._counts) == self._capacity:
+                least = min(self._by_count)
+                evicted = next(iter(self._by_count[least]))
+                self._take_from(least, evicted)
+                del self._counts[evicted]
+            self._counts[id_] = count + 1
+            self._by_count[count + 1][id_] = None
         return len(found)
-
-    def _use_one(self, id_: int) -> None:
-        count = self._counts.pop(id_, 0)
-        if count:
-            self._take_from(count, id_)
-        elif len(self._counts) == self._capacity:
-            self._evict()
-        self._counts[id_] = count + 1
-        self._by_count[count + 1][id_] = None
-
-    def _evict(self) -> None:
-        least = min(self._by_count)
-        id_ = next(iter(self._by_count[least]))
-        self._take_from(least, id_)
-        del self._counts[id_]
 
     def _take_from(self, count: int, id_: int) -> None:
         del self._by_count[count][id_]
@@ -111,7 +146,6 @@ class LeastFrequentlyUsed:
             del self._by_count[count]
 
     def _age(self) -> None:
-        self._uses = 0
         older = sorted(self._by_count.items())
         self._by_count.clear()
         for count, ids in older:
@@ -120,21 +154,15 @@ class LeastFrequentlyUsed:
                 self._by_count[self._counts[id_]][id_] = None
 
 
-class TinyLeastFrequentlyUsed:
-    """`tinylfu`: least recently used, behind a filter by frequency.
-
-    Args:
-        capacity: records, at least 1.
-    """
+class TinyLeastFrequentlyUsed(Ageing):
+    """`tinylfu`: least recently used, behind a filter by frequency."""
 
     def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+        super().__init__(capacity)
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._counts: Counter[int] = Counter()
-        self._uses = 0
 
-    def use(self, ids: Sequence[int]) -> int:
-        """See `Policy.use`."""
+    def _use(self, ids: Sequence[int]) -> int:
         self._counts.update(ids)
         found = [id_ for id_ in ids if id_ in self._kept]
         for id_ in found:
@@ -142,9 +170,6 @@ class TinyLeastFrequentlyUsed:
         for id_ in ids:
             if id_ not in self._kept:
                 self._admit(id_)
-        self._uses += len(ids)
-        if self._uses >= USES_PER_AGEING * self._capacity:
-            self._age()
         return len(found)
 
     def _admit(self, id_: int) -> None:
@@ -156,24 +181,22 @@ class TinyLeastFrequentlyUsed:
         self._kept[id_] = None
 
     def _age(self) -> None:
-        self._uses = 0
         halves = {id_: count // 2 for id_, count in self._counts.items() if count > 1}
         self._counts = Counter(halves)
 
 
-class MostFrequent:
+class MostFrequent(Policy):
     """`static`: fixed from the start.
 
     Args:
-        capacity: records, at least 1.
         counts: int [V], how often each id occurs in another text.
     """
 
     def __init__(self, capacity: int, counts: np.ndarray) -> None:
+        super().__init__(capacity)
         self._kept = frozenset(most_frequent(counts, capacity).tolist())
 
     def use(self, ids: Sequence[int]) -> int:
-        """See `Policy.use`."""
         return sum(id_ in self._kept for id_ in ids)
 
 
@@ -212,8 +235,8 @@ def compare_policies(
     token_ids: np.ndarray,
     capacities: Sequence[int],
     num_streams: Sequence[int] = (1, 8, 32),
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[dict[str, Any]]:
+    progress: Advance = lambda done, total: None,
+) -> list[Result]:
     """What each policy saves on the second half of a text; the first half is counted, as
     `mole reparameterize --counts` counts one.
 
@@ -230,7 +253,7 @@ def compare_policies(
     """
     seen, measured = np.array_split(token_ids, 2)
     counts = np.bincount(seen)
-    results: list[dict[str, Any]] = []
+    results: list[Result] = []
     num_runs = len(num_streams) * len(capacities) * len(_policies(1, counts))
     for streams in num_streams:
         steps = decoding_steps(measured, streams)
@@ -238,15 +261,14 @@ def compare_policies(
         for capacity in capacities:
             for name, new_policy in _policies(capacity, counts).items():
                 rate = hit_rate(new_policy(), steps)
+                at_first = hit_rate_at_first(new_policy, steps, max(1, FIRST_TOKENS // streams))
                 results.append(
                     {
                         "policy": name,
                         "capacity": capacity,
                         "streams": streams,
                         "hit_rate": rate,
-                        "hit_rate_at_first": hit_rate_at_first(
-                            new_policy, steps, max(1, FIRST_TOKENS // streams)
-                        ),
+                        "hit_rate_at_first": at_first,
                         "reads_per_token": (1 - rate) * unique_per_token,
                     }
                 )
@@ -264,3 +286,22 @@ def _policies(capacity: int, counts: np.ndarray) -> dict[str, Callable[[], Polic
         "tinylfu": partial(TinyLeastFrequentlyUsed, capacity),
         "static": partial(MostFrequent, capacity, counts),
     }
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """The hit rate of each policy at the middle capacity and the fewest streams."""
+    capacities = sorted({result["capacity"] for result in results})
+    capacity = capacities[len(capacities) // 2]
+    streams = min(result["streams"] for result in results)
+    found = [
+        result
+        for result in results
+        if result["capacity"] == capacity and result["streams"] == streams
+    ]
+    draw_bars(
+        path,
+        f"{capacity} records cached, {streams} stream{'s' if streams > 1 else ''}",
+        "hit rate",
+        [result["policy"] for result in found],
+        [result["hit_rate"] for result in found],
+    )

@@ -1,8 +1,10 @@
-"""Where and with what a figure was measured."""
+"""Where and with what a figure was measured; what disk, memory and cores reach there at best."""
 
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -12,8 +14,15 @@ from typing import Any
 import torch
 
 import lookup_experts
+from lookup_experts.benchmarks.timing import interleave
+from lookup_experts.table.host_memory import aligned_buffer
 
 PROGRAMS = ("torch", "transformers", "lookup-experts")
+LARGE_READ = 8 * 2**20
+MEMORY_SAMPLE_BYTES = 2**28
+"""Well beyond the caches of a processor."""
+MATRIX_SIZE = 4096
+PASSES = 5
 
 
 @dataclass(frozen=True)
@@ -94,3 +103,44 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+# ------------------------------------------------------------------------- what it reaches at best
+
+
+def disk_bytes_per_second(path: Path, num_bytes: int = 2**28, start: int = 0) -> float:
+    """Reading a file from end to end past the page cache, in large blocks.
+
+    Args:
+        path: a file on the disk in question.
+        num_bytes: how much of it to read.
+        start: where to begin, a multiple of 4096.
+    """
+    buffer = aligned_buffer(LARGE_READ).data
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        end = min(os.fstat(fd).st_size, start + num_bytes) - LARGE_READ
+        started_at, offset = time.perf_counter(), start
+        while offset <= end:
+            offset += os.preadv(fd, [buffer], offset)
+        return (offset - start) / (time.perf_counter() - started_at)
+    finally:
+        os.close(fd)
+
+
+def memory_bytes_per_second(device: torch.device | str = "cpu") -> float:
+    """Reading a device's memory from end to end, on all cores: the best of a few passes."""
+    numbers = torch.ones(MEMORY_SAMPLE_BYTES // 4, device=device)
+    return MEMORY_SAMPLE_BYTES / _fastest(lambda: numbers.sum().item())
+
+
+def matmul_flops_per_second(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """A product of two large square matrices, on all cores: the best of a few passes."""
+    matrix = torch.ones(MATRIX_SIZE, MATRIX_SIZE, dtype=dtype, device=device)
+    return 2 * MATRIX_SIZE**3 / _fastest(lambda: (matrix @ matrix)[0, 0].item())
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the fastest pass of what also waits for a GPU, as `item` does; the first, which
+    prepares the library's kernels, doesn't count."""
+    return min(interleave({"": work}, 1 + PASSES)[""][1:])

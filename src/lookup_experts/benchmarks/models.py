@@ -8,27 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from lookup_experts import __version__
+from lookup_experts import __version__, console
 from lookup_experts.errors import DiskFullError
 from lookup_experts.folders.attached_model import become_attached
 from lookup_experts.model.gateless_llama import GatelessLlamaForCausalLM, paper_config
 from lookup_experts.model.settings import LookupSettings
 from lookup_experts.model.wiring import install
 from lookup_experts.table.encoding import get_encoding
-from lookup_experts.table.format import (
-    MANIFEST_NAME,
-    Progress,
-    RecordLayout,
-    ShardWriter,
-    Table,
-    TableManifest,
-    TableShape,
-    open_table,
-    plan_shards,
-    write_manifest,
-)
+from lookup_experts.table.format import MANIFEST_NAME
+from lookup_experts.table.layout import RecordLayout, TableShape, plan_shards
+from lookup_experts.table.manifest import TableManifest, write_manifest
+from lookup_experts.table.opening import Table, open_table
 from lookup_experts.table.reader import TableExperts
-from lookup_experts.table.store import open_store
+from lookup_experts.table.shard_writer import ShardWriter
+from lookup_experts.table.store_choice import open_store
 from lookup_experts.units import format_bytes
 
 FINGERPRINT = "random numbers"
@@ -58,6 +51,11 @@ class Case:
         return RecordLayout(shape, get_encoding(self.encoding))
 
     @property
+    def dtype_name(self) -> str:
+        """As `--dtype` names it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def name(self) -> str:
         """For files: `160m-4e-bfloat16`."""
         return f"{self.shape}-{self.num_experts}e-{self.encoding}"
@@ -68,15 +66,21 @@ class Case:
         return f"{self.name}-built"
 
 
-def dense_model(case: Case, seed: int = 0, device: str = "cpu") -> Any:
-    """The backbone alone, with random weights."""
+def random_model(model_class: Any, config: Any, dtype: torch.dtype, seed: int = 0) -> Any:
+    """A model of a class of transformers with random weights, to generate with."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(case.dtype)
+    torch.set_default_dtype(dtype)
     try:
-        return GatelessLlamaForCausalLM(paper_config(case.shape)).eval().to(device)
+        return model_class(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def dense_model(case: Case, device: str = "cpu") -> Any:
+    """The backbone alone, with random weights."""
+    config = paper_config(case.shape)
+    return random_model(GatelessLlamaForCausalLM, config, case.dtype).to(device)
 
 
 def table_model(
@@ -105,7 +109,7 @@ def table_model(
     return model
 
 
-def random_table(case: Case, folder: Path, progress: Progress | None = None) -> Table:
+def random_table(case: Case, folder: Path) -> Table:
     """A table of the case's layout in `folder`, built from experts or made up; made if it isn't
     there.
 
@@ -133,13 +137,13 @@ def random_table(case: Case, folder: Path, progress: Progress | None = None) -> 
         created_by=f"lookup-experts {__version__}",
     )
     records = _random_records(layout)
-    for shard in manifest.shards:
-        with ShardWriter(target / shard.file, layout, shard, FINGERPRINT) as writer:
-            for first in range(0, shard.num_ids, len(records)):
-                writer.write(first, records[: shard.num_ids - first])
-                if progress:
+    with console.progress_bar("Writing a table") as progress:
+        for shard in manifest.shards:
+            with ShardWriter(target / shard.file, layout, shard, FINGERPRINT) as writer:
+                for first in range(0, shard.num_ids, len(records)):
+                    writer.write(first, records[: shard.num_ids - first])
                     progress(shard.first_id + first, layout.shape.vocab_size)
-            writer.finish()
+                writer.finish()
     write_manifest(target, manifest)
     return open_table(target)
 
@@ -150,7 +154,7 @@ def _random_records(layout: RecordLayout) -> np.ndarray:
     records = np.zeros((DISTINCT_RECORDS, layout.stride), np.uint8)
     target = torch.from_numpy(records)
     for layer in range(shape.num_layers):
-        size = (DISTINCT_RECORDS, shape.num_experts, shape.hidden_size)
+        size = (DISTINCT_RECORDS, shape.num_experts, shape.row_size)
         rows = torch.randn(size, generator=generator) * SPREAD
         target[:, layout.layer_slice(layer)] = layout.encoding.encode(rows)
     return records

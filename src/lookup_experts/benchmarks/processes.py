@@ -1,10 +1,13 @@
-"""Work in a process of its own: which nothing before has touched, and whose end is its own.
+"""Work in a process of its own, which nothing before has touched and whose end is its own; and what
+the kernel tells of a process: its memory, and what it had brought from a disk.
 
 `in_own_process` runs anything and tells how its process ended; `in_fresh_process` is for a
 measurement without which nothing else makes sense.
 """
 
 import _thread
+import ctypes
+import errno
 import multiprocessing
 import os
 import signal
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -26,6 +30,28 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class ProcessFailedError(Exception):
     """A process ended without an answer, or says that it can't go on; why, in a few words."""
+
+
+@contextmanager
+def lack_of_memory_told() -> Iterator[None]:
+    """Raise a `ProcessFailedError` where memory runs out; other errors pass."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ProcessFailedError("out of memory") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; on the CPU torch has no class for it."""
+    import torch  # not for every process
+
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = str(error).lower()
+    said = "not enough memory" in words or "can't allocate memory" in words
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def in_fresh_process(what: str, measure: Callable[..., Answer], *arguments: Any) -> Answer:
@@ -71,7 +97,7 @@ def in_own_process(work: Callable[..., Answer], *arguments: Any) -> Answer:
     process.join()
     ours.close()
     if isinstance(error, ProcessFailedError) and not error.args:
-        error = ProcessFailedError(_ending(process.exitcode))
+        error = ProcessFailedError(ending(process.exitcode))
     if received and not isinstance(error, KeyboardInterrupt):
         raise KeyboardInterrupt
     if error is not None:
@@ -79,7 +105,8 @@ def in_own_process(work: Callable[..., Answer], *arguments: Any) -> Answer:
     return answer
 
 
-def _ending(code: int | None) -> str:
+def ending(code: int | None) -> str:
+    """How a process ended, by its exit code."""
     # The kernel kills (signal 9) who takes the machine's last memory.
     if code == -signal.SIGKILL:
         return "killed, as when memory runs out"
@@ -139,3 +166,50 @@ def _listen(pipe: Connection) -> None:
         except (EOFError, OSError):
             os._exit(1)
         _thread.interrupt_main()
+
+
+# ------------------------------------------------------------------------- what the kernel tells
+
+
+def proportional_set_size() -> int:
+    """Bytes of memory that this process holds; shared pages count by their share."""
+    return _figure("smaps_rollup", "Pss") * 1024
+
+
+def resident_bytes() -> int:
+    """Bytes of memory that this process holds, without what the C library keeps for later."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return _figure("smaps_rollup", "Rss") * 1024
+
+
+def high_water_mark() -> int:
+    """Bytes that this process held at most. Not `ru_maxrss`: a child inherits its parent's."""
+    return _figure("status", "VmHWM") * 1024
+
+
+def reset_high_water_mark() -> int:
+    """Forget what this process held at most; gives the bytes that it holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _figure("status", "VmRSS") * 1024
+
+
+class DiskCounter:
+    """Bytes that this process had brought from a disk, by the kernel's own count.
+
+    A read that the page cache answers isn't in it, so it tells whether a benchmark really read
+    the disk.
+    """
+
+    def __init__(self) -> None:
+        self._before = _figure("io", "read_bytes")
+
+    def bytes_read(self) -> int:
+        """Since it was made."""
+        return _figure("io", "read_bytes") - self._before
+
+
+def _figure(file: str, name: str) -> int:
+    for line in Path("/proc/self", file).read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/{file} has no line {name}")

@@ -7,27 +7,55 @@ of two steps that were neighbours.
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+
+Name = TypeVar("Name", bound=Hashable)
+Advance = Callable[[int, int], None]
+"""Told how many of how many are done."""
 
 
-def interleave(systems: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def rotated(names: Sequence[Name], number: int) -> list[Name]:
+    """The order of a round: each begins with another, so that none always follows the same one."""
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
+
+
+def interleave(
+    systems: Mapping[Name, Callable[[], object]],
+    rounds: int,
+    first: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Name, list[float]]:
     """Seconds of every call, when each system is called once in each round.
-
-    Each round begins with another system, so that none always runs behind the same one.
 
     Args:
         systems: what to time, by name.
         rounds: calls of each.
+        first: the number of the first round, where rounds are taken one by one.
+        clock: gives seconds.
     """
-    names = list(systems)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            started_at = time.perf_counter()
+    seconds: dict[Name, list[float]] = {name: [] for name in systems}
+    for number in range(first, first + rounds):
+        for name in rotated(list(systems), number):
+            started_at = clock()
             systems[name]()
-            seconds[name].append(time.perf_counter() - started_at)
+            seconds[name].append(clock() - started_at)
     return seconds
+
+
+def clock_of(device: torch.device | str) -> Callable[[], float]:
+    """A clock for `interleave`: seconds, once the device has done all that it was asked for."""
+    if torch.device(device).type == "cpu":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return clock
 
 
 def median(values: Sequence[float]) -> float:

@@ -1,9 +1,11 @@
 """`mole chat`."""
 
+import sys
 from typing import Any
 
 from lookup_experts import console
 from lookup_experts.commands import options
+from lookup_experts.errors import UserError
 
 
 def chat(
@@ -51,23 +53,39 @@ def chat(
 
 
 def converse(model: Any, tokenizer: Any, sampling: Any, stats: bool = False) -> None:
-    """Read turns from stdin until an empty one, and answer each; `stats`: tell what it took."""
-    from lookup_experts.generation.conversation import Conversation
-    from lookup_experts.generation.text import format_statistics
+    """Read turns from stdin until an empty one, and answer each; `stats`: tell what it took.
 
-    conversation = Conversation(model, tokenizer, sampling)
-    while turn := _read_turn():
-        generation = conversation.answer(turn, on_text=_write_now)
+    Raises:
+        UserError: a turn that was piped in can't be answered; on a terminal it is said.
+    """
+    from lookup_experts.generation.conversation import Conversation
+    from lookup_experts.generation.text import format_end, format_statistics
+
+    is_person = sys.stdin.isatty()
+    conversation = Conversation(model, tokenizer, sampling, console.say)
+    while turn := _read_turn(is_person):
+        try:
+            generation = conversation.answer(turn, on_text=_write_now)
+        except UserError as error:
+            if not is_person:
+                raise
+            console.say(str(error))
+            continue
         console.result("")
+        if end := format_end(generation):
+            console.say(end)
         if stats:
             console.say(format_statistics(generation))
 
 
-def _read_turn() -> str:
+def _read_turn(is_person: bool) -> str:
+    """The next turn; the sign that asks for it is for a terminal, and no part of an output."""
     try:
-        return input("> ").strip()
+        return input("> " if is_person and sys.stdout.isatty() else "").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"What was given is not UTF-8 text ({error.reason}).") from None
 
 
 def _write_now(text: str) -> None:

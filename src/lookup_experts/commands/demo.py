@@ -36,10 +36,9 @@ def demo(
 
     Example: `mole demo --data my-book.txt`
     """
-    from lookup_experts.benchmarks.demo.corpus import own_text, standard_library
-    from lookup_experts.benchmarks.demo.pipeline import run_demo
-    from lookup_experts.benchmarks.demo.screen import show_report, show_sample
-    from lookup_experts.benchmarks.demo.sizes import FULL, QUICK
+    from lookup_experts.benchmarks.demo.report import show_report, show_sample
+    from lookup_experts.benchmarks.demo.stages import FULL, QUICK, run_demo
+    from lookup_experts.benchmarks.text import own_text, standard_library
     from lookup_experts.cli import EXIT_INTERRUPTED
 
     text = own_text(data, out) if data else standard_library()

@@ -25,13 +25,24 @@ def inspect(folder: options.ModelFolder, json: options.Json = False) -> None:
         console.result(format_description(described))
 
 
+_PARAMETER_LABELS = {"experts": "in experts", "table": "in the table"}
+"""Where a line of that name tells something else of them."""
+_CHAT_TEMPLATE = {True: "yes", False: "no", None: "no tokenizer"}
+
+
 def format_description(described: dict[str, Any]) -> str:
     """The same for a person."""
     from lookup_experts.units import format_bytes
 
     lines = [described["folder"], f"  form            {described['form']}"]
     if "backbone" in described:
-        lines.append(f"  backbone        {described['backbone']} ({described['format']} format)")
+        context, template = described["context"], described["chat_template"]
+        lines += [
+            f"  backbone        {described['backbone']} ({described['format']} format)",
+            f"  context         {'not stated' if context is None else f'{context:,} tokens'}",
+            f"  dtype           {', '.join(described['dtypes'])}",
+            f"  chat template   {_CHAT_TEMPLATE[template]}",
+        ]
     settings = described.get("lookup_experts")
     if settings:
         lines.append(
@@ -47,7 +58,9 @@ def format_description(described: dict[str, Any]) -> str:
             f"size {moe['expert_size']} per token in {moe['num_layers']} layers"
         )
     for name, count in described.get("parameters", {}).items():
-        lines.append(f"  {name.replace('_', ' '):<15} {count:,} parameters")
+        if count:
+            label = _PARAMETER_LABELS.get(name, name.replace("_", " "))
+            lines.append(f"  {label:<15} {count:,} parameters")
     table = described.get("table")
     if table:
         shape = table["shape"]

@@ -21,6 +21,16 @@ def serve(
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Of the CPU, for the model.", show_default="the cores it may use"),
+    ] = None,
+    model_name: Annotated[
+        str | None,
+        typer.Option(
+            help="By which clients ask for the model.", show_default="the folder's last part"
+        ),
+    ] = None,
     max_batch: Annotated[int, typer.Option(help="Texts that are generated at once.")] = 32,
     max_queue: Annotated[
         int, typer.Option(help="Texts that may wait; beyond, clients get status 429.")
@@ -28,6 +38,16 @@ def serve(
     timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take, waiting included.")
     ] = 300.0,
+    keep_alive: Annotated[
+        int, typer.Option(help="Seconds after which an idle connection is closed.")
+    ] = 120,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A site whose pages may use the API, such as https://example.org, or '*' for all; "
+            "may be given several times.",
+        ),
+    ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="Keys, one a line; clients must send one of them.")
     ] = None,
@@ -47,21 +67,32 @@ def serve(
         ("--max-batch", max_batch, 1),
         ("--max-queue", max_queue, 0),
         ("--port", port, 0),
+        ("--threads", 1 if threads is None else threads, 1),
+        ("--keep-alive", keep_alive, 1),
     ):
         if value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}.")
     if timeout <= 0:
         raise UserError(f"--timeout is {timeout}; it must be above 0 seconds.")
+    if model_name is not None and not model_name.strip():
+        raise UserError("--model-name is empty; give the name by which clients ask for the model.")
+    for origin in cors_origin or ():
+        check_origin(origin)
+
+    # Before torch is imported: its threads then take what is set here.
+    from lookup_experts.serving.threads import sleep_soon, use_threads
+
+    sleep_soon()
 
     from lookup_experts.allocation import keep_freed_memory
     from lookup_experts.folders.load import load
     from lookup_experts.folders.tokenizer import load_tokenizer
 
     try:
-        from lookup_experts.serving.prompts import check_chat_template, read_chat_template
         from lookup_experts.serving.run import open_socket, read_keys
         from lookup_experts.serving.run import serve as run_server
         from lookup_experts.serving.service import Service, ServiceOptions
+        from lookup_experts.serving.templates import check_chat_template, read_chat_template
         from lookup_experts.serving.waiting import Limits
     except ModuleNotFoundError as error:
         raise UserError(
@@ -76,6 +107,7 @@ def serve(
     check_chat_template(loaded_tokenizer, template)
     listening = open_socket(host, port)  # before the model is loaded, which may take long
     keep_freed_memory()  # prompts of all lengths come: their tensors' pages are not taken anew
+    use_threads(threads)
     model = load(
         folder,
         store=store,
@@ -87,15 +119,35 @@ def serve(
         notify=console.say,
     )
     served = ServiceOptions(
-        name=served_name(folder),
+        name=model_name or served_name(folder),
         limits=Limits(max_batch, max_queue),
         seconds=timeout,
         chat_template=template,
     )
-    run_server(Service(model, loaded_tokenizer, served), listening, keys, console.say)
+    run_server(
+        Service(model, loaded_tokenizer, served),
+        listening,
+        keys,
+        console.say,
+        keep_alive_seconds=keep_alive,
+        origins=cors_origin or (),
+    )
 
 
 def served_name(folder: str) -> str:
     """A folder's last part; a name on the hub as it is."""
     path = Path(folder)
     return path.resolve().name if path.exists() else folder
+
+
+def check_origin(origin: str) -> None:
+    """Raise a `UserError` for what no browser sends as an origin."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(origin)
+    is_origin = parts.scheme in ("http", "https") and origin == f"{parts.scheme}://{parts.netloc}"
+    if origin != "*" and not (is_origin and parts.netloc):
+        raise UserError(
+            f"--cors-origin {origin} is no origin; give scheme and host, such as "
+            "https://example.org, or '*'."
+        )

@@ -7,7 +7,7 @@ from lookup_experts import console
 
 if TYPE_CHECKING:
     from lookup_experts.evaluation.quality import Quality
-    from lookup_experts.table.format import Table
+    from lookup_experts.table.opening import Table
 
 
 def report_table(out: Path, table: "Table", quality: "Quality", json: bool) -> None:

@@ -9,7 +9,7 @@ from lookup_experts.evaluation.text import find_text, token_chunks
 from lookup_experts.folders.model_folder import local_folder
 from lookup_experts.folders.tokenizer import load_tokenizer
 from lookup_experts.generation.inspection import text_config
-from lookup_experts.table.format import Progress
+from lookup_experts.table.progress import Progress
 from lookup_experts.training.data import TokenShards
 from lookup_experts.training.sources import PreparedSource
 from lookup_experts.training.upcycling import check_tokenizer
@@ -38,26 +38,20 @@ def count_tokens(
     folder = local_folder(model)
     counts = np.zeros(text_config(folder).vocab_size, np.int64)
     if text.is_dir():
-        check_tokenizer(folder, PreparedSource(text).vocabulary)
+        prepared = PreparedSource(text)
+        check_tokenizer(folder, prepared.vocabulary)
+        prepared.require_rows(len(counts))
         shards = TokenShards(text)
         for start in range(0, shards.num_tokens, TOKENS_AT_ONCE):
             ids = shards.window(start, min(TOKENS_AT_ONCE, shards.num_tokens - start))
-            _add(counts, ids, text)
+            np.add.at(counts, ids, 1)
             progress(start + len(ids), shards.num_tokens)
     else:
         source = find_text(text)
-        for found, position in token_chunks(source, load_tokenizer(folder, trust_remote_code)):
-            _add(counts, np.array(found, np.int64), text)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        for found, position in token_chunks(source, tokenizer, len(counts)):
+            np.add.at(counts, np.array(found, np.int64), 1)
             progress(position, source.num_bytes)
     if not counts.any():
         raise UserError(f"{text} has no tokens to count.")
     return counts
-
-
-def _add(counts: np.ndarray, ids: np.ndarray, text: Path) -> None:
-    if len(ids) and ids.max() >= len(counts):
-        raise UserError(
-            f"{text} has the token id {ids.max()}, but the model's go to {len(counts) - 1}. "
-            "Is this the tokenizer that belongs to the model?"
-        )
-    np.add.at(counts, ids, 1)

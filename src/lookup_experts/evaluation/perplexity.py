@@ -126,6 +126,6 @@ def check_text(model: Any, token_ids: Tensor, context: int) -> None:
     low, high = int(token_ids.min()), int(token_ids.max())
     if low < 0 or high >= vocab_size:
         raise UserError(
-            f"Token id {low if low < 0 else high} is outside the vocabulary (0 to "
-            f"{vocab_size - 1}). Is this the tokenizer that belongs to the model?"
+            f"The text has the token id {low if low < 0 else high}, and the model's embedding has "
+            f"rows for the ids 0 to {vocab_size - 1} only."
         )

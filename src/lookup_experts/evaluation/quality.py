@@ -23,12 +23,14 @@ from lookup_experts.evaluation.perplexity import (
     window_size,
     windows,
 )
+from lookup_experts.model.folded import evaluate_experts
 from lookup_experts.model.wiring import routed_experts
-from lookup_experts.table.build import RowsOf, decode_records, evaluate_experts
+from lookup_experts.table.build import RowsOf, decode_records
 from lookup_experts.table.encoding import ENCODINGS
-from lookup_experts.table.format import RecordLayout, Table
+from lookup_experts.table.layout import RecordLayout
+from lookup_experts.table.opening import Table
 from lookup_experts.table.reader import TableExperts
-from lookup_experts.table.store import open_store
+from lookup_experts.table.store_choice import open_store
 from lookup_experts.units import format_bytes
 
 SAMPLE_IDS = 256

@@ -186,7 +186,8 @@ def _file_name(folder: str) -> str:
 
 def _perplexity(model: Any, tokenizer: Any, request: Request) -> Perplexity:
     assert request.text is not None
-    token_ids = read_token_ids(request.text, tokenizer)
+    num_ids = model.get_input_embeddings().weight.shape[0]
+    token_ids = read_token_ids(request.text, tokenizer, num_ids=num_ids)
     with console.progress_bar("Perplexity") as progress:
         return perplexity(model, token_ids, window_size(model), progress=progress)
 

@@ -7,6 +7,9 @@
 | `attached_model.py` | the class of an attached model: saving, loading, checkpointing |
 | `configuration.py` | its configuration |
 | `experts_alone.py` | a folder that holds experts and refers to its backbone |
+| `backbone_samples.py` | whether a backbone is still the one that they refer to |
+| `gguf_file.py` | a backbone from a GGUF file |
+| `replacing.py` | a folder that is saved into again |
 | `official.py` | the folders that the authors of MoLE publish |
 | `model_folder.py` | the files of a model folder, whoever wrote them, and of one that is made |
 | `own_code.py` | models with code of their own: carried along, run where it is allowed |

@@ -4,15 +4,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.folders.attached_model import (
+    SAVES,
     LookupExpertsMixin,
     become_attached,
     known_backbones,
 )
-from lookup_experts.folders.experts_alone import refer_to, require_reference
+from lookup_experts.folders.experts_alone import (
+    note_backbone,
+    refer_to_backbone_of,
+    require_reference,
+)
 from lookup_experts.folders.own_code import has_own_code, require_files
 from lookup_experts.model.blocks import (
     ffn_size,
@@ -21,20 +24,28 @@ from lookup_experts.model.blocks import (
     placeholder_ids,
     text_config,
 )
-from lookup_experts.model.freezing import allow_training, freeze_backbone, require_unpacked
-from lookup_experts.model.initialization import INITS, initialize_experts, initializer_std
+from lookup_experts.model.freezing import (
+    allow_training,
+    forget_quantizer,
+    freeze_backbone,
+    require_unpacked,
+)
+from lookup_experts.model.initialization import (
+    INITS,
+    initialize_blocks,
+)
 from lookup_experts.model.settings import LookupSettings, parse_layers
 from lookup_experts.model.wiring import hidden_size_of, install
-
-SAVES = ("full", "experts")
 
 
 def attach(
     model: Any,
-    num_experts: int = 4,
+    num_experts: int | None = None,
     *,
+    form: str = "mole",
+    row_size: int | None = None,
     expert_size: int | None = None,
-    expert_kind: str = "gelu",
+    expert_kind: str | None = None,
     layers: Sequence[int] | str | None = None,
     init: str = "zero",
     train_backbone: bool = True,
@@ -49,9 +60,14 @@ def attach(
         model: a `PreTrainedModel` with a language-model head whose blocks have one FFN child. Of
             one that takes images or sound too the blocks of its text part gain experts, which add
             nothing where these stand.
-        num_experts: N, experts per layer.
-        expert_size: D, the hidden size of each expert; default: that of the backbone's FFN.
-        expert_kind: `gelu`, the paper's gate-less expert, or `swiglu`.
+        num_experts: N, experts per layer; default: 4 of `mole`. `meki` has none to count.
+        form: how a row is made and read: `mole`, the paper's N experts mixed by a router, or
+            `meki`, one row beside a gate (arXiv 2602.03359).
+        row_size: r, the numbers of a row, which are what a table holds; default: the model's
+            width d, the paper's.
+        expert_size: D, the hidden size of each expert; default: that of the backbone's FFN, of
+            `meki` half of the model's width.
+        expert_kind: `gelu`, the paper's gate-less expert and the default of `mole`, or `swiglu`.
         layers: the blocks that gain experts: their numbers, or in words `0-7`, `0,2,4` or
             `every:2`; default: all.
         init: `zero`: the experts' outputs are zero, so the model gives exactly the backbone's
@@ -61,12 +77,13 @@ def attach(
             and routers alone are trained, and alone have optimizer state.
         save: what `save_pretrained` writes, also when the Trainer calls it. `full`: everything.
             `experts`: the experts and routers, with a reference to the folder or the hub's model
-            that the backbone was loaded from; needs `train_backbone=False`. A quantised backbone
-            can be trained on in this way only.
+            that the backbone was loaded from, or to the GGUF file in it; needs
+            `train_backbone=False`. A quantised backbone can be trained on in this way only.
+            `model.save_pretrained(folder, save=...)` decides anew for once.
 
     Raises:
         UserError: the model is no causal LM that could be loaded again, its blocks have no single
-            FFN, or an argument makes no sense.
+            FFN, an argument makes no sense, or the backbone to refer to isn't the one in memory.
     """
     if init not in INITS:
         raise unknown_name("init", init, INITS)
@@ -75,20 +92,19 @@ def attach(
     if isinstance(model, LookupExpertsMixin):
         raise UserError(f"This {type(model).__name__} has lookup experts already.")
     _require_causal_lm(model)
-    settings = settings_for(model, num_experts, expert_size, expert_kind, layers)
+    settings = settings_for(model, num_experts, form, row_size, expert_size, expert_kind, layers)
     require_reference(model, save, train_backbone)
     require_unpacked(model)
     if save == "experts":
-        settings = replace(settings, backbone=refer_to(model.name_or_path))
+        settings = replace(settings, backbone=refer_to_backbone_of(model))
+        note_backbone(model)
+    forget_quantizer(model)
     install(model, settings)
     become_attached(model, settings)
     if not train_backbone:
         freeze_backbone(model)
         allow_training(model)
-    std = initializer_std(model.config)
-    for block in model.lookup_blocks:
-        nn.init.normal_(block.router.weight, 0.0, std)
-        initialize_experts(block.routed, init, std)
+    initialize_blocks(model, settings, init)
     return model
 
 
@@ -129,9 +145,11 @@ def _require_causal_lm(model: Any) -> None:
 
 def settings_for(
     model: Any,
-    num_experts: int,
+    num_experts: int | None,
+    form: str,
+    row_size: int | None,
     expert_size: int | None,
-    expert_kind: str,
+    expert_kind: str | None,
     layers: Sequence[int] | str | None,
 ) -> LookupSettings:
     """The settings that `attach` was asked for, checked against the model."""
@@ -145,12 +163,15 @@ def settings_for(
             f"Layers {list(layers or ())} can't have experts: the model's blocks are 0 to "
             f"{num_blocks - 1}."
         )
+    width = hidden_size_of(model)
+    meki = form == "meki"
+    default_size = width // 2 if meki else ffn_size(config, width)
     return LookupSettings(
-        num_experts=num_experts,
-        expert_size=(
-            ffn_size(config, hidden_size_of(model)) if expert_size is None else expert_size
-        ),
+        num_experts=(1 if meki else 4) if num_experts is None else num_experts,
+        expert_size=default_size if expert_size is None else expert_size,
         layers=chosen,
-        expert_kind=expert_kind,
+        expert_kind=expert_kind or ("swiglu" if meki else "gelu"),
         norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
+        row_form=form,
+        row_size=None if row_size == width else row_size,
     )

@@ -7,16 +7,21 @@ An attached model's class is a subclass of its backbone's, made when it is first
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    GenerationConfig,
     PreTrainedConfig,
 )
 from transformers.initialization import guard_torch_init_functions
@@ -26,8 +31,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from lookup_experts.errors import UserError
+from lookup_experts.errors import UserError, unknown_name
+from lookup_experts.folders.adapters import refuse_adapters, tell_of_frozen_experts
 from lookup_experts.folders.configuration import (
     MODEL_TYPE,
     LookupConfigMixin,
@@ -38,9 +45,10 @@ from lookup_experts.folders.experts_alone import (
     backbone_folder,
     load_backbone,
     load_experts,
+    note_backbone,
     save_experts,
 )
-from lookup_experts.folders.model_folder import find_folder, give_usual_mode
+from lookup_experts.folders.model_folder import CONFIG, find_folder, give_usual_mode
 from lookup_experts.folders.own_code import (
     auto_map,
     load_classes,
@@ -48,26 +56,31 @@ from lookup_experts.folders.own_code import (
     require_trust,
     save_code,
 )
+from lookup_experts.folders.replacing import replaced_model
 from lookup_experts.made_classes import make_class
-from lookup_experts.model.freezing import allow_training, freeze_backbone
-from lookup_experts.model.initialization import initialize_experts, initializer_std
+from lookup_experts.model.freezing import allow_training, freeze_backbone, is_attached, is_quantised
+from lookup_experts.model.initialization import (
+    initialize_blocks,
+)
+from lookup_experts.model.input_gradients import InputGradientsMixin
+from lookup_experts.model.placement import state_with_values
 from lookup_experts.model.rows import ExpertSource
 from lookup_experts.model.settings import LookupSettings
 from lookup_experts.model.wiring import (
     Entrance,
     forward_pass,
+    hidden_size_of,
     install,
     lookup_blocks,
     resumed,
-    routed_experts,
 )
-from lookup_experts.table.build import copy_table
 from lookup_experts.table.reader import open_reader
 
-_PREFIX = "LookupExperts"
-"""What the name of an attached model's class says beside that of its backbone."""
+SAVES = ("full", "experts")
+"""What is saved of an attached model."""
 TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""
+_CLASS_PREFIX = "LookupExperts"
 
 
 @cache
@@ -76,17 +89,25 @@ def attached_class(backbone: Any) -> Any:
     return make_class(
         attached_class,
         backbone,
-        _PREFIX + backbone.__name__,
+        f"{_CLASS_PREFIX}{backbone.__name__}",
         (LookupExpertsMixin, backbone),
         __doc__=f"{backbone.__name__} with lookup experts.",
         config_class=attached_config_class(backbone.config_class),
     )
 
 
+def __getattr__(name: str) -> Any:
+    """The class of an attached model by its name, as PEFT writes it down beside adapters."""
+    backbone = getattr(transformers, name.removeprefix(_CLASS_PREFIX), None)
+    if not name.startswith(_CLASS_PREFIX) or backbone is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return attached_class(backbone)
+
+
 def backbone_class(attached: Any) -> Any:
     """The class of the backbone, of the class of an attached model."""
-    place = attached.__mro__.index(LookupExpertsMixin)
-    return attached.__mro__[place + 1]
+    made = next(kind for kind in attached.__mro__ if LookupExpertsMixin in kind.__bases__)
+    return made.__bases__[1]
 
 
 def become_attached(model: Any, settings: LookupSettings) -> None:
@@ -148,7 +169,7 @@ def _saved_backbone(config_dict: dict[str, Any]) -> Any:
             "package that registers it first, or take a newer transformers."
         )
     architectures = config_dict.get("architectures") or ()
-    named = [kind for kind in found if _PREFIX + kind.__name__ in architectures]
+    named = [kind for kind in found if _CLASS_PREFIX + kind.__name__ in architectures]
     return (named or found)[0]
 
 
@@ -190,8 +211,10 @@ class OwnCodeModel:
         )
 
 
-class LookupExpertsMixin:
+class LookupExpertsMixin(InputGradientsMixin):
     """What an attached model does differently from its backbone."""
+
+    _told_of_frozen_experts = False
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -201,7 +224,7 @@ class LookupExpertsMixin:
     @property
     def lookup_settings(self) -> LookupSettings:
         """What was attached."""
-        return LookupSettings.from_dict(self.config.lookup_experts)  # type: ignore[attr-defined]
+        return LookupSettings.from_dict(self.config.lookup_experts)
 
     @property
     def lookup_blocks(self) -> list[Any]:
@@ -229,10 +252,16 @@ class LookupExpertsMixin:
         The base model initialises what is inside of it by itself, and doesn't know experts.
         """
         super().initialize_weights()  # type: ignore[misc]
-        std = initializer_std(self.config)  # type: ignore[attr-defined]
-        with guard_torch_init_functions():  # weights that were loaded stay
-            for experts in routed_experts(self):
-                initialize_experts(experts, "zero", std)
+        if self.lookup_settings.form == "experts":
+            with guard_torch_init_functions():  # weights that were loaded stay
+                initialize_blocks(self, self.lookup_settings, "zero")
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch does; who trains adapters that leave routed experts frozen is told so once."""
+        super().train(mode)  # type: ignore[misc]
+        if mode and not self._told_of_frozen_experts:
+            self._told_of_frozen_experts = tell_of_frozen_experts(self)
+        return self
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
@@ -275,42 +304,143 @@ class LookupExpertsMixin:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.lookup_settings.form == "table":
             folder = _local_folder(pretrained_model_name_or_path, kwargs)
-            model.set_expert_source(open_reader(folder, model, **options))
+            settings = model.lookup_settings
+            weight = next(model.get_input_embeddings().parameters())
+            reader = open_reader(
+                folder,
+                num_layers=len(settings.layers),
+                num_experts=settings.num_experts,
+                row_size=settings.row_size or hidden_size_of(model),
+                fingerprint=settings.fingerprint,
+                dtype=weight.dtype,
+                device=weight.device,
+                **options,
+            )
+            model.set_expert_source(reader)
         return loaded
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        *,
+        save: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         """As transformers does; in table form the table is saved with the weights.
 
-        A model that refers to its backbone saves its experts alone (`experts_alone.py`).
-        """
-        if self.lookup_settings.backbone is not None:
-            names = ("is_main_process", "state_dict", "max_shard_size")
-            options = {name: kwargs[name] for name in names if name in kwargs}
-            save_experts(self, save_directory, *args, **options)
-            if kwargs.get("is_main_process", True):
-                self._save_beside_weights(Path(save_directory))
-        else:
-            self.save_in_full(save_directory, *args, **kwargs)
-        if self.lookup_settings.form == "table" and kwargs.get("is_main_process", True):
-            source: Any = self.expert_source
-            copy_table(source.folder, Path(save_directory) / "table")
+        The model takes the place of the one that was in the folder, as a whole (`replacing.py`);
+        one with adapters that transformers itself has added saves those alone.
 
-    def save_in_full(self, folder: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers' `save_pretrained`, without a table, whatever the model refers to."""
+        Args:
+            save: `full`: everything. `experts`: experts and routers, with a reference to their
+                backbone (`experts_alone.py`); for models that have one. Default: what `attach` was
+                told.
+
+        Raises:
+            UserError: the experts are to be saved alone, and the backbone in memory is no longer
+                the one that they refer to; the model has adapters of PEFT that aren't merged, or
+                tensors without values.
+        """
+        if not self._hf_peft_config_loaded:  # type: ignore[attr-defined]
+            refuse_adapters(self, "saved")
+        alone = _saves_experts_alone(self, save)
+        writes = _is_writing(is_main_process)
+        options = {"state_dict": state_dict, "max_shard_size": max_shard_size}
+        more = {"push_to_hub": push_to_hub, "variant": variant, **kwargs}
+        if alone:
+            for name in ("push_to_hub", "variant", "distributed_checkpoint"):
+                if more.get(name):
+                    raise UserError(f"Experts alone can't be saved with {name}; leave it out.")
+        else:
+            options |= more
+        if push_to_hub:  # under the folder's name, not that of the one where the files are written
+            options.setdefault("repo_id", Path(save_directory).name)
+        write = partial(save_experts, self) if alone else self.save_in_full
+        if not writes or more.get("distributed_checkpoint"):
+            # Weights that are cut among processes are gathered, or written, by all of them.
+            write(save_directory, is_main_process=writes, **options)
+            if writes:
+                self.save_beside_weights(Path(save_directory))
+            return
+        source: Any = self.expert_source if self.lookup_settings.form == "table" else None
+        table = None if source is None else source.folder
+        with replaced_model(Path(save_directory), variant, table) as folder:
+            write(folder, **options)
+            self.save_beside_weights(folder)
+
+    def save_in_full(self, folder: Any, **options: Any) -> None:
+        """As transformers' `save_pretrained`, backbone and all; a table isn't saved."""
+        own = self.config  # type: ignore[has-type]
+        self.config = deepcopy(own)
+        self.config.lookup_experts = replace(self.lookup_settings, backbone=None).to_dict()
+        model: Any = self
+        if options.get("state_dict") is None and _has_weights_elsewhere(model):
+            options["state_dict"] = state_with_values(model)  # transformers can't get at all
         # Where a class has code of its own, transformers looks for it in the module of the class,
         # which for an attached one is this.
         self.__dict__["is_remote_code"] = lambda: False
         try:
-            super().save_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
+            super().save_pretrained(folder, **options)  # type: ignore[misc]
         finally:
             del self.__dict__["is_remote_code"]
-        if kwargs.get("is_main_process", True):
-            self._save_beside_weights(Path(folder))
+            self.config = own
 
-    def _save_beside_weights(self, folder: Path) -> None:
-        config: Any = self.config  # type: ignore[attr-defined]
-        save_code(folder, backbone_config_class(type(config)), backbone_class(type(self)))
-        give_usual_mode(folder)
+    def save_beside_weights(self, folder: Path) -> None:
+        """Complete a folder that transformers has saved: code of the backbone's own, modes."""
+        if (folder / CONFIG).exists():  # adapters are saved without
+            config: Any = self.config
+            save_code(folder, backbone_config_class(type(config)), backbone_class(type(self)))
+            give_usual_mode(folder)
+
+    @property
+    def _keys_to_ignore_on_save(self) -> Any:
+        """What the Trainer doesn't miss in a checkpoint: a backbone that isn't saved."""
+        if self.lookup_settings.backbone is None:
+            return self._ignored_on_save
+        module: Any = self
+        tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
+        return {name for name, _ in tensors if not is_attached(name)} & module.state_dict().keys()
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, names: Any) -> None:
+        self._ignored_on_save = names
+
+    _ignored_on_save: Any = None
+
+
+def _saves_experts_alone(model: Any, save: str | None) -> bool:
+    """Whether `save_pretrained`, told so, is to leave out the backbone."""
+    refers = model.lookup_settings.backbone is not None
+    if save is None:
+        return refers
+    if save not in SAVES:
+        raise unknown_name("value of save", save, SAVES)
+    if save == "experts" and not refers:
+        raise UserError(
+            "This model refers to no backbone, so its experts can't be saved alone: attach them "
+            'with save="experts".'
+        )
+    if save == "full" and is_quantised(model):
+        raise UserError(
+            f"This {type(model).__name__} is quantised: its experts are saved without it."
+        )
+    return save == "experts"
+
+
+def _is_writing(is_main_process: bool) -> bool:
+    """Whether this process is the one that writes; as transformers decides it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return is_main_process and torch.distributed.get_rank() == 0
+    return is_main_process
+
+
+def _has_weights_elsewhere(model: Any) -> bool:
+    return any(tensor.is_meta for tensor in model.state_dict().values())
 
 
 def _load_on_backbone(
@@ -338,6 +468,9 @@ def _load_on_backbone(
     settings = LookupSettings.from_dict(config.lookup_experts)
     place = backbone_folder(folder, settings)
     model, report = load_backbone(place, config, backbone_class(attached), *args, **kwargs)
+    note_backbone(model)
+    if "generation_config" not in kwargs and (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     install(model, settings)
     become_attached(model, settings)
     load_experts(model, folder)

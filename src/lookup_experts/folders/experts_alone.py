@@ -8,6 +8,9 @@ What tells one backbone from another is a fingerprint of the files of its weight
 names, dtypes and shapes of all tensors and `SAMPLES` stretches of each one's bytes. Training
 changes every part of a tensor that it changes, so samples tell, and a large model is checked in an
 instant. (It says nothing about damage: transformers' own loading doesn't look for that either.)
+
+Whether the backbone in memory is still the one referred to is looked at when experts are saved
+(`backbone_samples.py`).
 """
 
 import copy
@@ -22,7 +25,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lookup_experts.errors import UserError
+from lookup_experts.folders.backbone_samples import BackboneSamples, require_backbone_of_files
 from lookup_experts.folders.configuration import backbone_config_class
+from lookup_experts.folders.gguf_file import gguf_tensors, loaded_gguf_file
 from lookup_experts.folders.model_folder import (
     find_folder,
     read_config,
@@ -30,7 +35,8 @@ from lookup_experts.folders.model_folder import (
     weight_files,
 )
 from lookup_experts.folders.official import BACKBONES, load_official, official_kind
-from lookup_experts.model.freezing import is_attached
+from lookup_experts.model.freezing import forget_quantizer, is_attached, is_quantised
+from lookup_experts.model.placement import state_with_values
 from lookup_experts.model.settings import BackboneReference, LookupSettings
 
 SAMPLES = 16
@@ -50,37 +56,71 @@ def require_reference(model: Any, save: str, train_backbone: bool) -> None:
                 f'save="experts" needs a backbone that was loaded from a folder or the hub; this '
                 f'{type(model).__name__} was not. Save it and load it, or take save="full".'
             )
-    elif getattr(model, "hf_quantizer", None) is not None:
+    elif is_quantised(model):
         raise UserError(
             f"This {type(model).__name__} is quantised: its experts are saved without it. "
             'Attach them with train_backbone=False, save="experts".'
         )
 
 
-def refer_to(name: str | Path) -> BackboneReference:
-    """The reference to a backbone, by the folder or the hub's name it is loaded from."""
-    folder = find_folder(name)
+def refer_to_backbone_of(model: Any) -> BackboneReference:
+    """The reference to a model that experts are attached to, by what it was loaded from.
+
+    Raises:
+        UserError: what it was loaded from isn't there, or is another model than the one in memory.
+    """
+    name, file = model.name_or_path, loaded_gguf_file(model)
+    if file is None:
+        reference = refer_to(name)
+        require_backbone_of_files(model, find_folder(name))
+    elif Path(file).is_file():  # as transformers has it: in the working directory, or anywhere
+        path = Path(file).resolve()
+        reference = refer_to(path.parent, path.name)
+    else:
+        reference = refer_to(name, file)
+    return reference
+
+
+def refer_to(name: str | Path, file: str | None = None) -> BackboneReference:
+    """The reference to a backbone.
+
+    Args:
+        name: the folder, or the model on the hub, that it is loaded from.
+        file: the GGUF file in there; None: the folder's own weights.
+    """
+    folder = _folder_with(name, file)
     stated = str(folder.resolve()) if Path(name).is_dir() else str(name)
-    return BackboneReference(stated, backbone_fingerprint(folder))
+    return BackboneReference(stated, backbone_fingerprint(folder, file), file)
 
 
-def backbone_fingerprint(folder: Path) -> str:
-    """The fingerprint of a model folder's weights; the same however they are cut into files."""
-    tensors = sorted(
-        (name, path, place) for path in weight_files(folder) for name, place in _tensors(path)
-    )
+def _folder_with(name: str | Path, file: str | None) -> Path:
+    """As `find_folder`; of a model on the hub only the given file, if one is given."""
+    return find_folder(name) if file is None else find_folder(name, allow_patterns=file)
+
+
+def backbone_fingerprint(folder: Path, file: str | None = None) -> str:
+    """The fingerprint of a model folder's weights; the same however they are cut into files.
+
+    Args:
+        folder: a model folder.
+        file: the GGUF file in it that is meant; None: its safetensors files.
+    """
+    files = weight_files(folder) if file is None else [folder / file]
+    tensors = sorted((name, path, place) for path in files for name, place in _tensors(path))
     digest = hashlib.sha256()
     for name, path, (kind, shape, start, stop) in tensors:
         digest.update(f"{name} {kind} {shape}\n".encode())
-        with path.open("rb") as file:
+        with path.open("rb") as opened:
             for offset in _sample_offsets(start, stop):
-                file.seek(offset)
-                digest.update(file.read(min(SAMPLE_BYTES, stop - offset)))
+                opened.seek(offset)
+                digest.update(opened.read(min(SAMPLE_BYTES, stop - offset)))
     return digest.hexdigest()
 
 
 def _tensors(path: Path) -> list[tuple[str, tuple[str, tuple[int, ...], int, int]]]:
-    """Name, and (dtype, shape, first byte, last byte + 1) of every tensor in a safetensors file."""
+    """Name, and (dtype, shape, first byte, last byte + 1) of every tensor in a file of weights."""
+    if path.suffix != ".safetensors":
+        return gguf_tensors(path)
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         try:
@@ -138,17 +178,41 @@ def save_experts(
     if trained:
         raise UserError(
             f"{trained[0]} of the backbone is being trained, but this model saves its experts "
-            'alone. Attach the experts with save="full".'
+            'alone. Save all of it: model.save_pretrained(folder, save="full").'
         )
     if not is_main_process:
         return
+    weights = model.state_dict() if state_dict is None else state_dict
+    _require_backbone_referred_to(model, weights)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = model.state_dict() if state_dict is None else state_dict
-    experts = {name: weight for name, weight in weights.items() if is_attached(name)}
+    if state_dict is None:
+        experts = state_with_values(model, is_attached)
+    else:
+        experts = {name: weight for name, weight in weights.items() if is_attached(name)}
     save_torch_state_dict(experts, folder, max_shard_size=max_shard_size)
     model.generation_config.save_pretrained(folder)
     _config_to_save(model).save_pretrained(folder)
+
+
+def note_backbone(model: Any) -> None:
+    """Remember what the backbone of a model is like now that it is the one referred to."""
+    model.backbone_samples = BackboneSamples(model)
+
+
+def _require_backbone_referred_to(model: Any, state: dict[str, Tensor]) -> None:
+    samples: BackboneSamples | None = getattr(model, "backbone_samples", None)
+    difference = None if samples is None else samples.difference(state)
+    if difference is not None:
+        raise UserError(
+            f"The backbone in memory is no longer {model.lookup_settings.backbone.name}: "
+            f"{difference}. Its experts can't be saved alone, since they would be loaded on that. "
+            + (
+                "Load the model anew."
+                if is_quantised(model)
+                else 'Save all of it: model.save_pretrained(folder, save="full").'
+            )
+        )
 
 
 def _config_to_save(model: Any) -> Any:
@@ -156,11 +220,12 @@ def _config_to_save(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     # FSDP's `fully_shard` puts its own name before that of the class.
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
-    if hasattr(config, "quantization_config"):
-        folder = find_folder(model.lookup_settings.backbone.name)
-        stored = json.loads((folder / "config.json").read_text())
-        if "quantization_config" not in stored:
-            del config.quantization_config
+    reference = model.lookup_settings.backbone
+    if hasattr(config, "quantization_config") and (
+        reference.file is not None
+        or "quantization_config" not in read_config(find_folder(reference.name))
+    ):
+        del config.quantization_config
     return config
 
 
@@ -193,20 +258,25 @@ def backbone_folder(folder: Path, settings: LookupSettings) -> Path:
         UserError: it isn't there, or is another one.
     """
     assert settings.backbone is not None
-    name = settings.backbone.name
+    name, file = settings.backbone.name, settings.backbone.file
     help_text = (
         'If it has moved, say so in config.json, under "lookup_experts", "backbone", "name".'
     )
     try:
-        place = find_folder(folder / name if (folder / name).is_dir() else name)
+        place = _folder_with(folder / name if (folder / name).is_dir() else name, file)
     except Exception as error:  # the hub's client raises many kinds, all of them: not to be had
         raise UserError(
             f"{folder} has the experts for the backbone {name}, which is no folder here and could "
             f"not be fetched from the hub ({type(error).__name__}). {help_text}"
         ) from error
-    if backbone_fingerprint(place) != settings.backbone.fingerprint:
+    if file is not None and not (place / file).is_file():
         raise UserError(
-            f"{folder} has experts for another backbone than the one in {place}: its weights have "
+            f"{folder} has experts for the backbone in {file}, which isn't in {place}. {help_text}"
+        )
+    if backbone_fingerprint(place, file) != settings.backbone.fingerprint:
+        where = place if file is None else place / file
+        raise UserError(
+            f"{folder} has experts for another backbone than the one in {where}: its weights have "
             f"another fingerprint. {help_text}"
         )
     return place
@@ -232,11 +302,18 @@ def load_backbone(
             backbone may have changed since.
         args, kwargs: of `from_pretrained`: dtype, quantisation, devices ...
     """
-    stored = read_config(place)
-    kind = official_kind(place, stored)
-    if kind is not None:
-        dtype = kwargs.get("dtype") or "auto"
-        nothing: dict[str, list[str]] = {"missing_keys": [], "mismatched_keys": []}
-        return load_official(place, kind, stored, BACKBONES[kind], dtype), nothing
+    reference = LookupSettings.from_dict(config.lookup_experts).backbone
+    assert reference is not None
+    if reference.file is None:
+        stored = read_config(place)
+        kind = official_kind(place, stored)
+        if kind is not None:
+            dtype = kwargs.get("dtype") or "auto"
+            nothing: dict[str, list[str]] = {"missing_keys": [], "mismatched_keys": []}
+            return load_official(place, kind, stored, BACKBONES[kind], dtype), nothing
+    else:
+        kwargs["gguf_file"] = str(place / reference.file)
     kwargs["output_loading_info"] = True
-    return model_class.from_pretrained(place, *args, config=_plain(config), **kwargs)
+    model, report = model_class.from_pretrained(place, *args, config=_plain(config), **kwargs)
+    forget_quantizer(model)
+    return model, report

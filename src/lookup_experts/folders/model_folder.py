@@ -13,10 +13,13 @@ from torch import Tensor
 
 from lookup_experts.errors import UserError
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TABLE = "table"
-"""The folder of the table within an inference folder."""
+"""The folder of the table, of a model in table form."""
+PARTIAL = ".partial"
+"""The folder of what a save has written so far, see `replacing.py`."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -60,9 +63,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A model folder's `config.json`, as it stands there."""
     if not folder.exists():
         raise UserError(f"No such folder: {folder}.")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model folder: it has no config.json.")
-    return _read_json_object(folder / "config.json")
+    if (folder / "adapter_config.json").is_file() and not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder} holds adapters, not a model: load the model that they were trained on and "
+            "put them onto it with PEFT, PeftModel.from_pretrained(model, folder)."
+        )
+    if not (folder / CONFIG).is_file():
+        interrupted = (folder / PARTIAL).exists()
+        raise UserError(
+            f"{folder} is not a model folder: it has no {CONFIG}."
+            + (" Saving a model into it was interrupted; save it again." if interrupted else "")
+        )
+    return _read_json_object(folder / CONFIG)
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:

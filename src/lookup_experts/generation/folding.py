@@ -7,6 +7,7 @@ same call.
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,29 +17,35 @@ import numpy as np
 from torch import nn
 
 from lookup_experts.errors import UserError
+from lookup_experts.folders.adapters import refuse_adapters
 from lookup_experts.folders.attached_model import LookupExpertsMixin
 from lookup_experts.folders.experts_alone import save_experts
 from lookup_experts.folders.load import load
 from lookup_experts.folders.model_folder import (
     TABLE,
     begin_inference_folder,
-    give_usual_mode,
     local_folder,
     require_new,
 )
 from lookup_experts.folders.own_code import copy_custom_generation
 from lookup_experts.folders.tokenizer import TOKENIZER_FILES, copy_tokenizer
+from lookup_experts.model.folded import evaluate_experts, expert_facts
+from lookup_experts.model.forms.mole import LayerExperts
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
+from lookup_experts.model.placement import state_with_values
 from lookup_experts.model.wiring import routed_experts
 from lookup_experts.table.build import (
+    CHUNK_BUDGET_BYTES,
+    BuildPlan,
     build_table,
-    evaluate_experts,
     full_disk_as_user_error,
     plan_table,
 )
 from lookup_experts.table.counts import check_counts, keep_counts
-from lookup_experts.table.encoding import get_encoding
-from lookup_experts.table.format import Progress, Table
+from lookup_experts.table.encoding import Encoding, get_encoding
+from lookup_experts.table.layout import TableShape
+from lookup_experts.table.opening import Table
+from lookup_experts.table.progress import Progress
 from lookup_experts.table.store import Notify, log
 
 
@@ -93,12 +100,8 @@ def reparameterize(
         copy_custom_generation(folder, partial)
     embedding = model.get_input_embeddings()
     layers = routed_experts(model)
-    plan = plan_table(
-        embedding,
-        layers,
-        vocab_size,
-        chosen,
-        tokenizer_hash=tokenizer_hash(partial),
+    plan = plan_folding(
+        embedding, layers, vocab_size, chosen, tokenizer_hash=tokenizer_hash(partial)
     )
     # Before the table, which may take hours: what can't be saved shows at once.
     with full_disk_as_user_error(partial):
@@ -108,6 +111,36 @@ def reparameterize(
         keep_counts(partial / TABLE, token_counts, vocab_size)
     partial.rename(out)
     return Table(out / TABLE, plan.manifest)
+
+
+def plan_folding(
+    embedding: nn.Module,
+    layers: Sequence[LayerExperts],
+    vocab_size: int,
+    encoding: Encoding,
+    *,
+    tokenizer_hash: str | None = None,
+    chunk_budget_bytes: int = CHUNK_BUDGET_BYTES,
+) -> BuildPlan:
+    """What the table of the given experts will be.
+
+    Args:
+        embedding: the backbone's input embedding.
+        layers: the experts of each layer, in order.
+        vocab_size: V, records 0 to V - 1; the rows of the embedding.
+
+    See `plan_table` for the rest.
+    """
+    facts = expert_facts(embedding, layers)
+    return plan_table(
+        TableShape(vocab_size, facts.num_layers, facts.num_experts, facts.row_size),
+        encoding,
+        fingerprint=facts.fingerprint,
+        evaluation_bytes=facts.evaluation_bytes,
+        embedding_hash=facts.embedding_hash,
+        tokenizer_hash=tokenizer_hash,
+        chunk_budget_bytes=chunk_budget_bytes,
+    )
 
 
 def tokenizer_hash(folder: Path) -> str | None:
@@ -130,7 +163,7 @@ def save_without_experts(model: Any, folder: Path, fingerprint: str) -> None:
         fingerprint=fingerprint,
         backbone=model.lookup_settings.backbone if quantised else None,
     )
-    state = {name: value for name, value in model.state_dict().items() if not _is_expert(name)}
+    state = state_with_values(model, lambda name: not _is_expert(name))
     training_config = model.config
     model.config = copy.deepcopy(training_config)
     model.config.lookup_experts = settings.to_dict()
@@ -138,9 +171,9 @@ def save_without_experts(model: Any, folder: Path, fingerprint: str) -> None:
         # The class's own method would take the table of a table-form model along; there is none.
         if quantised:
             save_experts(model, folder, state_dict=state)
-            give_usual_mode(folder)
         else:
             model.save_in_full(folder, state_dict=state)
+        model.save_beside_weights(folder)
     finally:
         model.config = training_config
 
@@ -150,6 +183,7 @@ def _is_expert(name: str) -> bool:
 
 
 def _require_experts(model: Any) -> None:
+    refuse_adapters(model, "folded")
     if isinstance(model, MoeGatelessLlamaForCausalLM):
         raise UserError(
             "The experts of this mixture of experts look at the hidden state, so they can't be "

@@ -1,6 +1,8 @@
 """What is in a model folder or a table, without its weights and records; is a table sound?"""
 
+import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,24 +12,22 @@ from safetensors import safe_open
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.folders.attached_model import LookupExpertsConfig
 from lookup_experts.folders.experts_alone import backbone_folder
+from lookup_experts.folders.gguf_file import gguf_tensors
 from lookup_experts.folders.load import load
 from lookup_experts.folders.model_folder import local_folder, read_config, weight_files
 from lookup_experts.folders.official import moe_settings, official_kind, official_settings
 from lookup_experts.folders.own_code import needs_own_code, require_trust
+from lookup_experts.folders.tokenizer import TOKENIZER_FILES
 from lookup_experts.generation.folding import tokenizer_hash
 from lookup_experts.model.fingerprint import embedding_hash
 from lookup_experts.model.moe import MoeGatelessLlamaConfig
 from lookup_experts.model.offloaded import offloaded_mixture, offloaded_table
 from lookup_experts.model.settings import LookupSettings
 from lookup_experts.table.counts import read_counts
-from lookup_experts.table.format import (
-    MANIFEST_NAME,
-    Progress,
-    Table,
-    VerifyReport,
-    open_table,
-    verify_table,
-)
+from lookup_experts.table.format import MANIFEST_NAME
+from lookup_experts.table.opening import Table, open_table
+from lookup_experts.table.progress import Progress
+from lookup_experts.table.verifying import VerifyReport, verify_table
 
 EXPERT_MARKS = {
     "lookup-experts": (".lookup_experts.routed.",),
@@ -43,8 +43,10 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     """What a folder holds, as plain JSON values; no weights and no records are read.
 
     Keys: `folder`, `form` (`experts`, `table`, `dense`, `moe`, or `bare table`), `format`
-    (`lookup-experts`, `official` or `huggingface`), `backbone`, `lookup_experts` (the settings),
-    `parameters`, `table`, and `moe` (the settings) for the paper's mixture of experts.
+    (`lookup-experts`, `official` or `huggingface`), `backbone`, `context` (tokens; null where the
+    configuration doesn't say), `dtypes` (of the weights, the most frequent first), `chat_template`
+    (whether there is one; null without a tokenizer), `lookup_experts` (the settings), `parameters`,
+    `table`, and `moe` (the settings) for the paper's mixture of experts.
 
     Of `parameters`, `resident` is what a running model holds, in table form or as a mixture;
     `experts`: routed experts in training form; `table`: numbers that the table stands for, or
@@ -83,6 +85,9 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
             "format": "huggingface",
             "backbone": config.get("model_type"),
         }
+    described["context"] = getattr(text_config(path), "max_position_embeddings", None)
+    described["dtypes"] = weight_dtypes(path)
+    described["chat_template"] = has_chat_template(path)
     described["lookup_experts"] = settings.to_dict() if settings else None
     described["table"] = None
     if described["form"] == "moe":
@@ -91,8 +96,7 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         return described
     described["parameters"] = count_parameters(path, EXPERT_MARKS[described["format"]])
     if settings is not None and settings.backbone is not None:
-        backbone = count_parameters(backbone_folder(path, settings), ())
-        described["parameters"]["resident"] += backbone["resident"]
+        described["parameters"]["resident"] += backbone_parameters(path, settings)
     if settings is not None and settings.form == "experts":
         described["parameters"] |= future_table_parameters(path, settings)
     if settings is not None and settings.form == "table":
@@ -118,6 +122,46 @@ def count_parameters(folder: Path, expert_marks: tuple[str, ...]) -> dict[str, i
                 kind = "experts" if any(mark in name for mark in expert_marks) else "resident"
                 counts[kind] += math.prod(file.get_slice(name).get_shape())
     return counts
+
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES |= {"I8": "int8", "U8": "uint8", "I32": "int32", "I64": "int64", "BOOL": "bool"}
+
+
+def weight_dtypes(folder: Path) -> list[str]:
+    """The dtypes of a model folder's weights, that of most numbers first."""
+    counts: Counter[str] = Counter()
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                weight = file.get_slice(name)
+                dtype = weight.get_dtype()
+                counts[_DTYPES.get(dtype, dtype)] += math.prod(weight.get_shape())
+    return [dtype for dtype, _ in counts.most_common()]
+
+
+def has_chat_template(folder: Path) -> bool | None:
+    """Whether a folder's tokenizer has a chat template, by its files; None without a tokenizer."""
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    settings = folder / "tokenizer_config.json"
+    if not settings.exists():
+        return False
+    try:
+        return bool(json.loads(settings.read_bytes()).get("chat_template"))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{settings} can't be read: {error}.") from error
+
+
+def backbone_parameters(folder: Path, settings: LookupSettings) -> int:
+    """Those of the backbone that a folder with experts alone refers to."""
+    assert settings.backbone is not None
+    place, file = backbone_folder(folder, settings), settings.backbone.file
+    if file is None:
+        return count_parameters(place, ())["resident"]
+    return sum(math.prod(shape) for _, (_, shape, _, _) in gguf_tensors(place / file))
 
 
 def moe_parameters(folder: Path, settings: dict[str, int]) -> dict[str, int]:
@@ -164,9 +208,7 @@ def text_config(folder: Path) -> Any:
 def table_parameters(table: Table) -> dict[str, int]:
     """Numbers that a table stands for, and a token's share."""
     shape = table.layout.shape
-    numbers = offloaded_table(
-        shape.num_layers, shape.num_experts, shape.hidden_size, shape.vocab_size
-    )
+    numbers = offloaded_table(shape.num_layers, shape.num_experts, shape.row_size, shape.vocab_size)
     return {"table": numbers.parameters, "loaded_per_token": numbers.loaded_per_token}
 
 

@@ -29,8 +29,12 @@ from lookup_experts.table.build import (
 )
 from lookup_experts.table.counts import keep_counts, read_counts
 from lookup_experts.table.encoding import Encoding, get_encoding
-from lookup_experts.table.format import MANIFEST_NAME, Progress, Table, open_table
-from lookup_experts.table.store import Notify, log, open_store
+from lookup_experts.table.format import MANIFEST_NAME
+from lookup_experts.table.layout import RecordLayout
+from lookup_experts.table.opening import Table, open_table
+from lookup_experts.table.progress import Progress
+from lookup_experts.table.store import Notify, log
+from lookup_experts.table.store_choice import open_store
 
 
 def reencode(
@@ -117,7 +121,7 @@ def open_source(path: Path) -> tuple[Table, bool]:
 
 
 def _require_other_encoding(source: Table, chosen: Encoding) -> None:
-    if source.layout.encoding == chosen:
+    if source.layout == RecordLayout(source.layout.shape, chosen):  # an older version's is another
         raise UserError(
             f"{source.folder} is in {in_words(chosen)} already; choose another encoding."
         )

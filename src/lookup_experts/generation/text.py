@@ -6,8 +6,8 @@ went, and what the table was asked for.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from lookup_experts.errors import UserError
+from lookup_experts.model.placement import execution_device
 from lookup_experts.table.reader import ReaderStatistics, TableExperts
 
 
@@ -62,6 +63,9 @@ class Generation:
     """The new tokens."""
     text: str | None
     """The new tokens as text; None without a tokenizer."""
+    finish_reason: Literal["stop", "length", "context"]
+    """What ended it: the model's end-of-text token, as many tokens as were asked for, or the end of
+    the model's context."""
     prompt_tokens: int
     seconds_to_first_token: float
     seconds: float
@@ -119,7 +123,7 @@ def generate_ids(
     tokenizer: Any = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue a prompt given as token ids.
+    """Continue a prompt given as token ids, up to the end of the model's context at most.
 
     Args:
         model: any causal LM of transformers.
@@ -140,7 +144,10 @@ def generate_ids(
     table = source if isinstance(source, TableExperts) else None
     if table is not None:
         table.reset_stats()
-    inputs = torch.tensor([ids], device=model.device)
+    inputs = torch.tensor([ids], device=execution_device(model))
+    context = context_of(model)
+    room = sampling.max_new_tokens if context is None else context - len(ids)
+    within = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
     started_at = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
@@ -148,13 +155,14 @@ def generate_ids(
             attention_mask=torch.ones_like(inputs),
             streamer=clock,
             pad_token_id=_pad_token_id(model),
-            **sampling.generate_arguments(),
+            **within.generate_arguments(),
         )
     seconds = time.perf_counter() - started_at
     new_ids = output[0, len(ids) :].tolist()
     return Generation(
         token_ids=new_ids,
         text=tokenizer.decode(new_ids, skip_special_tokens=True) if tokenizer else None,
+        finish_reason=_finish_reason(model, new_ids, sampling.max_new_tokens),
         prompt_tokens=len(ids),
         seconds_to_first_token=clock.first_token_at - started_at,
         seconds=seconds,
@@ -176,6 +184,21 @@ def generate_text(
     return generate_ids(model, ids, sampling, tokenizer=tokenizer, on_text=on_text)
 
 
+def context_of(model: Any) -> int | None:
+    """Tokens that a prompt and its continuation may have together; None where nothing says."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _finish_reason(
+    model: Any, new_ids: list[int], max_new_tokens: int
+) -> Literal["stop", "length", "context"]:
+    ends = model.generation_config.eos_token_id
+    if new_ids[-1] in (ends if isinstance(ends, list) else [ends]):
+        return "stop"
+    return "length" if len(new_ids) == max_new_tokens else "context"
+
+
 def _checked(model: Any, ids: list[int]) -> list[int]:
     if not ids:
         raise UserError("The prompt is empty; give at least one token.")
@@ -186,7 +209,7 @@ def _checked(model: Any, ids: list[int]) -> list[int]:
                 f"Token id {token_id} is outside the vocabulary (0 to {vocab_size - 1}). Is this "
                 "the tokenizer that belongs to the model?"
             )
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model)
     if context is not None and len(ids) >= context:
         raise UserError(
             f"The prompt has {len(ids)} tokens and the model's context is {context}; shorten it."
@@ -204,6 +227,16 @@ def _pad_token_id(model: Any) -> int:
         if token_id is not None:
             return token_id
     return 0
+
+
+def format_end(generation: Generation) -> str | None:
+    """What must be said of how it ended; None for the usual ends."""
+    if generation.finish_reason != "context":
+        return None
+    context = generation.prompt_tokens + len(generation.token_ids)
+    return (
+        f"Stopped after {len(generation.token_ids):,} tokens: the context of {context:,} is full."
+    )
 
 
 def format_statistics(generation: Generation) -> str:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.experts import normalize
+from lookup_experts.model.forms import get_form
+from lookup_experts.model.settings import LookupSettings
 
 _SUM = 0  # the mode's number in aten
 
@@ -29,13 +30,11 @@ class FFNExperts:
     """The `ExpertSource` of a model in training form.
 
     Args:
-        num_experts: N.
-        norm_eps: the epsilon of the RMSNorm on the embedding.
+        settings: what was attached.
     """
 
-    def __init__(self, num_experts: int, norm_eps: float) -> None:
-        self.num_experts = num_experts
-        self.norm_eps = norm_eps
+    def __init__(self, settings: LookupSettings) -> None:
+        self.settings = settings
 
     # Finding the unique ids has a result whose size depends on the data, so torch.compile would
     # break its graph here anyway; said once, it is one break at the entrance and none later.
@@ -45,18 +44,29 @@ class FFNExperts:
     ) -> "ComputedRows":
         """See `ExpertSource.rows`."""
         unique_ids, index = torch.unique(token_ids, return_inverse=True)
-        normalized = self.normalized(unique_ids, base_model)
-        positions = Positions(index, len(unique_ids), self.num_experts)
+        inputs = self.inputs(unique_ids, base_model)
+        positions = Positions(index, len(unique_ids), self.settings.num_experts)
         # The number of unique ids changes from batch to batch: no graph is to depend on it.
-        torch._dynamo.maybe_mark_dynamic(normalized, 0)
-        torch._dynamo.maybe_mark_dynamic(positions.starts, 0)
-        return ComputedRows(positions, normalized)
+        for tensor in (inputs, unique_ids, positions.starts):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return ComputedRows(positions, inputs, unique_ids)
 
-    def normalized(self, unique_ids: Tensor, base_model: Any) -> Tensor:
-        """[U, e]: what the experts of `base_model` see of unique ids [U], but for their weight."""
+    def inputs(self, unique_ids: Tensor, base_model: Any) -> Tensor:
+        """[U, e]: what every layer of `base_model` makes its rows for unique ids [U] from."""
         embedding = base_model.get_input_embeddings()
+        _check_one_embedding(embedding)
         _check_range(unique_ids, embedding)
-        return normalize(embedding(unique_ids), self.norm_eps)
+        return get_form(self.settings.row_form).inputs(embedding(unique_ids), self.settings)
+
+
+def _check_one_embedding(embedding: Any) -> None:
+    """Refuse PEFT's mixed batches where they would give one id a row for each sequence."""
+    hooks = embedding._forward_pre_hooks.values()
+    if any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks):
+        raise UserError(
+            "The sequences of a batch can't have different adapters on the embedding "
+            "(adapter_names), since experts are looked up by token id. Use one adapter at a time."
+        )
 
 
 def _check_range(unique_ids: Tensor, embedding: Any) -> None:
@@ -76,14 +86,15 @@ class ComputedRows:
     """The rows of `FFNExperts`: a layer is evaluated when it is asked for.
 
     Evaluating late keeps a layer's experts inside its block, where gradient checkpointing
-    recomputes them and FSDP gathers their weights. What layers share has been done: `normalized`
-    [U, e] is what `normalize` gives, and `positions` knows where the ids stand.
+    recomputes them and FSDP gathers their weights. What layers share has been done: `inputs`
+    [U, e] is what their makers see of `unique_ids` [U], and `positions` knows where these stand.
     """
 
-    def __init__(self, positions: "Positions", normalized: Tensor) -> None:
+    def __init__(self, positions: "Positions", inputs: Tensor, unique_ids: Tensor) -> None:
         self.index = positions.index
         self._positions = positions
-        self._normalized = normalized
+        self._inputs = inputs
+        self._unique_ids = unique_ids
 
     @property
     def num_positions(self) -> int:
@@ -93,12 +104,12 @@ class ComputedRows:
     def layer(self, layer: int, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.layer`."""
         assert experts is not None, "training form: a block has its experts"
-        return experts(self._normalized).transpose(0, 1)
+        return experts(self._inputs, self._unique_ids).transpose(0, 1)
 
     def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.mix`."""
         assert experts is not None, "training form: a block has its experts"
-        return mix_positions(experts(self._normalized), self._positions, weights)
+        return mix_positions(experts(self._inputs, self._unique_ids), self._positions, weights)
 
 
 class Positions:

@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lookup_experts.model.experts import LayerExperts
+from lookup_experts.model.placement import named_weights
 
 
 def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -22,13 +23,13 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
 def embedding_hash(embedding: nn.Module) -> str:
     """The hash of the input embedding alone: an inference folder still has it, so it can be
     computed again there and compared with what the table was made from."""
-    return hash_tensors(embedding.named_parameters())
+    return hash_tensors(named_weights(embedding))
 
 
-def fingerprint(embedding: nn.Module, layers: Iterable[LayerExperts]) -> str:
-    """The hash over the embedding and the weights of every routed expert."""
+def fingerprint(embedding: nn.Module, layers: Iterable[Any]) -> str:
+    """The hash over the embedding and the weights of whatever makes the rows of each layer."""
     digest = hashlib.sha256(embedding_hash(embedding).encode())
     for number, experts in enumerate(layers):
-        digest.update(f"{number} {experts.kind} {experts.norm_eps}\n".encode())
-        digest.update(hash_tensors(experts.named_parameters()).encode())
+        digest.update(f"{number} {experts.identity}\n".encode())
+        digest.update(hash_tensors(named_weights(experts)).encode())
     return digest.hexdigest()

@@ -1,8 +1,10 @@
 """Training experts and routers alone, beside a frozen backbone, even a quantised one."""
 
+from functools import cache
 from typing import Any
 
 from lookup_experts.errors import UserError
+from lookup_experts.made_classes import make_class
 
 _EXPERTS = ".lookup_experts."
 """In the names of all parameters that `attach` adds, and of no other."""
@@ -27,10 +29,39 @@ def allow_training(model: Any) -> None:
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_qat_trainable:
-        kind = type(quantizer)
-        quantizer.__class__ = type(kind.__name__, (kind,), {"is_qat_trainable": True})
+        kind: Any = type(quantizer)
+        quantizer.__class__ = _trainable(kind)
     for layer in _packable_layers(model):
         layer.support_avx512bf16_for_cpu = False
+
+
+@cache
+def _trainable(quantizer: Any) -> Any:
+    """The class of a quantiser that says its models can be trained; one for each class."""
+    name = quantizer.__name__
+    return make_class(_trainable, quantizer, name, (quantizer,), is_qat_trainable=True)
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether a quantiser keeps weights of the model packed.
+
+    transformers has one for every model from a GGUF file, also where all weights were unpacked.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return False
+    from_gguf = quantizer.quantization_config.quant_method == "gguf"
+    return not (from_gguf and all(p.is_floating_point() for p in model.parameters()))
+
+
+def forget_quantizer(model: Any) -> None:
+    """Let a model whose weights were all unpacked from a GGUF file be one like any other."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not is_quantised(model):
+        quantizer.remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(module, "config"):
+                vars(module.config).pop("_is_quantized", None)
 
 
 def require_unpacked(model: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lookup_experts.errors import UserError, unknown_name
+from lookup_experts.model.input_gradients import InputGradientsMixin
 
 # Hidden size, layers, heads and FFN size of the paper's models; vocabulary 50,304, context 2,048.
 SHAPES = {
@@ -67,7 +68,7 @@ class GatelessMLP(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(hidden_states)))
 
 
-class GatelessLlamaForCausalLM(LlamaForCausalLM):
+class GatelessLlamaForCausalLM(InputGradientsMixin, LlamaForCausalLM):
     """Llama with the FFNs of the paper's backbone."""
 
     config_class = GatelessLlamaConfig

@@ -5,23 +5,21 @@ Weights are drawn with `torch.nn.init`, which transformers can guard, so that lo
 
 from typing import Any
 
-from torch import nn
-
-from lookup_experts.model.experts import LayerExperts
+from lookup_experts.model.forms import get_form
+from lookup_experts.model.settings import LookupSettings
+from lookup_experts.model.wiring import lookup_blocks
 
 INITS = ("zero", "normal")
 
 
-def initializer_std(config: Any) -> float:
-    """The standard deviation with which the backbone draws its own weights."""
-    return getattr(config, "initializer_range", None) or 0.02
+def initialize_blocks(model: Any, settings: LookupSettings, init: str) -> None:
+    """Fill the weights of everything that is attached to a model in training form.
 
-
-def initialize_experts(experts: LayerExperts, init: str, std: float) -> None:
-    """Fill one layer's experts; `zero` silences their outputs."""
-    nn.init.ones_(experts.norm.weight)
-    for name, weight in experts.named_parameters(recurse=False):
-        if init == "zero" and name == "down_proj":
-            nn.init.zeros_(weight)
-        else:
-            nn.init.normal_(weight, 0.0, std)
+    Args:
+        init: `zero`: what is added to the backbone is zero. `normal`: all weights as the backbone
+            draws its own.
+    """
+    std = getattr(model.config, "initializer_range", None) or 0.02
+    form = get_form(settings.row_form)
+    for block in lookup_blocks(model):
+        form.initialize(block, init, std)

@@ -19,6 +19,7 @@ from transformers.initialization import guard_torch_init_functions
 
 from lookup_experts.errors import UserError
 from lookup_experts.model.gateless_llama import GatelessLlamaConfig, GatelessMLP
+from lookup_experts.model.input_gradients import InputGradientsMixin
 from lookup_experts.model.router_losses import add_router_losses, record_logits
 
 _ALIGNMENT = 16
@@ -219,7 +220,7 @@ class MoeFFN(nn.Module):
         return mixed if self.shared is None else mixed + self.shared(hidden_states)
 
 
-class MoeGatelessLlamaForCausalLM(LlamaForCausalLM):
+class MoeGatelessLlamaForCausalLM(InputGradientsMixin, LlamaForCausalLM):
     """The paper's backbone with a mixture of experts in every block.
 
     In training its loss includes the routers' auxiliary losses; `router_losses` has them apart.

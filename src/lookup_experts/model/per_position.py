@@ -13,8 +13,9 @@ from torch import Tensor, nn
 class PerPositionRows:
     """The rows of every position of a batch, as if each had an id of its own."""
 
-    def __init__(self, index: Tensor, embeddings: Tensor) -> None:
-        self.index = index
+    def __init__(self, token_ids: Tensor, embeddings: Tensor) -> None:
+        self.index = torch.arange(token_ids.numel(), device=token_ids.device).view(token_ids.shape)
+        self._token_ids = token_ids.reshape(-1)
         self._embeddings = embeddings
 
     @property
@@ -24,7 +25,7 @@ class PerPositionRows:
 
     def layer(self, layer: int, experts: Any = None) -> Tensor:
         """See `TokenRows.layer`."""
-        return experts.forward_reference(self._embeddings)
+        return experts.forward_reference(self._embeddings, self._token_ids)
 
     def mix(self, layer: int, weights: Tensor, experts: Any = None) -> Tensor:
         """See `TokenRows.mix`."""
@@ -40,5 +41,4 @@ class PerPositionExperts:
     ) -> PerPositionRows:
         """See `ExpertSource.rows`."""
         embedding: nn.Module = base_model.get_input_embeddings()
-        index = torch.arange(token_ids.numel(), device=token_ids.device).view(token_ids.shape)
-        return PerPositionRows(index, embedding(token_ids.reshape(-1)))
+        return PerPositionRows(token_ids, embedding(token_ids.reshape(-1)))

@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.model.experts import EXPERT_KINDS
+from lookup_experts.model.forms import get_form
 
 FORMS = ("experts", "table")
+ROW_FORMS = ("mole", "meki")
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,21 @@ class BackboneReference:
     """A folder, relative ones seen from the folder with the experts, or a name on the hub."""
     fingerprint: str
     """Of its weights, see `folders/experts_alone.py`: another backbone is refused."""
+    file: str | None = None
+    """The GGUF file in that folder; None: the folder's own weights."""
 
     @classmethod
     def from_dict(cls, values: Any) -> "BackboneReference":
-        if not isinstance(values, dict) or set(values) != {"name", "fingerprint"}:
+        if not isinstance(values, dict) or set(values) - {"file"} != {"name", "fingerprint"}:
             raise UserError(
                 "The backbone in a model's lookup_experts settings should have a name and a "
                 f"fingerprint; it is {values!r}."
             )
         return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class LookupSettings:
     """What was attached to a backbone; saved in its `config.json` under `lookup_experts`."""
 
     num_experts: int
-    """N, routed experts per layer."""
+    """N, routed experts per layer: rows of one token id."""
     expert_size: int
     """D, the hidden size of each expert."""
     layers: tuple[int, ...]
@@ -41,13 +48,17 @@ class LookupSettings:
     expert_kind: str = "gelu"
     """One of `EXPERT_KINDS`."""
     norm_eps: float = 1e-6
-    """The epsilon of the RMSNorm on the embedding."""
+    """The epsilon of the form's RMSNorms."""
     form: str = "experts"
     """`experts`: training form. `table`: the experts were folded into a table."""
     fingerprint: str | None = None
     """In table form, what was folded; the table beside the model must say the same."""
     backbone: BackboneReference | None = None
     """Where the backbone is, if the model is saved as experts alone."""
+    row_form: str = "mole"
+    """One of `ROW_FORMS`: how a row is made and read, see `forms`."""
+    row_size: int | None = None
+    """r, the numbers of a row; None: as many as the model is wide."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 1 or self.expert_size < 1:
@@ -55,10 +66,13 @@ class LookupSettings:
                 f"Lookup experts need at least one expert of at least one unit; got "
                 f"num_experts={self.num_experts}, expert_size={self.expert_size}."
             )
-        if self.expert_kind not in EXPERT_KINDS:
-            raise unknown_name("expert kind", self.expert_kind, EXPERT_KINDS)
         if self.form not in FORMS:
             raise unknown_name("form", self.form, FORMS)
+        if self.row_form not in ROW_FORMS:
+            raise unknown_name("form", self.row_form, ROW_FORMS)
+        if self.row_size is not None and self.row_size < 1:
+            raise UserError(f"row_size is {self.row_size}; a row has one number or more.")
+        get_form(self.row_form).check(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LookupSettings":
@@ -77,8 +91,11 @@ class LookupSettings:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         values = {**asdict(self), "layers": list(self.layers)}
-        if self.backbone is None:
-            del values["backbone"]
+        del values["backbone"]
+        if self.backbone is not None:
+            values["backbone"] = self.backbone.to_dict()
+        if self.row_form == "mole" and self.row_size is None:  # as older versions know it
+            del values["row_form"], values["row_size"]
         return values
 
 

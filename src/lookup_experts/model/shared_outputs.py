@@ -83,6 +83,10 @@ class SharedOutputs:
         self._outputs: list[Tensor] = []
         self._ledgers: list[Ledger] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model has no part in these micro batches: it computes its own outputs."""
+        return FFNExperts, (self._experts.settings,)
+
     @torch.compiler.disable
     def rows(
         self, token_ids: Tensor, ready: bool = False, base_model: nn.Module | None = None
@@ -97,11 +101,13 @@ class SharedOutputs:
             )
         self._batches_begun += 1
         if not self._outputs:
-            normalized = self._experts.normalized(self._unique_ids, base_model)
-            self._outputs = [experts(normalized) for experts in routed_experts(base_model)]
+            inputs = self._experts.inputs(self._unique_ids, base_model)
+            self._outputs = [
+                experts(inputs, self._unique_ids) for experts in routed_experts(base_model)
+            ]
             self._ledgers = [Ledger(outputs.requires_grad) for outputs in self._outputs]
         index = self._index(token_ids)
-        positions = Positions(index, len(self._unique_ids), self._experts.num_experts)
+        positions = Positions(index, len(self._unique_ids), self._experts.settings.num_experts)
         return SharedRows(positions, self._hand_out())
 
     def _index(self, token_ids: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ It is a table of the format of `table/format.py`, with other things in the place
 |---|---|
 | a token id | an expert's number: layer times N, plus its number in the layer |
 | a layer of a record | a matrix: first `up_proj` [D, d], then `down_proj` [d, D], row by row |
-| experts x hidden size | D x d numbers, as they are in memory |
+| experts x row size | D x d numbers, as they are in memory |
 
-So it has that format's alignment, checksums, shards and fingerprint; the fingerprint is a hash over
+So it has that format's checksums, shards and fingerprint; the fingerprint is a hash over
 the routers, which stay with the model. L layers, N experts, d hidden size, D size of an expert.
 """
 
@@ -24,18 +24,12 @@ from lookup_experts import __version__
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.model.fingerprint import hash_tensors
 from lookup_experts.table.encoding import get_encoding
-from lookup_experts.table.format import (
-    MANIFEST_NAME,
-    Progress,
-    RecordLayout,
-    ShardWriter,
-    Table,
-    TableManifest,
-    TableShape,
-    open_table,
-    plan_shards,
-    write_manifest,
-)
+from lookup_experts.table.format import MANIFEST_NAME
+from lookup_experts.table.layout import RecordLayout, TableShape, plan_shards
+from lookup_experts.table.manifest import TableManifest, write_manifest
+from lookup_experts.table.opening import Table, open_table
+from lookup_experts.table.progress import Progress
+from lookup_experts.table.shard_writer import ShardWriter
 
 MATRICES = 2
 """Of an expert: up and down."""
@@ -59,7 +53,7 @@ def expert_layout(config: Any, dtype: torch.dtype) -> RecordLayout:
 
 def matrices_of(record: Tensor, layout: RecordLayout) -> tuple[Tensor, Tensor]:
     """`up_proj` [D, d] and `down_proj` [d, D] in a record, uint8 [stride]; nothing is copied."""
-    rows, columns = layout.shape.num_experts, layout.shape.hidden_size
+    rows, columns = layout.shape.num_experts, layout.shape.row_size
     dtype = layout.encoding.torch_dtype
     assert dtype is not None
     up, down = (record[layout.layer_slice(matrix)].view(dtype) for matrix in range(MATRICES))
@@ -133,7 +127,8 @@ def router_hash(model: Any) -> str:
 def check_belongs(table: Table, model: Any) -> None:
     """Raise a `TableError` unless the table holds the experts of this model, in its dtype."""
     expected = expert_layout(model.config, model.dtype)
-    if table.layout != expected:
+    layout = table.layout
+    if (layout.shape, layout.encoding) != (expected.shape, expected.encoding):
         raise TableError(
             f"{table.folder}: holds {_in_words(table.layout)}; this model has "
             f"{_in_words(expected)}. Write its experts with write_experts."
@@ -149,5 +144,5 @@ def _in_words(layout: RecordLayout) -> str:
     shape = layout.shape
     return (
         f"{shape.vocab_size} records of {shape.num_layers} x {shape.num_experts} x "
-        f"{shape.hidden_size} numbers in {layout.encoding.name}"
+        f"{shape.row_size} numbers in {layout.encoding.name}"
     )

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lookup_experts.model.moe import weighted_sum
 from lookup_experts.offloading.cache import Compute, ExpertCache
 from lookup_experts.offloading.expert_table import check_belongs
-from lookup_experts.table.format import Table
-from lookup_experts.table.store import Notify, open_store
+from lookup_experts.table.opening import Table
+from lookup_experts.table.store import Notify
+from lookup_experts.table.store_choice import open_store
 
 Visit = Callable[[Sequence[int], Compute], None]
 """Calls back with each of the given experts, in any order."""

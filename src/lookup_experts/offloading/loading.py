@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lookup_experts.table.host_memory import aligned_buffer
 from lookup_experts.table.lanes import Lane, Mark, open_lane
-from lookup_experts.table.store import PendingRead, RecordStore, aligned_buffer
+from lookup_experts.table.store import PendingRead, RecordStore
 
 STAGED = 4
 """Experts on their way from disk to a GPU at once."""

@@ -15,8 +15,10 @@ is called through its public `forward` with a left-padded batch, which every cau
 transformers supports. One forward per step means one read per step: the table's reader sees the
 ids of all streams together and reads each distinct record once.
 
-Modules: `sequence` what the engine works on; `kv_cache`, `forward`, `sampling`, `text` the parts
-of a step; `engine` the loop; `details` what the experts did; `metrics` counters; `protocol` what
-a client may send; `prompts` text to ids; `replies` what it gets; `app` routes; `guard` keys,
-limits and headers; `run` the process.
+Modules: `sequence` what the engine works on; `kv_cache`, `forward`, `sampling` (with `adjusting`
+and `constraints` for those who ask), `vocabulary` and `text` the parts of a step; `engine` the
+loop; `details` what the experts did; `metrics` counters; `protocol`, `messages` and `neutral` what
+a client may send; `templates` and `prompts` text to ids; `tool_calls` how models write calls;
+`requests` bodies to sequences; `replies` and `answers` what a client gets; `app` routes; `guard`
+keys, limits and headers; `threads` and `run` the process.
 """

@@ -13,6 +13,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, PlainTextResponse, Response
 
 from lookup_experts import __version__
+from lookup_experts.serving.answers import (
+    ChatCompletion,
+    Completion,
+    ErrorBody,
+    Health,
+    ModelCard,
+    ModelList,
+    Stats,
+)
 from lookup_experts.serving.calls import (
     Call,
     ClientGoneError,
@@ -21,18 +30,7 @@ from lookup_experts.serving.calls import (
     answer_whole,
 )
 from lookup_experts.serving.errors import ApiError, AsciiResponse, sentence_of
-from lookup_experts.serving.protocol import (
-    ChatBody,
-    ChatCompletion,
-    Completion,
-    CompletionBody,
-    ErrorBody,
-    GenerationBody,
-    Health,
-    ModelCard,
-    ModelList,
-    Stats,
-)
+from lookup_experts.serving.protocol import ChatBody, CompletionBody, GenerationBody
 from lookup_experts.serving.replies import ChatReplies, CompletionReplies, Replies
 from lookup_experts.serving.service import Service
 
@@ -96,8 +94,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue one or several prompts."""
         call = await run_in_threadpool(service.completion, body)
-        text = service.prompter.token_text
-        replies = CompletionReplies(service.options.name, text, body.logprobs)
+        replies = CompletionReplies(service.options.name, service.vocabulary, body.logprobs)
         return await _answer(call, replies, body, request)
 
     @app.post(
@@ -109,7 +106,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer a conversation."""
         call = await run_in_threadpool(service.chat, body)
         top = (body.top_logprobs or 0) if body.logprobs else None
-        replies = ChatReplies(service.options.name, service.prompter.token_text, top)
+        replies = ChatReplies(service.options.name, service.vocabulary, top)
         return await _answer(call, replies, body, request)
 
 
@@ -117,8 +114,7 @@ async def _answer(call: Call, replies: Replies, body: GenerationBody, request: R
     call.submit()
     if not body.stream:
         return AsciiResponse(await answer_whole(call, replies, request))
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(call, await answer_stream(call, replies, request, with_usage))
+    return EventStream(call, await answer_stream(call, replies, request, body.with_usage))
 
 
 def _either(model: type) -> dict[str, Any]:
@@ -182,6 +178,15 @@ def _add_file(app: FastAPI, route: str, path: Path) -> None:
         return FileResponse(path)
 
 
+def _no_such_page(path: str) -> str:
+    for name in ("responses", "chat/completions", "completions", "models"):
+        if path.rstrip("/").endswith(f"/{name}") or path.startswith(f"/v1/{name}/"):
+            if name != "responses":
+                return f"There is no such page. Did you mean /v1/{name}?"
+            return "The Responses API is not served here; use /v1/chat/completions."
+    return "There is no such page. The API has /v1/chat/completions, /v1/completions, /v1/models."
+
+
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -189,12 +194,12 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return sentence_of(error.errors()).response()
+        return sentence_of(error.errors(), request.url.path).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = {
-            404: "There is no such page. The API is under /v1.",
+            404: _no_such_page(request.url.path),
             405: "This route does not have that method.",
         }.get(error.status_code, f"{error.detail}.".replace("..", "."))
         return ApiError(error.status_code, message, headers=error.headers).response()

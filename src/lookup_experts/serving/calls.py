@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -15,17 +15,31 @@ from lookup_experts.serving.engine import Engine
 from lookup_experts.serving.errors import ApiError
 from lookup_experts.serving.replies import Choice, Json, Replies
 from lookup_experts.serving.reports import Outbox
+from lookup_experts.serving.requests import Asked
 from lookup_experts.serving.sequence import (
     Event,
     Failed,
     Finished,
-    GenerationRequest,
     GenerationSequence,
-    PromptScored,
+    Token,
 )
 from lookup_experts.serving.waiting import QueueFullError, ShuttingDownError
 
 RETRY_SECONDS = 1
+EARLY_SECONDS = 0.5
+"""For which a stream waits with its headers, so that an early failure has its status."""
+SILENT_SECONDS = 10.0
+"""After which a stream that has nothing to tell sends a comment, so that nobody between server and
+client takes it for dead."""
+COMMENT = b": waiting\n\n"
+
+
+class Silence:
+    """Nothing happened for a while."""
+
+
+Heard = tuple[Choice, Event] | None
+"""What happened to a choice; None when all are complete."""
 
 
 class ClientGoneError(Exception):
@@ -37,25 +51,17 @@ class Call:
 
     Args:
         engine: that runs them.
-        decode: token ids -> text, for the engine's thread.
-        requests: one for each choice.
-        choices: what gathers their answers.
+        asked: a request for each choice.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        decode: Callable[[Sequence[int]], str],
-        requests: Sequence[GenerationRequest],
-        choices: Sequence[Choice],
-    ) -> None:
-        self.choices = choices
+    def __init__(self, engine: Engine, asked: Asked) -> None:
+        self.choices = asked.choices
         self._engine = engine
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._open = len(requests)
+        self._open = len(asked.requests)
         self._sequences = [
-            GenerationSequence(request, decode, partial(self._hear, place))
-            for place, request in enumerate(requests)
+            GenerationSequence(request, asked.bytes_of, partial(self._hear, place))
+            for place, request in enumerate(asked.requests)
         ]
 
     def submit(self) -> None:
@@ -85,7 +91,7 @@ class Call:
     def _hear(self, place: int, event: Event) -> None:
         self._events.put_nowait((place, event))
 
-    async def next_event(self) -> tuple[Choice, Event] | None:
+    async def next_event(self) -> Heard:
         """The next event, taken into its choice; None when all choices are complete.
 
         Raises:
@@ -101,6 +107,14 @@ class Call:
         choice = self.choices[place]
         choice.add(event)
         return choice, event
+
+    async def next_event_within(self, seconds: float) -> Heard | Silence:
+        """`next_event`, or `Silence` if there is none in this time."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await self.next_event()
+        except TimeoutError:
+            return Silence()
 
 
 async def answer_whole(call: Call, replies: Replies, request: Request) -> Json:
@@ -122,32 +136,34 @@ async def answer_whole(call: Call, replies: Replies, request: Request) -> Json:
 async def answer_stream(
     call: Call, replies: Replies, request: Request, with_usage: bool
 ) -> AsyncIterator[bytes]:
-    """Wait for the first event, so that an early failure still has a status; then a stream.
+    """Wait a moment for the first event, so that an early failure has its status; then a stream.
 
     Raises:
         ApiError, ClientGoneError: as `answer_whole`.
     """
-    first = await _unless_gone(call.next_event(), call, request)
-    assert first is not None
+    first = await _unless_gone(call.next_event_within(EARLY_SECONDS), call, request)
     return _stream(call, replies, first, with_usage)
 
 
 async def _stream(
-    call: Call, replies: Replies, first: tuple[Choice, Event], with_usage: bool
+    call: Call, replies: Replies, first: Heard | Silence, with_usage: bool
 ) -> AsyncIterator[bytes]:
     opened: set[int] = set()
-    heard: tuple[Choice, Event] | None = first
+    heard = first
     try:
         while heard is not None:
-            choice, event = heard
-            # An echoed prompt is told with its scores, which may come in parts before the tokens.
-            if not isinstance(event, PromptScored | Failed):
-                if choice.index not in opened:
-                    opened.add(choice.index)
-                    for chunk in replies.opening(choice):
-                        yield _sse(chunk)
-                yield _sse(replies.chunk(choice, event))
-            heard = await call.next_event()
+            if isinstance(heard, Silence):
+                yield COMMENT
+            else:
+                choice, event = heard
+                # An echoed prompt comes with its scores, perhaps in parts, before the tokens.
+                if isinstance(event, Token | Finished):
+                    if choice.index not in opened:
+                        opened.add(choice.index)
+                        for chunk in replies.opening(choice):
+                            yield _sse(chunk)
+                    yield _sse(replies.chunk(choice, event))
+            heard = await call.next_event_within(SILENT_SECONDS)
         if with_usage:
             yield _sse(replies.usage_chunk(call.choices))
         yield b"data: [DONE]\n\n"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lookup_experts.errors import TableError
+from lookup_experts.model.computed_rows import FFNExperts
 from lookup_experts.serving.sequence import LookupDetail
 from lookup_experts.table.reader import TableExperts
 
@@ -20,7 +21,6 @@ class LookupWatch:
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
         self._entrance = getattr(model, "lookup_entrance", None)
         self._device = model.device
         source = getattr(model, "expert_source", None)
@@ -39,10 +39,11 @@ class LookupWatch:
 
     def read_error(self, token_id: int) -> TableError | None:
         """Why the record of a token can't be read, or None if it can."""
-        if self.table is None:
+        source = self._entrance.source if self._entrance is not None else None
+        if source is None or isinstance(source, FFNExperts):  # which reads nothing
             return None
         try:
-            self.table.rows(torch.tensor([[token_id]], device=self._device)).layer(0)
+            source.rows(torch.tensor([[token_id]], device=self._device)).layer(0)
         except TableError as error:
             return error
         return None

@@ -8,20 +8,32 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from lookup_experts.serving.protocol import ChatBody, CompletionBody
+from lookup_experts.serving.protocol import ChatBody, CompletionBody, GenerationBody
 from lookup_experts.serving.sequence import Failed
 
-STATUS_OF_FAILURE = {"table_error": 503, "shutting_down": 503, "timeout": 504}
+STATUS_OF_FAILURE = {
+    "table_error": 503,
+    "shutting_down": 503,
+    "timeout": 504,
+    "grammar_error": 400,
+}
 """Of a sequence that failed, by its code; any other is a defect: 500."""
 _PROMPT = "must be a string, a list of strings, a list of token ids, or a list of such lists"
 _SENTENCES = {
     "prompt": f"{_PROMPT}, none of them empty",
     "stop": "must be a string, or a list of up to 16 strings, of 1 to 256 characters each",
-    "messages": "must be a list of messages, each with a role (system, developer, user or "
-    "assistant) and a content of text",
-    "response_format": 'can only be {"type": "text"}',
+    "messages": "must be a list of messages, each with a role (system, developer, user, assistant "
+    "or tool) and a content of text",
+    "response_format": "must be an object with the type text, json_object or json_schema",
+    "tools": 'must be a list of functions: {"type": "function", "function": {"name", '
+    '"description", "parameters"}}, with names of up to 64 letters, figures, _, . and -',
+    "tool_choice": 'must be none, auto, required, or {"type": "function", "function": {"name"}}',
+    "stop_token_ids": "must be a list of up to 256 token ids",
 }
-_FIELDS = sorted({*CompletionBody.model_fields, *ChatBody.model_fields})
+BODIES: dict[str, type[GenerationBody]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+}
 
 
 class ApiError(Exception):
@@ -81,10 +93,12 @@ class AsciiResponse(JSONResponse):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
-def sentence_of(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's errors about a request, as one sentence."""
-    error = errors[0]
-    place = [part for part in error["loc"] if part != "body"]
+def sentence_of(errors: Sequence[Mapping[str, Any]], path: str) -> ApiError:
+    """The first of pydantic's errors about a request to a route, as one sentence."""
+    # Where a field can be of several types, the sentence of one of them says more than the rest.
+    error = next((one for one in errors if one["type"] == "value_error"), errors[0])
+    place = [part for part in error["loc"] if isinstance(part, int) or part.isidentifier()]
+    place = place[1:] if place[:1] == ["body"] else place
     field = place[0] if place and isinstance(place[0], str) else None
     if error["type"] == "json_invalid":
         reason = error.get("ctx", {}).get("error", "")
@@ -92,14 +106,23 @@ def sentence_of(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if error["type"] == "missing" and len(place) == 1:
         return ApiError(400, f"The field {field!r} is missing.", field)
     if error["type"] == "extra_forbidden" and len(place) == 1:
-        close = get_close_matches(str(field), _FIELDS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        return ApiError(400, f"Unknown field {str(field)[:80]!r}.{hint}", field)
+        return ApiError(400, f"Unknown field {str(field)[:80]!r}.{_hint(str(field), path)}", field)
     if error["type"] == "value_error":
-        return ApiError(400, str(error["ctx"]["error"]) + ".", field)
+        where = f"{'.'.join(map(str, place))[:80]}: " if len(place) > 1 else ""
+        return ApiError(400, f"{where}{error['ctx']['error']}.", field)
     if field is None:
         return ApiError(400, "The body must be a JSON object, sent as application/json.")
     if field in _SENTENCES:
         return ApiError(400, f"{field} {_SENTENCES[field]}.", field)
     where = ".".join(map(str, place))[:80]
     return ApiError(400, f"{where}: {error['msg']}.", field)
+
+
+def _hint(field: str, path: str) -> str:
+    """What else may have been meant: another field of this route, or this one of another."""
+    for other, body in BODIES.items():
+        if other != path and field in body.model_fields:
+            return f" It is a field of {other}."
+    fields = BODIES[path].model_fields if path in BODIES else {}
+    close = get_close_matches(field, fields, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -67,6 +67,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # as GET; the server leaves the body out
+            scope = {**scope, "method": "GET"}
         path = scope["path"]
         is_api = path.startswith("/v1/") or path == "/v1" or path == "/metrics"
         policy = None if is_api or path in OPEN_PATHS else PAGE_POLICY

@@ -3,18 +3,11 @@
 import threading
 from collections.abc import Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
-from lookup_experts.errors import UserError
 from lookup_experts.serving.errors import ApiError
-from lookup_experts.serving.protocol import Message
-
-PLAIN = "plain"
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
+from lookup_experts.serving.messages import Message, Tool
+from lookup_experts.serving.templates import ChatTemplate, own_template
 
 
 class Prompter:
@@ -23,15 +16,24 @@ class Prompter:
     Args:
         model: whose vocabulary and context count.
         tokenizer: its tokenizer; text is encoded by a copy, one at a time, since encoding may
-            change its settings. Decoding doesn't, and waits for nobody.
+            change its settings. Templates and decoding don't, and wait for nobody.
         chat_template: a template's text to use instead of the tokenizer's own, or None.
+        end_ids: the token ids that end a text.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, chat_template: str | None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, chat_template: str | None, end_ids: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = deepcopy(tokenizer)
-        self._decoder = tokenizer
         self._lock = threading.Lock()
-        self._template = chat_template or _own_template(tokenizer)
+        ends = [name for name in tokenizer.convert_ids_to_tokens(list(end_ids)) if name]
+        self._templates = [
+            None if text is None else ChatTemplate(tokenizer, text, ends)
+            for text in (
+                chat_template or own_template(tokenizer),
+                chat_template or own_template(tokenizer, for_tools=True),
+            )
+        ]
         self.vocab_size = vocab_size_of(model)
         self.context = context_of(model, tokenizer)
 
@@ -45,12 +47,17 @@ class Prompter:
             ids = list(prompt)
         if not ids:
             raise ApiError(400, "The prompt is empty; give at least one token.", "prompt")
-        self._check(ids)
+        self.check_ids(ids, "prompt")
         return ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of a conversation, up to where the answer begins."""
-        if self._template is None:
+    def template(self, for_tools: bool = False) -> ChatTemplate:
+        """The chat template; that for tools, where there are two.
+
+        Raises:
+            ApiError: there is none.
+        """
+        template = self._templates[int(for_tools)]
+        if template is None:
             raise ApiError(
                 400,
                 "This model's tokenizer has no chat template. Use /v1/completions, or start the "
@@ -58,34 +65,34 @@ class Prompter:
                 "messages",
                 "no_chat_template",
             )
-        conversation = [message.to_template() for message in messages]
-        for message in conversation:
-            refuse_half_characters(message["content"], "messages")
-        try:
-            with self._lock:
-                ids = self._tokenizer.apply_chat_template(
-                    conversation,
-                    chat_template=self._template,
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=False,
-                )
-        except _template_errors() as error:
-            raise ApiError(
-                400, f"The chat template refuses these messages: {error}.", "messages"
-            ) from error
+        return template
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be encoded."""
+        return self._templates[0] is not None
+
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), goes_on: bool = False
+    ) -> list[int]:
+        """The ids of a conversation, up to where the answer begins, or goes on."""
+        text = self.template(bool(tools)).render(messages, tools, goes_on)
+        refuse_half_characters(text, "messages")
+        with self._lock:
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise ApiError(400, "The conversation has no text.", "messages")
-        self._check(ids)
+        self.check_ids(ids, "messages")
         return ids
 
-    def _check(self, ids: Sequence[int]) -> None:
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Raise an `ApiError` for ids that the model doesn't know; `ids` isn't empty."""
         for token_id in (min(ids), max(ids)):
             if not 0 <= token_id < self.vocab_size:
                 raise ApiError(
                     400,
                     f"Token id {token_id} is outside the vocabulary (0 to {self.vocab_size - 1}).",
-                    "prompt",
+                    param,
                 )
 
     def room_for(self, ids: Sequence[int], max_tokens: int | None) -> int:
@@ -101,26 +108,9 @@ class Prompter:
             )
         return self.context - len(ids) if max_tokens is None else max_tokens
 
-    def token_text(self, token_id: int) -> str:
-        """One token alone as text."""
-        return self.text([token_id])
-
     def text(self, ids: Sequence[int]) -> str:
-        """Token ids as text."""
-        return self._decoder.decode(list(ids), clean_up_tokenization_spaces=False)
-
-
-def _own_template(tokenizer: Any) -> str | None:
-    """A tokenizer's chat template: the default one, where it has several with names."""
-    own = tokenizer.chat_template
-    return own.get("default") if isinstance(own, dict) else own
-
-
-def _template_errors() -> tuple[type[Exception], ...]:
-    """What a template may raise: it is a program, and not of this server."""
-    from jinja2.exceptions import TemplateError
-
-    return (TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
+        """Token ids as text, special tokens written out."""
+        return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
 
 def refuse_half_characters(text: str, param: str) -> None:
@@ -147,37 +137,3 @@ def context_of(model: Any, tokenizer: Any) -> int:
     if stated is None and tokenizer.model_max_length < 10**9:
         stated = tokenizer.model_max_length
     return 2048 if stated is None else int(stated)
-
-
-def read_chat_template(given: str | None) -> str | None:
-    """The template that `--chat-template` names: a file, or `plain`.
-
-    Raises:
-        UserError: no such file.
-    """
-    if given is None:
-        return None
-    if given == PLAIN:
-        return PLAIN_TEMPLATE
-    try:
-        return Path(given).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--chat-template {given}: {error}. Give a file with a Jinja template, or plain."
-        ) from error
-
-
-def check_chat_template(tokenizer: Any, template: str | None) -> None:
-    """Raise a `UserError` for a template that can't be read as one."""
-    from jinja2.exceptions import TemplateSyntaxError
-
-    if template is None:
-        return
-    try:
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Hello"}], chat_template=template, tokenize=False
-        )
-    except TemplateSyntaxError as error:
-        raise UserError(f"The chat template, line {error.lineno}: {error.message}.") from error
-    except _template_errors():
-        pass  # it may refuse this conversation and take others

@@ -1,25 +1,32 @@
 """What a client may send: the parts of OpenAI's API that this server does, checked strictly.
 
-A field that exists in that API but does nothing here is accepted only with the value that asks for
-nothing; an unknown one is refused. So no request is answered as if something had been heeded that
-was not.
+A field that others have and that does nothing here (`neutral`) is accepted only with a value that
+asks for nothing; an unknown one is refused. So no request is answered as if something had been
+heeded that was not.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lookup_experts.serving import neutral
+from lookup_experts.serving.messages import ChosenTool, Message, ResponseFormat, Tool
+from lookup_experts.serving.neutral import MOST_FIELDS, asks_for_nothing
+
 MOST_STOPS = 16
+MOST_STOP_IDS = 256
 MOST_CHOICES = 64
 MOST_LOG_PROBABILITIES = 20
-MOST_FIELDS = 64
-"""Of one object; more than any has."""
+MOST_BIASES = 1024
+MOST_TOOLS = 128
 
 # Lists are given up at their first wrong entry: an error for each of a million takes gigabytes.
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS, fail_fast=True)]
+StopIds = Annotated[list[TokenId], Field(max_length=MOST_STOP_IDS, fail_fast=True)]
+Tools = Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)]
 Prompt = (
     str
     | Annotated[list[str], Field(min_length=1, fail_fast=True)]
@@ -28,62 +35,125 @@ Prompt = (
 )
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+def _drop_neutral(data: Any, fields: dict[str, tuple[Any, ...]], known: Any) -> Any:
+    """A body without the fields that ask for nothing; raises ValueError for those that do."""
+    if not isinstance(data, dict):
+        return data
+    if len(data) > MOST_FIELDS:
+        raise ValueError(f"An object of {len(data)} fields is none that this server knows")
+    kept = {}
+    for name, value in data.items():
+        if name in known or name not in fields:
+            kept[name] = value
+        elif not asks_for_nothing(value, fields[name]):
+            raise ValueError(f"{name} is not supported by this server; leave it out")
+    return kept
+
+
+def _describe_neutral(schema: dict[str, Any], fields: dict[str, tuple[Any, ...]]) -> None:
+    """Write the fields that may ask for nothing into a body's JSON schema."""
+    for name, values in fields.items():
+        if name not in schema["properties"]:
+            schema["properties"][name] = {
+                "enum": [None, False, *values],
+                "description": "Not supported; taken where it asks for nothing.",
+            }
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells besides its tokens."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = False
+    """Send the token counts as a last chunk."""
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_crowds(cls, data: Any) -> Any:
-        if isinstance(data, dict) and len(data) > MOST_FIELDS:
-            raise ValueError(f"An object of {len(data)} fields is none that this server knows")
-        return data
+    def _drop_neutral(cls, data: Any) -> Any:
+        others = {"include_obfuscation": (), "continuous_usage_stats": ()}
+        return _drop_neutral(data, others, cls.model_fields)
 
 
-class StreamOptions(_Body):
-    """What a stream tells besides its tokens."""
+class GenerationBody(BaseModel):
+    """What completions and chat have in common. What is null is as if it were left out."""
 
-    include_usage: bool = False
-    """Send the token counts as a last chunk."""
-
-
-class GenerationBody(_Body):
-    """What completions and chat have in common."""
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]]
 
     model: str | None = Field(None, description="The served model; see /v1/models.")
     n: int | None = Field(1, ge=1, le=MOST_CHOICES, description="Choices per prompt.")
-    temperature: float | None = Field(1.0, ge=0, le=100, description="0 is greedy.")
-    top_p: float | None = Field(1.0, ge=0, le=1)
-    top_k: int | None = Field(0, ge=0, lt=2**31, description="0 considers all tokens.")
+    temperature: float | None = Field(
+        None, ge=0, le=100, description="0 is greedy. Left out: the model's own setting, or 1."
+    )
+    top_p: float | None = Field(None, ge=0, le=1, description="Likewise.")
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 and -1 consider all tokens.")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Times the likeliest token's probability: the least."
+    )
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=10, description="Of tokens in the prompt or the answer; 1 is none."
+    )
+    logit_bias: dict[str, Any] | None = Field(
+        None,
+        description="Token id -> what is added to its logit, from -100 to 100.",
+        json_schema_extra={"additionalProperties": {"type": "number"}},
+    )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Makes it repeatable.")
     stop: Stop | None = Field(None, description="Ends the text before these strings.")
+    stop_token_ids: StopIds | None = Field(None, description="Tokens that end the text.")
+    ignore_eos: bool | None = Field(False, description="Go on after the model's end token.")
+    min_tokens: int | None = Field(0, ge=0, lt=2**31, description="Before which nothing ends.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Taken, and not used.")
-    presence_penalty: float | None = Field(None, description="Only 0 is supported.")
-    frequency_penalty: float | None = Field(None, description="Only 0 is supported.")
-    logit_bias: dict[str, Any] | None = Field(None, description="Only {} is supported.")
-    lookup_details: bool = Field(
+    metadata: dict[str, Any] | None = Field(None, description="Taken, and not used.")
+    safety_identifier: str | None = Field(None, description="Taken, and not used.")
+    prompt_cache_key: str | None = Field(None, description="Taken, and not used.")
+    request_id: str | None = Field(None, description="Taken, and not used.")
+    lookup_details: bool | None = Field(
         False, description="Each streamed token tells what the experts did (an extension)."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        return _drop_neutral(data, cls.neutral, cls.model_fields)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
+        """With the fields that may ask for nothing."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        _describe_neutral(schema, cls.neutral)
+        return schema
+
     @model_validator(mode="after")
-    def _refuse_what_is_not_done(self) -> Self:
-        for name, neutral in self.unsupported().items():
-            if getattr(self, name) not in neutral:
-                raise ValueError(f"{name} is not supported by this server; leave it out")
-        if self.stream_options is not None and not self.stream:
+    def _check_streaming(self) -> Self:
+        if self.with_usage and not self.stream:
             raise ValueError("stream_options needs stream: true")
         if self.lookup_details and not self.stream:
             raise ValueError("lookup_details needs stream: true")
+        for name, value in (self.logit_bias or {}).items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not name.isascii() or not name.isdigit() or len(name) > 10:
+                raise ValueError(f"logit_bias has {name[:40]!r} where a token id must be")
+            if not is_number or not -100 <= value <= 100:
+                raise ValueError("logit_bias must give each token id a number from -100 to 100")
+        if len(self.logit_bias or {}) > MOST_BIASES:
+            raise ValueError(f"logit_bias can have at most {MOST_BIASES} entries")
         return self
 
-    def unsupported(self) -> dict[str, tuple[Any, ...]]:
-        """Fields that do nothing here, and the values with which they ask for nothing."""
-        return {
-            "presence_penalty": (None, 0),
-            "frequency_penalty": (None, 0),
-            "logit_bias": (None, {}),
-        }
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with its token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """Token id -> what is added to its logit."""
+        return {int(name): float(value) for name, value in (self.logit_bias or {}).items()}
 
     def stops(self) -> list[str]:
         """The stop strings as a list."""
@@ -93,16 +163,26 @@ class GenerationBody(_Body):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
+    neutral: ClassVar = neutral.COMPLETION
+
     prompt: Prompt = Field(description="Text or token ids, one prompt or several.")
     max_tokens: int | None = Field(16, ge=0, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOG_PROBABILITIES)
     echo: bool | None = Field(False, description="Give the prompt back before the completion.")
-    best_of: int | None = Field(None, description="Only the value of n is supported.")
-    suffix: str | None = Field(None, description="Not supported.")
+    best_of: int | None = Field(None, ge=1, description="Only the value of n is supported.")
 
-    def unsupported(self) -> dict[str, tuple[Any, ...]]:
-        """See `GenerationBody.unsupported`."""
-        return {**super().unsupported(), "best_of": (None, self.n), "suffix": (None, "")}
+    @model_validator(mode="before")
+    @classmethod
+    def _read_false(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("logprobs") is False:
+            return {**data, "logprobs": None}
+        return data
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> Self:
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError("best_of is not supported by this server; leave it out")
+        return self
 
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt."""
@@ -112,36 +192,10 @@ class CompletionBody(GenerationBody):
         return prompt
 
 
-class ContentPart(_Body):
-    """A part of a message; only text is understood."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """A message of a conversation; what answers carry besides (refusal ...) may stay in."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[ContentPart], Field(fail_fast=True)]
-
-    def to_template(self) -> dict[str, str]:
-        """As chat templates take it."""
-        if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
-        return {"role": self.role, "content": "".join(part.text for part in self.content)}
-
-
-class ResponseFormat(_Body):
-    """The form of the answer; only free text is supported."""
-
-    type: Literal["text"]
-
-
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
+
+    neutral: ClassVar = neutral.CHAT
 
     messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
@@ -149,166 +203,63 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOG_PROBABILITIES)
     response_format: ResponseFormat | None = None
+    tools: Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
+    continue_final_message: bool | None = Field(
+        False, description="Go on with the last message, an assistant's (an extension)."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_goes_with_going_on(cls, data: Any) -> Any:
+        goes_on = isinstance(data, dict) and data.get("continue_final_message") is True
+        if goes_on and data.get("add_generation_prompt") is False:
+            return {**data, "add_generation_prompt": None}
+        return data
+
+    @model_validator(mode="after")
+    def _check_what_goes_on(self) -> Self:
+        if self.continue_final_message:
+            last = self.messages[-1]
+            if last.role != "assistant" or last.tool_calls:
+                raise ValueError(
+                    "continue_final_message needs a last message of the assistant, without calls"
+                )
+            if self.may_call or self.schema_of_answer is not None:
+                raise ValueError(
+                    "continue_final_message can't be had with tools or a response_format"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_log_probabilities(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("Two tools have the same name")
+        if isinstance(self.tool_choice, ChosenTool):
+            if self.tool_choice.function.name not in names:
+                raise ValueError("tool_choice names a tool that is not in tools")
+        elif self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice needs tools")
+        return self
+
+    @property
+    def may_call(self) -> bool:
+        """Whether the answer can call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must keep to, or None."""
+        return None if self.response_format is None else self.response_format.schema_of_answer
 
     def most_tokens(self) -> int | None:
         """The newer name counts, if both are given."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-
-# ------------------------------------------------------------------------------ what is answered
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong, in one sentence."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """Every error has this shape."""
-
-    error: ErrorDetail
-
-
-class ModelCard(BaseModel):
-    """A served model."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class ModelList(BaseModel):
-    """`GET /v1/models`."""
-
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
-class Health(BaseModel):
-    """`GET /health`."""
-
-    status: Literal["ok"]
-
-
-class Stats(BaseModel):
-    """`GET /v1/stats`: what the server does now; counts are since its start."""
-
-    model: str
-    kind: Literal["dense", "mole-table", "mole-experts", "moe"]
-    layers: int
-    experts: int
-    tokens_per_second: float
-    """Over the last 5 seconds."""
-    ids_asked: int
-    ids_unique: int
-    """Summed over batches."""
-    cache_hits: int
-    """Of the unique ids."""
-    hit_rate: float
-    """Of the distinct ids that were looked up, those found in the row cache."""
-    bytes_read: int
-    read_seconds: float
-    """From asking the store to having the records, beside the model's work."""
-    wait_seconds: float
-    """Spent by the model, waiting for records."""
-    resident_bytes: int
-    running: int
-    waiting: int
-    store: str | None
-    backend: str | None
-    uptime_seconds: float
-
-
-class Usage(BaseModel):
-    """Token counts."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class CompletionLogProbabilities(BaseModel):
-    """Of the tokens of a completion; the first token of an echoed prompt has none."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class CompletionChoice(BaseModel):
-    """One continuation."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogProbabilities | None
-    finish_reason: Literal["stop", "length"] | None
-
-
-class Completion(BaseModel):
-    """`POST /v1/completions`, not streamed."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage
-
-
-class TopLogProbability(BaseModel):
-    """A likely token."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatLogProbability(TopLogProbability):
-    """A token of an answer, and what was likely in its place."""
-
-    top_logprobs: list[TopLogProbability]
-
-
-class ChatLogProbabilities(BaseModel):
-    """Of the tokens of an answer."""
-
-    content: list[ChatLogProbability]
-
-
-class ChatAnswer(BaseModel):
-    """What the model says."""
-
-    role: Literal["assistant"]
-    content: str
-
-
-class ChatChoice(BaseModel):
-    """One answer."""
-
-    index: int
-    message: ChatAnswer
-    logprobs: ChatLogProbabilities | None
-    finish_reason: Literal["stop", "length"] | None
-
-
-class ChatCompletion(BaseModel):
-    """`POST /v1/chat/completions`, not streamed."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage

@@ -2,17 +2,26 @@
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lookup_experts.serving.sampling import TokenLogProbability
-from lookup_experts.serving.sequence import Event, Finished, LookupDetail, PromptScored, Token
+from lookup_experts.serving.sequence import (
+    Event,
+    Finished,
+    LookupDetail,
+    PromptScored,
+    ScoredToken,
+    Token,
+)
+from lookup_experts.serving.text import IncrementalText
+from lookup_experts.serving.tool_calls import ReadNow, ToolCallReader
+from lookup_experts.serving.vocabulary import Vocabulary
 
 LOWEST = -9999.0
 """For the logarithm of 0, as in OpenAI's API: JSON has no infinity."""
 
-TokenText = Callable[[int], str]
 Json = dict[str, Any]
 
 
@@ -27,21 +36,30 @@ class Choice:
     echo_text: str = ""
     """The prompt, to be given before the completion."""
     echo_ids: Sequence[int] = ()
+    reader: ToolCallReader | None = None
+    """Tells calls of tools from other text, where there may be any."""
     text: str = ""
-    tokens: list[Token] = field(default_factory=list)
+    num_tokens: int = 0
+    scored: list[ScoredToken] = field(default_factory=list)
     prompt_scores: list[TokenLogProbability] = field(default_factory=list)
     finish_reason: str | None = None
+    read: ReadNow = field(default_factory=lambda: ReadNow(""))
+    """What the last event brought."""
 
     def add(self, event: Event) -> None:
         """Take an event that is no failure."""
-        if isinstance(event, Token):
-            self.tokens.append(event)
-            self.text += event.text
-        elif isinstance(event, PromptScored):
+        if isinstance(event, PromptScored):
             self.prompt_scores.extend(event.log_probabilities)
-        elif isinstance(event, Finished):
+        elif isinstance(event, Token | Finished):
             self.text += event.text
-            self.finish_reason = event.reason
+            self.scored.extend(event.scored)
+            is_last = isinstance(event, Finished)
+            self.read = self.reader.add(event.text, is_last) if self.reader else ReadNow(event.text)
+            if isinstance(event, Finished):
+                is_call = event.reason == "stop" and self.reader is not None and self.reader.calls
+                self.finish_reason = "tool_calls" if is_call else event.reason
+            else:
+                self.num_tokens += 1
 
 
 class Replies(Protocol):
@@ -61,11 +79,12 @@ class Replies(Protocol):
 
 
 class _Common:
-    def __init__(self, prefix: str, kind: str, chunk_kind: str, model: str, text: TokenText):
-        self._kind, self._chunk_kind = kind, chunk_kind
-        self._token_text = text
+    def __init__(self, prefix: str, kind: str, model: str, vocabulary: Vocabulary, top: int | None):
+        self._kind, self._chunk_kind = kind, kind
+        self._vocabulary = vocabulary
         self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
         self._model = model
+        self._top = top
 
     def _envelope(self, kind: str, choices: list[Json]) -> Json:
         return {**self._head, "object": kind, "model": self._model, "choices": choices}
@@ -74,18 +93,29 @@ class _Common:
         """See `Replies`."""
         return {**self._envelope(self._chunk_kind, []), "usage": _usage(choices)}
 
-    def _chunk(self, choice: Json, lookup: LookupDetail | None, event: Any) -> Json:
+    def _chunk(self, choice: Json, event: Token | Finished | None = None) -> Json:
         chunk = self._envelope(self._chunk_kind, [choice])
-        if lookup is not None:
-            chunk["lookup"] = {
-                "token_id": event.token_id,
-                "text": self._token_text(event.token_id),
-                "weights": lookup.weights,
-                "bytes_read": lookup.bytes_read,
-                "cache_hit": lookup.cache_hit,
-                "ms": round(lookup.milliseconds, 3),
-            }
+        if isinstance(event, Token) and event.lookup is not None:
+            chunk["lookup"] = self._lookup(event.token_id, event.lookup)
         return chunk
+
+    def _lookup(self, token_id: int, lookup: LookupDetail) -> Json:
+        return {
+            "token_id": token_id,
+            "text": self._vocabulary.name(token_id),
+            "weights": lookup.weights,
+            "bytes_read": lookup.bytes_read,
+            "cache_hit": lookup.cache_hit,
+            "ms": round(lookup.milliseconds, 3),
+        }
+
+    def _is_told(self, event: Token | Finished) -> bool:
+        """Whether a chunk has log probabilities: each token's has, if only of no token."""
+        return self._top is not None and (isinstance(event, Token) or bool(event.scored))
+
+    def _likeliest(self, score: TokenLogProbability) -> list[tuple[int, float]]:
+        assert self._top is not None
+        return list(zip(score.top_ids, score.top_values, strict=True))[: self._top]
 
 
 class CompletionReplies(_Common):
@@ -93,13 +123,12 @@ class CompletionReplies(_Common):
 
     Args:
         model: the served name.
-        text: one token alone as text.
-        log_probabilities: how many of the likeliest tokens to tell; None: no log probabilities.
+        vocabulary: what tokens are called.
+        top: how many of the likeliest tokens to tell; None: no log probabilities.
     """
 
-    def __init__(self, model: str, text: TokenText, log_probabilities: int | None) -> None:
-        super().__init__("cmpl", "text_completion", "text_completion", model, text)
-        self._top = log_probabilities
+    def __init__(self, model: str, vocabulary: Vocabulary, top: int | None) -> None:
+        super().__init__("cmpl", "text_completion", model, vocabulary, top)
 
     def whole(self, choices: Sequence[Choice]) -> Json:
         """See `Replies`."""
@@ -118,70 +147,86 @@ class CompletionReplies(_Common):
         """See `Replies`: the echoed prompt."""
         if not choice.echo_text:
             return []
-        logprobs = None
-        if self._top is not None:
-            logprobs = self._columns(choice.echo_ids, [None, *choice.prompt_scores], 0)
-        return [self._chunk(_text_choice(choice, choice.echo_text, logprobs, None), None, None)]
+        logprobs = _columns(self._of_echo(choice)) if self._top is not None else None
+        return [self._chunk(_text_choice(choice, choice.echo_text, logprobs, None))]
 
     def chunk(self, choice: Choice, event: Token | Finished) -> Json:
         """See `Replies`."""
-        if isinstance(event, Finished):
-            text_choice = _text_choice(choice, event.text, None, event.reason)
-            return self._chunk(text_choice, None, event)
-        logprobs = None
-        if self._top is not None:
-            offset = len(choice.echo_text) + len(choice.text) - len(event.text)
-            logprobs = self._columns([event.token_id], [event.log_probability], offset)
-        return self._chunk(_text_choice(choice, event.text, logprobs, None), event.lookup, event)
+        logprobs = _columns(self._of_text(choice, event.scored)) if self._is_told(event) else None
+        reason = choice.finish_reason if isinstance(event, Finished) else None
+        return self._chunk(_text_choice(choice, event.text, logprobs, reason), event)
 
     def _of_all(self, choice: Choice) -> Json | None:
         if self._top is None:
             return None
-        ids = [*choice.echo_ids, *(token.token_id for token in choice.tokens)]
-        scores: list[TokenLogProbability | None] = [None, *choice.prompt_scores]
-        scores = scores[: len(choice.echo_ids)]
-        scores += [token.log_probability for token in choice.tokens]
-        return self._columns(ids, scores, 0)
+        return _columns([*self._of_echo(choice), *self._of_text(choice, choice.scored)])
 
-    def _columns(
-        self, ids: Sequence[int], scores: Sequence[TokenLogProbability | None], offset: int
-    ) -> Json:
-        """The legacy shape: a list for each thing that is told of tokens."""
-        texts = [self._token_text(token_id) for token_id in ids]
-        offsets = [offset]
-        for text in texts:
-            offsets.append(offsets[-1] + len(text))
-        return {
-            "tokens": texts,
-            "token_logprobs": [None if one is None else _finite(one.value) for one in scores],
-            "top_logprobs": [None if one is None else self._top_of(one) for one in scores],
-            "text_offset": offsets[:-1],
-        }
+    def _of_echo(self, choice: Choice) -> list["_Row"]:
+        """The prompt's tokens; the first one has no probability."""
+        text = IncrementalText(self._vocabulary.bytes_of)
+        rows = []
+        scores = [None, *choice.prompt_scores]
+        for token_id, score in zip(choice.echo_ids, scores, strict=bool(choice.echo_ids)):
+            begins = text.begins
+            text.add(token_id)
+            rows.append(self._row(token_id, score, text.offset, begins))
+        return rows
 
-    def _top_of(self, score: TokenLogProbability) -> dict[str, float]:
-        assert self._top is not None
+    def _of_text(self, choice: Choice, scored: Sequence[ScoredToken]) -> list["_Row"]:
+        before = len(choice.echo_text)
+        return [
+            self._row(one.score.token_id, one.score, before + one.offset, one.begins)
+            for one in scored
+        ]
+
+    def _row(
+        self, token_id: int, score: TokenLogProbability | None, offset: int, begins: bool
+    ) -> "_Row":
+        name = self._vocabulary.name(token_id, begins)
+        if score is None:
+            return _Row(name, None, None, offset)
         top: dict[str, float] = {}
-        pairs = zip(score.top_ids[: self._top], score.top_values[: self._top], strict=True)
-        for token_id, value in pairs:
-            # Tokens that are no whole characters can share a text; the likeliest stands for it.
-            top.setdefault(self._token_text(token_id), _finite(value))
-        return top
+        for other, value in self._likeliest(score):
+            called = self._vocabulary.name(other, begins)
+            # Of two tokens with one text, the less likely one is called by its id.
+            top[f"token_id:{other}" if called in top else called] = _finite(value)
+        return _Row(name, _finite(score.value), top, offset)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A token, in the legacy shape."""
+
+    name: str
+    value: float | None
+    top: dict[str, float] | None
+    offset: int
+
+
+def _columns(rows: Sequence[_Row]) -> Json:
+    """The legacy shape: a list for each thing that is told of tokens."""
+    return {
+        "tokens": [row.name for row in rows],
+        "token_logprobs": [row.value for row in rows],
+        "top_logprobs": [row.top for row in rows],
+        "text_offset": [row.offset for row in rows],
+    }
 
 
 class ChatReplies(_Common):
     """`/v1/chat/completions`; see `CompletionReplies`."""
 
-    def __init__(self, model: str, text: TokenText, log_probabilities: int | None) -> None:
-        super().__init__("chatcmpl", "chat.completion", "chat.completion.chunk", model, text)
-        self._top = log_probabilities
+    def __init__(self, model: str, vocabulary: Vocabulary, top: int | None) -> None:
+        super().__init__("chatcmpl", "chat.completion", model, vocabulary, top)
+        self._chunk_kind = "chat.completion.chunk"
 
     def whole(self, choices: Sequence[Choice]) -> Json:
         """See `Replies`."""
         done = [
             {
                 "index": choice.index,
-                "message": {"role": "assistant", "content": choice.text},
-                "logprobs": self._content(choice.tokens),
+                "message": _message(choice),
+                "logprobs": self._content(choice.scored) if self._top is not None else None,
                 "finish_reason": choice.finish_reason,
             }
             for choice in choices
@@ -190,32 +235,41 @@ class ChatReplies(_Common):
 
     def opening(self, choice: Choice) -> list[Json]:
         """See `Replies`: whose turn it is."""
-        return [self._chunk(_delta(choice, {"role": "assistant", "content": ""}), None, None)]
+        return [self._chunk(_delta(choice, {"role": "assistant", "content": ""}))]
 
     def chunk(self, choice: Choice, event: Token | Finished) -> Json:
         """See `Replies`."""
-        if isinstance(event, Finished):
-            delta = {"content": event.text} if event.text else {}
-            return self._chunk(_delta(choice, delta, reason=event.reason), None, event)
-        logprobs = self._content([event])
-        return self._chunk(_delta(choice, {"content": event.text}, logprobs), event.lookup, event)
+        delta: Json = {}
+        if choice.read.content or (isinstance(event, Token) and not choice.read.calls):
+            delta["content"] = choice.read.content
+        if choice.read.calls:
+            delta["tool_calls"] = choice.read.calls
+        logprobs = self._content(event.scored) if self._is_told(event) else None
+        reason = choice.finish_reason if isinstance(event, Finished) else None
+        return self._chunk(_delta(choice, delta, logprobs, reason), event)
 
-    def _content(self, tokens: Sequence[Token]) -> Json | None:
-        if self._top is None:
-            return None
-        return {"content": [self._entry(token.log_probability) for token in tokens]}
+    def _content(self, scored: Sequence[ScoredToken]) -> Json:
+        return {"content": [self._entry(one) for one in scored]}
 
-    def _entry(self, score: TokenLogProbability | None) -> Json:
-        assert score is not None and self._top is not None
-        pairs = zip(score.top_ids[: self._top], score.top_values[: self._top], strict=True)
+    def _entry(self, scored: ScoredToken) -> Json:
+        score, begins = scored.score, scored.begins
         return {
-            **self._scored(score.token_id, score.value),
-            "top_logprobs": [self._scored(*pair) for pair in pairs],
+            **self._scored(score.token_id, score.value, begins),
+            "top_logprobs": [self._scored(*pair, begins) for pair in self._likeliest(score)],
         }
 
-    def _scored(self, token_id: int, value: float) -> Json:
-        text = self._token_text(token_id)
-        return {"token": text, "logprob": _finite(value), "bytes": list(text.encode())}
+    def _scored(self, token_id: int, value: float, begins: bool) -> Json:
+        name = self._vocabulary.name(token_id, begins)
+        own = self._vocabulary.bytes_of(token_id, begins)
+        return {"token": name, "logprob": _finite(value), "bytes": list(own)}
+
+
+def _message(choice: Choice) -> Json:
+    calls = choice.reader.calls if choice.reader is not None else []
+    content = choice.reader.content if choice.reader is not None else choice.text
+    if calls:
+        return {"role": "assistant", "content": content or None, "tool_calls": calls}
+    return {"role": "assistant", "content": content}
 
 
 def _text_choice(choice: Choice, text: str, logprobs: Json | None, reason: str | None) -> Json:
@@ -230,7 +284,7 @@ def _delta(
 
 def _usage(choices: Sequence[Choice]) -> Json:
     prompt = sum(choice.prompt_tokens for choice in choices if choice.counts_prompt)
-    completion = sum(len(choice.tokens) for choice in choices)
+    completion = sum(choice.num_tokens for choice in choices)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

@@ -4,11 +4,13 @@ import asyncio
 import ipaddress
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from lookup_experts.errors import UserError
 from lookup_experts.serving.app import create_app
@@ -17,6 +19,9 @@ from lookup_experts.serving.service import Service
 
 GRACE_SECONDS = 30.0
 """For what runs, after SIGTERM or Ctrl-C."""
+KEEP_ALIVE_SECONDS = 120.0
+"""Longer than clients keep connections for later use (Go 90, load balancers 60): who closes first
+must be the client, or its next request meets a closed connection."""
 
 Say = Callable[[str], None]
 
@@ -54,6 +59,9 @@ def serve(
     listening: socket.socket,
     keys: ApiKeys | None,
     say: Say,
+    *,
+    keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
+    origins: Sequence[str] = (),
     grace_seconds: float = GRACE_SECONDS,
 ) -> None:
     """Serve until a signal ends it; returns once everything has ended in good order.
@@ -63,6 +71,8 @@ def serve(
         listening: an open socket.
         keys: who may use it; None: everybody.
         say: told where it listens.
+        keep_alive_seconds: after which an idle connection is closed.
+        origins: of other sites whose pages may use the API; `*` for all.
         grace_seconds: for what runs when the end is asked for.
 
     Raises:
@@ -73,11 +83,15 @@ def serve(
     warning = warning_for(host, keys)
     if warning is not None:
         say(warning)
+    defaults = str(service.defaults)
+    if defaults:
+        say(f"The model's own sampling, where requests don't say: {defaults}")
     config = uvicorn.Config(
-        Guard(create_app(service), keys, service.metrics.requests),
+        guarded(service, keys, origins),
         log_level="warning",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=int(keep_alive_seconds),
         timeout_graceful_shutdown=int(grace_seconds),
     )
     say(f"Serving {service.options.name} at {url_of(host, port)}")
@@ -89,6 +103,21 @@ def serve(
         for name, handler in before.items():
             signal.signal(name, handler)
     say("Stopped.")
+
+
+def guarded(service: Service, keys: ApiKeys | None, origins: Sequence[str] = ()) -> ASGIApp:
+    """The whole application. Preflights are answered before keys are asked for."""
+    app: ASGIApp = Guard(create_app(service), keys, service.metrics.requests)
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("Retry-After",),
+        max_age=3600,
+    )
 
 
 def warning_for(host: str, keys: ApiKeys | None) -> str | None:

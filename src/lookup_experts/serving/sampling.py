@@ -1,8 +1,9 @@
 """The next token of each row of a batch, chosen as its own request asks.
 
-The order is that of transformers' `generate`: temperature, then top-k, then top-p. What is drawn
-for a request depends on its own seed alone: one number per token from its own generator, found in
-the cumulated probabilities. So neither the batch nor the device changes it.
+The order is that of transformers' `generate`: what `adjusting` changes, then temperature, then
+top-k, top-p and min-p. What is drawn for a request depends on its own seed alone: one number per
+token from its own generator, found in the cumulated probabilities. So neither the batch nor the
+device changes it.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from random import Random
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lookup_experts.serving.adjusting import Adjustment
 
 BLOCK = 256
 """Of probabilities that are added up first, when a token is drawn."""
@@ -30,7 +33,11 @@ class Chooser:
     top_p: float = 1.0
     top_k: int = 0
     """0 considers all."""
+    min_p: float = 0.0
+    """Tokens less probable than so many times the likeliest are not considered."""
     seed: int | None = None
+    adjustment: Adjustment | None = None
+    """Changes the logits before; None for a request that asks for nothing of the kind."""
     random: Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,7 +52,7 @@ class Chooser:
 def choose(logits: Tensor, choosers: list[Chooser]) -> list[int]:
     """One token id per row of logits [B, V]; draws one number for each row that samples."""
     chosen = logits.argmax(-1).tolist()
-    plain = [row for row, how in enumerate(choosers) if not how.is_greedy and not _is_cut(how)]
+    plain = [row for row, how in enumerate(choosers) if not how.is_greedy and not _is_alone(how)]
     if plain:
         heat = torch.tensor([[choosers[row].temperature] for row in plain], device=logits.device)
         scaled = logits[plain].float() / heat
@@ -53,8 +60,8 @@ def choose(logits: Tensor, choosers: list[Chooser]) -> list[int]:
         for row, token_id in zip(plain, drawn.tolist(), strict=True):
             chosen[row] = token_id
     for row, how in enumerate(choosers):
-        if not how.is_greedy and _is_cut(how):
-            chosen[row] = _choose_cut(logits[row].float(), how)
+        if _is_alone(how):
+            chosen[row] = _choose_alone(logits[row].float(), how)
     return chosen
 
 
@@ -62,6 +69,8 @@ def choose_reference(logits: Tensor, choosers: list[Chooser]) -> list[int]:
     """`choose` by the book, row by row: sort everything, cut, draw."""
     chosen = []
     for row, how in zip(logits.float(), choosers, strict=True):
+        if how.adjustment is not None:
+            row = how.adjustment.apply_reference(row)
         if how.is_greedy:
             chosen.append(int(row.argmax()))
             continue
@@ -70,7 +79,7 @@ def choose_reference(logits: Tensor, choosers: list[Chooser]) -> list[int]:
             scaled, ids = scaled[: how.top_k], ids[: how.top_k]
         probabilities = scaled.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
-        keep = before < how.top_p
+        keep = (before < how.top_p) & (probabilities >= how.min_p * probabilities[0])
         keep[0] = True
         ids, probabilities = ids[keep], probabilities[keep]
         order = ids.argsort() if not _is_cut(how) else torch.arange(len(ids))
@@ -80,7 +89,23 @@ def choose_reference(logits: Tensor, choosers: list[Chooser]) -> list[int]:
 
 
 def _is_cut(how: Chooser) -> bool:
-    return how.top_k > 0 or how.top_p < 1
+    return how.top_k > 0 or how.top_p < 1 or how.min_p > 0
+
+
+def _is_alone(how: Chooser) -> bool:
+    """Whether a row needs more than the whole batch does."""
+    return how.adjustment is not None or (not how.is_greedy and _is_cut(how))
+
+
+def _choose_alone(logits: Tensor, how: Chooser) -> int:
+    """From one row's logits [V] float32."""
+    if how.adjustment is not None:
+        logits = how.adjustment.apply(logits)
+    if how.is_greedy:
+        return int(logits.argmax())
+    if _is_cut(how):
+        return _choose_cut(logits, how)
+    return int(_draw((logits / how.temperature).softmax(-1)[None], [how.random.random()]))
 
 
 def _choose_cut(logits: Tensor, how: Chooser) -> int:
@@ -92,11 +117,15 @@ def _choose_cut(logits: Tensor, how: Chooser) -> int:
     total = top.logsumexp(-1) if how.top_k else scaled.logsumexp(-1)
     probabilities = (top - total).exp()
     cumulated = probabilities.cumsum(-1)
-    if not how.top_k and float(cumulated[-1]) < how.top_p and size < vocab_size:
+    least = how.min_p * probabilities[0]
+    # Whether more than these may be considered.
+    is_short = bool((cumulated[-1] < how.top_p) & (probabilities[-1] >= least))
+    if not how.top_k and is_short and size < vocab_size:
         top, ids = scaled.sort(descending=True, stable=True)
         probabilities = (top - total).exp()
         cumulated = probabilities.cumsum(-1)
-    keep = max(1, int((cumulated - probabilities < how.top_p).sum()))
+    is_kept = (cumulated - probabilities < how.top_p) & (probabilities >= least)
+    keep = max(1, int(is_kept.sum()))
     place = _draw(probabilities[None, :keep], [how.random.random()])
     return int(ids[int(place)])
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lookup_experts.serving.sampling import Chooser, TokenLogProbability
 from lookup_experts.serving.text import IncrementalText, StopStrings
+from lookup_experts.serving.vocabulary import BytesOf
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,27 @@ class LookupDetail:
 
 
 @dataclass(frozen=True)
+class ScoredToken:
+    """A token of the text, and how probable it was."""
+
+    score: TokenLogProbability
+    offset: int
+    """Characters of the text before it."""
+    begins: bool
+    """Whether there was no text before it, nor in the prompt."""
+
+
+@dataclass(frozen=True)
 class Token:
     """One more token."""
 
     token_id: int
     text: str
     """What is certain of the text now; may be empty, or hold characters of earlier tokens."""
-    log_probability: TokenLogProbability | None
     lookup: LookupDetail | None
+    scored: Sequence[ScoredToken] = ()
+    """The tokens that are certainly part of the text now, this one or earlier ones; only if log
+    probabilities were asked for."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +60,11 @@ class Finished:
     """The end of a sequence."""
 
     reason: str
-    """`stop` (the model's end token, or a stop string) or `length`."""
+    """`stop` (the model's end token, a stop string, the end of a grammar) or `length`."""
     text: str
     """What had been held back."""
+    scored: Sequence[ScoredToken] = ()
+    """Likewise."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,7 @@ class Failed:
     """The end of a sequence that could not be continued."""
 
     code: str
-    """`table_error`, `timeout`, `shutting_down` or `internal_error`."""
+    """`table_error`, `timeout`, `shutting_down`, `grammar_error` or `internal_error`."""
     message: str
 
 
@@ -71,6 +87,12 @@ class GenerationRequest:
     max_tokens: int
     chooser: Chooser = field(default_factory=lambda: Chooser(temperature=0.0))
     stop: Sequence[str] = ()
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end the text beside the model's own."""
+    ignore_end: bool = False
+    """Go on after the model's own end tokens."""
+    min_tokens: int = 0
+    """Before which no stop string counts; end tokens are `Adjustment`'s matter."""
     top_log_probabilities: int | None = None
     """How many of the likeliest tokens to tell with each; None: no log probabilities."""
     score_prompt: bool = False
@@ -85,14 +107,14 @@ class GenerationSequence:
 
     Args:
         request: what was asked.
-        decode: token ids -> text.
+        bytes_of: what a token adds to the text.
         listen: given every event, in the thread that the engine's `deliver` chooses.
     """
 
     def __init__(
         self,
         request: GenerationRequest,
-        decode: Callable[[Sequence[int]], str],
+        bytes_of: BytesOf,
         listen: Callable[[Event], Any],
     ) -> None:
         self.request = request
@@ -108,27 +130,63 @@ class GenerationSequence:
         self.last_token_id = request.prompt_ids[-1]
         self.submitted_at = time.monotonic()
         self.last_token_at: float | None = None
-        self._text = IncrementalText(decode, request.prompt_ids)
+        self._text = IncrementalText(bytes_of, request.prompt_ids)
         self._stops = StopStrings(request.stop)
+        self._given = 0
+        """Characters that were told."""
+        self._scored: list[ScoredToken] = []
+        """Not told yet, since a stop string may begin before them."""
 
     def add(
         self,
         token_id: int,
         end_ids: frozenset[int],
-        log_probability: TokenLogProbability | None,
+        score: TokenLogProbability | None,
         lookup: LookupDetail | None,
     ) -> list[Event]:
-        """Take the next token; a `Finished` comes last if it was the last one."""
+        """Take the next token; a `Finished` or `Failed` comes last if it was the last one."""
         self.num_tokens += 1
         self.last_token_id = token_id
-        is_end = token_id in end_ids
-        piece = "" if is_end else self._stops.add(self._text.add(token_id))
-        events: list[Event] = [Token(token_id, piece, log_probability, lookup)]
+        adjustment = self.request.chooser.adjustment
+        if adjustment is not None:
+            adjustment.take(token_id)
+        constraint = adjustment.constraint if adjustment is not None else None
+        is_end = token_id in self.request.stop_ids or (
+            token_id in end_ids and not self.request.ignore_end
+        )
+        piece = "" if is_end else self._take_text(token_id, score)
+        events: list[Event] = [Token(token_id, piece, lookup, self._certain())]
         if is_end or self._stops.found:
+            events.append(self.finish("stop"))
+        elif constraint is not None and constraint.error is not None:
+            events.append(Failed("grammar_error", f"The text can't go on: {constraint.error}."))
+        elif constraint is not None and constraint.is_complete:
             events.append(self.finish("stop"))
         elif self.num_tokens >= self.request.max_tokens:
             events.append(self.finish("length"))
         return events
+
+    def _take_text(self, token_id: int, score: TokenLogProbability | None) -> str:
+        begins = self._text.begins
+        piece = self._text.add(token_id)
+        if score is not None:
+            self._scored.append(ScoredToken(score, self._text.offset, begins))
+        if self.num_tokens >= self.request.min_tokens:
+            piece = self._stops.add(piece)
+        self._given += len(piece)
+        return piece
+
+    def _certain(self) -> Sequence[ScoredToken]:
+        """The scored tokens that begin before the end of what was told; all, if nothing is held
+        back. After a stop string the others are no part of the text."""
+        if not self._scored:
+            return ()
+        if not self._stops.found and self._given == self._text.length:
+            certain, self._scored = self._scored, []
+            return certain
+        number = sum(one.offset < self._given for one in self._scored)
+        certain, self._scored = self._scored[:number], self._scored[number:]
+        return certain
 
     def finish(self, reason: str) -> Finished:
         """The last event, with the text that was held back."""
@@ -136,5 +194,7 @@ class GenerationSequence:
             return Finished("stop", "")
         rest = self._stops.add(self._text.rest())
         if self._stops.found:  # completed by half a character: unlikely, but then it counts
-            return Finished("stop", rest)
-        return Finished(reason, rest + self._stops.rest())
+            reason = "stop"
+        rest += self._stops.rest()
+        self._given += len(rest)
+        return Finished(reason, rest, self._certain())

@@ -7,21 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from lookup_experts.serving.calls import Call, deliver_on
+from lookup_experts.serving.constraints import Constraints
+from lookup_experts.serving.defaults import SamplingDefaults
 from lookup_experts.serving.engine import Engine, end_ids_of
 from lookup_experts.serving.errors import ApiError
 from lookup_experts.serving.metrics import ServingMetrics, resident_bytes
 from lookup_experts.serving.prompts import Prompter
-from lookup_experts.serving.protocol import ChatBody, CompletionBody, GenerationBody
-from lookup_experts.serving.replies import Choice
+from lookup_experts.serving.protocol import ChatBody, CompletionBody
 from lookup_experts.serving.reports import Outbox
-from lookup_experts.serving.sampling import Chooser
-from lookup_experts.serving.sequence import GenerationRequest
-from lookup_experts.serving.text import decoder_of
+from lookup_experts.serving.requests import RequestMaker
+from lookup_experts.serving.vocabulary import Vocabulary
 from lookup_experts.serving.waiting import Limits
 from lookup_experts.table.reader import TableExperts
-
-DEFAULT_COMPLETION_TOKENS = 16
-"""Of OpenAI's API."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +53,20 @@ class Service:
         source = getattr(model, "expert_source", None)
         self._table = source if isinstance(source, TableExperts) else None
         self.metrics = ServingMetrics(self._table)
-        self.prompter = Prompter(model, tokenizer, options.chat_template)
-        self._decode = decoder_of(tokenizer)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self.engine = Engine(
-            model, end_ids_of(model, tokenizer), options.limits, self.metrics, self._deliver
+        end_ids = end_ids_of(model, tokenizer)
+        self.prompter = Prompter(model, tokenizer, options.chat_template, end_ids)
+        self.vocabulary = Vocabulary(tokenizer)
+        self.defaults = SamplingDefaults.of(model)
+        self._maker = RequestMaker(
+            self.prompter,
+            self.vocabulary,
+            Constraints(tokenizer, model.get_input_embeddings().weight.shape[0], end_ids),
+            self.defaults,
+            frozenset(end_ids),
+            options.seconds,
         )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.engine = Engine(model, end_ids, options.limits, self.metrics, self._deliver)
 
     def _deliver(self, outbox: Outbox) -> None:
         assert self._loop is not None
@@ -108,56 +113,14 @@ class Service:
     def completion(self, body: CompletionBody) -> Call:
         """The sequences that a completion asks for, not yet submitted."""
         self.check_model(body.model)
-        wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        if wanted == 0 and not body.echo:
-            raise ApiError(400, "max_tokens can be 0 only with echo.", "max_tokens")
         self._check_number(len(body.prompts()) * (body.n or 1))
-        requests: list[GenerationRequest] = []
-        choices: list[Choice] = []
-        for prompt in body.prompts():
-            ids = self.prompter.encode(prompt)
-            self.prompter.room_for(ids, wanted)
-            text = prompt if isinstance(prompt, str) else None
-            for copy in range(body.n or 1):
-                requests.append(self._request(body, ids, wanted, len(requests), body.logprobs))
-                choice = Choice(len(choices), len(ids), counts_prompt=copy == 0)
-                if body.echo:
-                    choice.echo_text = self.prompter.text(ids) if text is None else text
-                    choice.echo_ids = ids
-                    requests[-1].score_prompt = body.logprobs is not None
-                choices.append(choice)
-        return Call(self.engine, self._decode, requests, choices)
+        return Call(self.engine, self._maker.completion(body))
 
     def chat(self, body: ChatBody) -> Call:
         """The sequences that a chat completion asks for, not yet submitted."""
         self.check_model(body.model)
         self._check_number(body.n or 1)
-        ids = self.prompter.encode_chat(body.messages)
-        room = self.prompter.room_for(ids, body.most_tokens())
-        top = (body.top_logprobs or 0) if body.logprobs else None
-        places = range(body.n or 1)
-        requests = [self._request(body, ids, room, place, top) for place in places]
-        choices = [Choice(place, len(ids), counts_prompt=place == 0) for place in places]
-        return Call(self.engine, self._decode, requests, choices)
-
-    def _request(
-        self, body: GenerationBody, ids: list[int], max_tokens: int, place: int, top: int | None
-    ) -> GenerationRequest:
-        chooser = Chooser(
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=body.top_k or 0,
-            seed=None if body.seed is None else body.seed + place,
-        )
-        return GenerationRequest(
-            ids,
-            max_tokens,
-            chooser,
-            body.stops(),
-            top,
-            lookup_details=body.lookup_details,
-            deadline=time.monotonic() + self.options.seconds,
-        )
+        return Call(self.engine, self._maker.chat(body))
 
     # ------------------------------------------------------------------ what it tells of itself
 
@@ -171,6 +134,8 @@ class Service:
             "kind": kind_of(self._model),
             "layers": config.num_hidden_layers,
             "experts": settings.num_experts if settings else num_routed(config),
+            "context": self.prompter.context,
+            "chat": self.prompter.has_chat_template,
             "tokens_per_second": round(self.metrics.tokens_per_second, 2),
             "ids_asked": reader.ids_asked if reader else 0,
             "ids_unique": reader.ids_unique if reader else 0,

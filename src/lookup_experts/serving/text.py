@@ -1,52 +1,55 @@
 """Text out of tokens, as they come: whole characters only, and nothing of a stop string."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from codecs import getincrementaldecoder
+from collections.abc import Sequence
 
-UNDECIDED = "\N{REPLACEMENT CHARACTER}"
-LONGEST_CHARACTER = 8
-"""Tokens that one character may take; what is no character by then never becomes one."""
+from lookup_experts.serving.vocabulary import BytesOf
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+LONGEST_CHARACTER = 4
+"""Bytes of UTF-8."""
 
 
 class IncrementalText:
     """Turns tokens into text piece by piece; the pieces joined are the text of all tokens.
 
-    A token alone may be part of a character, or read differently behind another one. So a short
-    window of tokens is decoded each time, and what it has more than before is given.
-
     Args:
-        decode: token ids -> text.
+        bytes_of: what a token adds.
         before: the tokens that the text continues.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
-        self._decode = decode
-        self._window = list(before[-LONGEST_CHARACTER:])
-        self._context = len(self._window)
-        """Tokens of the window whose text was given before."""
-        self._given = len(decode(self._window).rstrip(UNDECIDED))
-        """Characters of the window's text that were given."""
+    def __init__(self, bytes_of: BytesOf, before: Sequence[int] = ()) -> None:
+        self._bytes_of = bytes_of
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self.length = 0
+        """Characters that were given."""
+        self.offset = 0
+        """Of them, those before the character that the last token began or went on with."""
+        end = b""
+        for token_id in reversed(before):
+            end = bytes_of(token_id) + end
+            if len(end) >= LONGEST_CHARACTER:
+                break
+        self.begins = not end
+        """Whether there is no text yet."""
+        self._decoder.decode(end)  # what has begun there is completed here
 
     def add(self, token_id: int) -> str:
         """The text that is certain now; "" while a character is not complete."""
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        pending = len(self._window) - self._context
-        if text.endswith(UNDECIDED) and pending < LONGEST_CHARACTER:
-            return ""
-        piece = text[self._given :]
-        if piece:  # special tokens have no text and are no context either
-            self._window = self._window[self._context :]
-            self._context = len(self._window)
-            self._given = len(self._decode(self._window))
-        return piece
+        piece = self._bytes_of(token_id, self.begins)
+        self.begins = self.begins and not piece
+        is_open = bool(self._decoder.getstate()[0])
+        first = self._decoder.decode(piece[:1])
+        # What was open stays broken, and is no part of this token, if it doesn't go on with it.
+        self.offset = self.length + (is_open and first.startswith(BROKEN))
+        return self._count(first + self._decoder.decode(piece[1:]))
 
     def rest(self) -> str:
-        """What was held back, complete or not; for the end."""
-        if len(self._window) == self._context:
-            return ""
-        piece = self._decode(self._window)[self._given :]
-        self._context = len(self._window)
+        """A mark for a character that was begun and not completed; for the end."""
+        return self._count(self._decoder.decode(b"", final=True))
+
+    def _count(self, piece: str) -> str:
+        self.length += len(piece)
         return piece
 
 
@@ -88,14 +91,3 @@ class StopStrings:
             if text.endswith(stop[:length]):
                 return length
         return 0
-
-
-def decoder_of(tokenizer: Any) -> Callable[[Sequence[int]], str]:
-    """Token ids -> text, special tokens left out, nothing tidied up."""
-
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-
-    return decode

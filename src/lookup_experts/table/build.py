@@ -2,8 +2,8 @@
 
 The vocabulary is taken in chunks of a fixed number of ids, so memory is bounded however large it
 is. A chunk is evaluated layer by layer, encoded into one buffer of records and written by a
-second thread while the next chunk is evaluated. Where the rows come from is a `RowsOf`: trained
-experts (`evaluate_experts`), or the records of a finished table (`decode_records`).
+second thread while the next chunk is evaluated. Where the rows come from is a `RowsOf`: whatever
+computes them, or the records of a finished table (`decode_records`).
 
 While a build is under way the folder holds `build.json`: what is being built and how many ids are
 finished. A build that was killed goes on from there, after checking what the disk really holds
@@ -24,30 +24,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lookup_experts import __version__
 from lookup_experts.errors import DiskFullError, TableError
-from lookup_experts.model.experts import LayerExperts, normalize
-from lookup_experts.model.fingerprint import embedding_hash, fingerprint
 from lookup_experts.table.encoding import Encoding
-from lookup_experts.table.format import (
-    MANIFEST_NAME,
-    UNFINISHED,
-    Progress,
-    RecordLayout,
-    ShardInfo,
-    ShardWriter,
-    Table,
-    TableManifest,
-    TableShape,
-    open_table,
-    plan_shards,
-    read_checksums,
-    read_manifest,
-    write_manifest,
-)
-from lookup_experts.table.store import RecordStore, aligned_buffer, open_store
+from lookup_experts.table.files import UNFINISHED
+from lookup_experts.table.format import MANIFEST_NAME
+from lookup_experts.table.host_memory import aligned_buffer
+from lookup_experts.table.layout import RecordLayout, ShardInfo, TableShape, plan_shards
+from lookup_experts.table.manifest import TableManifest, read_manifest, write_manifest
+from lookup_experts.table.opening import Table, open_table, read_checksums
+from lookup_experts.table.progress import Progress
+from lookup_experts.table.shard_writer import ShardWriter
+from lookup_experts.table.store import RecordStore
+from lookup_experts.table.store_choice import open_store
 from lookup_experts.units import format_bytes
 
 JOURNAL = "build.json"
@@ -59,7 +50,7 @@ SAMPLE_IDS = 64
 _THIS_TOOL = f"lookup-experts {__version__}"
 
 RowsOf = Callable[[Tensor], Iterator[Tensor]]
-"""Token ids [c] int64 -> the rows [c, N, d] of each layer, in order."""
+"""Token ids [c] int64 -> the rows [c, N, r] of each layer, in order."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +80,6 @@ class BuildPlan:
                 yield shard, range(first, min(first + self.chunk_ids, end))
 
 
-def evaluate_experts(embedding: nn.Module, layers: Sequence[LayerExperts]) -> RowsOf:
-    """The rows of training-form experts, on the device where they are."""
-
-    def rows_of(token_ids: Tensor) -> Iterator[Tensor]:
-        device = next(embedding.parameters()).device
-        normalized = normalize(embedding(token_ids.to(device)), layers[0].norm_eps)
-        for experts in layers:
-            yield experts(normalized).transpose(0, 1)
-
-    return rows_of
-
-
 def decode_records(store: RecordStore) -> RowsOf:
     """The rows of a finished table, float32, decoded from its records."""
     layout, shape = store.layout, store.layout.shape
@@ -111,45 +90,41 @@ def decode_records(store: RecordStore) -> RowsOf:
         store.read(ids, records)
         for layer in range(shape.num_layers):
             codes = torch.from_numpy(records)[:, layout.layer_slice(layer)]
-            yield layout.encoding.decode(codes, shape.num_experts, shape.hidden_size, torch.float32)
+            yield layout.encoding.decode(codes, shape.num_experts, shape.row_size, torch.float32)
 
     return rows_of
 
 
 def plan_table(
-    embedding: nn.Module,
-    layers: Sequence[LayerExperts],
-    vocab_size: int,
+    shape: TableShape,
     encoding: Encoding,
     *,
+    fingerprint: str,
+    evaluation_bytes: int,
+    embedding_hash: str | None = None,
     tokenizer_hash: str | None = None,
     chunk_budget_bytes: int = CHUNK_BUDGET_BYTES,
 ) -> BuildPlan:
-    """What the table of the given experts will be.
+    """What a table will be.
 
     Args:
-        embedding: the backbone's input embedding.
-        layers: the experts of each layer, in order.
-        vocab_size: V, records 0 to V - 1; the rows of the embedding.
+        shape: of the table.
         encoding: how records store numbers.
+        fingerprint: of everything that is folded.
+        evaluation_bytes: what getting the rows of one id takes, layer by layer.
+        embedding_hash: of the input embedding.
         tokenizer_hash: of the tokenizer that the ids belong to.
         chunk_budget_bytes: bounds memory beyond the model.
     """
-    num_experts, expert_size, _ = layers[0].up_proj.shape
-    hidden_size = layers[0].down_proj.shape[1]
-    shape = TableShape(vocab_size, len(layers), num_experts, hidden_size)
     layout = RecordLayout(shape, encoding)
     manifest = TableManifest(
         layout=layout,
         shards=tuple(plan_shards(layout)),
-        fingerprint=fingerprint(embedding, layers),
-        embedding_hash=embedding_hash(embedding),
+        fingerprint=fingerprint,
+        embedding_hash=embedding_hash,
         tokenizer_hash=tokenizer_hash,
         created_by=_THIS_TOOL,
     )
-    itemsize = layers[0].up_proj.element_size()
-    activations = 3 if layers[0].kind == "swiglu" else 2
-    evaluation_bytes = num_experts * itemsize * (expert_size * activations + 2 * hidden_size)
     return BuildPlan(manifest, _chunk_ids(layout, evaluation_bytes, chunk_budget_bytes))
 
 
@@ -168,7 +143,7 @@ def plan_reencoding(
     manifest = replace(
         table.manifest, layout=layout, shards=tuple(plan_shards(layout)), created_by=_THIS_TOOL
     )
-    decoding_bytes = table.layout.stride + shape.num_experts * shape.hidden_size * 4 * 3
+    decoding_bytes = table.layout.stride + shape.num_experts * shape.row_size * 4 * 3
     chunk_ids = _chunk_ids(layout, decoding_bytes, chunk_budget_bytes)
     return BuildPlan(manifest, chunk_ids, source=f"table {_content_hash(table)}")
 
@@ -176,7 +151,7 @@ def plan_reencoding(
 def _chunk_ids(layout: RecordLayout, source_bytes: int, budget_bytes: int) -> int:
     """How many ids a chunk may have, if getting the rows of one takes `source_bytes`."""
     # Encoding holds a few float32 copies of one layer's rows.
-    encoding_bytes = layout.shape.num_experts * layout.shape.hidden_size * 4 * 4
+    encoding_bytes = layout.shape.num_experts * layout.shape.row_size * 4 * 4
     per_id = 2 * layout.stride + source_bytes + encoding_bytes
     return min(MAX_CHUNK_IDS, max(1, budget_bytes // per_id))
 
@@ -412,7 +387,7 @@ def check_sample(table: Table, rows_of: RowsOf, num_ids: int = SAMPLE_IDS) -> No
         stored = read[:, layout.layer_slice(layer)]
         once_more = layout.encoding.encode(rows)
         found, expected = (
-            layout.encoding.decode(codes, shape.num_experts, shape.hidden_size, torch.float32)
+            layout.encoding.decode(codes, shape.num_experts, shape.row_size, torch.float32)
             for codes in (stored, once_more.to(stored.device))
         )
         error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))

@@ -14,7 +14,8 @@ from copy import copy
 import numpy as np
 
 from lookup_experts.errors import TableError
-from lookup_experts.table.store import PendingRead, aligned_buffer
+from lookup_experts.table.host_memory import aligned_buffer
+from lookup_experts.table.store import PendingRead
 
 
 class Arrival:

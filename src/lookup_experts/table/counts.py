@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from lookup_experts.errors import TableError
-from lookup_experts.table.format import Table, write_whole
+from lookup_experts.table.files import write_whole
+from lookup_experts.table.opening import Table
 
 COUNTS_NAME = "token_counts.safetensors"
 

@@ -26,8 +26,8 @@ from lookup_experts.model.rows import TokenRows, mix
 from lookup_experts.table.batch import SlotBatch, check_bounds, unique_in_order
 from lookup_experts.table.cache import SlotCache
 from lookup_experts.table.device_prompt import PromptRows
-from lookup_experts.table.format import TableShape
 from lookup_experts.table.lanes import Lane, Mark
+from lookup_experts.table.layout import TableShape
 from lookup_experts.table.mixing import decode_and_mix, prepare, route_mix_add
 from lookup_experts.table.rows import Decoding, WaitClock
 from lookup_experts.table.store import Store
@@ -110,7 +110,7 @@ class DeviceRows:
             self._record_of_position,
             weights,
             layout.encoding,
-            layout.shape.hidden_size,
+            layout.shape.row_size,
             layer * layout.layer_bytes,
             self._decoding.dtype,
         )
@@ -138,8 +138,8 @@ class DeviceRows:
         shape = self._decoding.layout.shape
         return (
             hidden_states.shape == output.shape
-            and hidden_states.numel() == self.num_positions * shape.hidden_size
-            and router.shape == (shape.num_experts, shape.hidden_size)
+            and hidden_states.numel() == self.num_positions * shape.row_size
+            and router.shape == (shape.num_experts, shape.row_size)
             and hidden_states.dtype == router.dtype == output.dtype == self._decoding.dtype
             and hidden_states.dtype != torch.float64  # it is summed in float32
             and hidden_states.device == router.device == output.device == self._memory.device
@@ -148,7 +148,7 @@ class DeviceRows:
 
 def _is_small(shape: TableShape) -> bool:
     """Whether a layer's router is."""
-    num_weights = shape.num_experts * shape.hidden_size
+    num_weights = shape.num_experts * shape.row_size
     return shape.num_experts <= MOST_EXPERTS and num_weights <= MOST_ROUTER_WEIGHTS
 
 
@@ -221,7 +221,7 @@ class DeviceReader:
         self._slot_batch, self._group_bytes = slot_batch, group_bytes
         layout = decoding.layout
         shape = layout.shape
-        prepare(layout.encoding, shape.num_experts, shape.hidden_size, lane.device)
+        prepare(layout.encoding, shape.num_experts, shape.row_size, lane.device)
         cached = min(cache_bytes, layout.table_bytes) // layout.stride
         num_slots = max(cached, slot_batch)
         self._cache = SlotCache(num_slots, cached)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lookup_experts.model.rows import mix
 from lookup_experts.table.lanes import Lane, Mark
 from lookup_experts.table.mixing import decode_and_mix
+from lookup_experts.table.reading_thread import submit_read
 from lookup_experts.table.rows import Decoding, LayerGroup, WaitClock, plan_groups
-from lookup_experts.table.store import Store, submit_read
+from lookup_experts.table.store import Store
 
 Piece = tuple[Tensor, Mark]
 """uint8 [U, width] on the device, and the mark to wait for."""
@@ -49,7 +50,7 @@ class PromptRows:
     ) -> None:
         self.index = index
         self._decoding, self._thread, self._clock, self._lane = decoding, thread, clock, lane
-        groups = plan_groups(decoding.layout, len(ids), group_bytes, store.reads_parts)
+        groups = plan_groups(decoding.layout, len(ids), group_bytes)
         self._groups = groups
         self._group_of = [number for number, group in enumerate(groups) for _ in group.layers]
         # A part of a record doesn't tell whether it is intact; whole ones are checked when read.
@@ -122,7 +123,7 @@ class PromptRows:
             self.index.view(-1),
             weights,
             layout.encoding,
-            layout.shape.hidden_size,
+            layout.shape.row_size,
             self._offset(layer),
             self._decoding.dtype,
         )

@@ -14,7 +14,7 @@ alike on any device. Where the bytes lie in a file is in `format.py`.
 float16 scales bring nf3 at block 128 to 19.53 % of float16 and nf4 at block 768 to 25.13 %. They
 reach from 6e-8 to 65504: an absmax beyond is refused, one below becomes a block of zeros.
 
-Letters: U records, N experts, d hidden size.
+Letters: U records, N experts, r row size.
 """
 
 import math
@@ -59,7 +59,7 @@ class Encoding(ABC):
         return self.torch_dtype is not None
 
     @abstractmethod
-    def layer_bytes(self, num_experts: int, hidden_size: int) -> int:
+    def layer_bytes(self, num_experts: int, row_size: int) -> int:
         """Bytes of one layer of one record: codes of the N experts, then their scales."""
 
     @abstractmethod
@@ -67,7 +67,7 @@ class Encoding(ABC):
         """The bytes of `rows`.
 
         Args:
-            rows: [U, N, d], any float type.
+            rows: [U, N, r], any float type.
 
         Returns:
             uint8 [U, layer_bytes].
@@ -78,9 +78,9 @@ class Encoding(ABC):
 
     @abstractmethod
     def decode(
-        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+        self, records: Tensor, num_experts: int, row_size: int, dtype: torch.dtype
     ) -> Tensor:
-        """The rows that `records` hold, [U, N, d] in `dtype`.
+        """The rows that `records` hold, [U, N, r] in `dtype`.
 
         Float encodings give a view into `records` when `dtype` is the stored type.
 
@@ -89,7 +89,7 @@ class Encoding(ABC):
         """
 
     def decode_unscaled(
-        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+        self, records: Tensor, num_experts: int, row_size: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
         """Rows before their scaling, and the factor that each still lacks; None where a row has
         no single factor, and for types wider than float32.
@@ -100,12 +100,12 @@ class Encoding(ABC):
             records: as in `decode`.
 
         Returns:
-            Rows [U, N, d] in `dtype`, and factors [U, N] float32.
+            Rows [U, N, r] in `dtype`, and factors [U, N] float32.
         """
         return None
 
     @abstractmethod
-    def invalid(self, records: Tensor, num_experts: int, hidden_size: int) -> Tensor:
+    def invalid(self, records: Tensor, num_experts: int, row_size: int) -> Tensor:
         """Which records hold what `encode` never writes, bool [U].
 
         That is a scale (for float encodings: a number) that is NaN or infinite, or a scale below
@@ -122,8 +122,8 @@ class FloatEncoding(Encoding):
         assert self.torch_dtype is not None
         return self.torch_dtype
 
-    def layer_bytes(self, num_experts: int, hidden_size: int) -> int:
-        return num_experts * hidden_size * self._dtype.itemsize
+    def layer_bytes(self, num_experts: int, row_size: int) -> int:
+        return num_experts * row_size * self._dtype.itemsize
 
     def encode(self, rows: Tensor) -> Tensor:
         _require_floats(rows)
@@ -134,12 +134,12 @@ class FloatEncoding(Encoding):
         return _view_as(stored, torch.uint8)
 
     def decode(
-        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+        self, records: Tensor, num_experts: int, row_size: int, dtype: torch.dtype
     ) -> Tensor:
         numbers = _view_as(records, self._dtype)
-        return numbers.unflatten(1, (num_experts, hidden_size)).to(dtype)
+        return numbers.unflatten(1, (num_experts, row_size)).to(dtype)
 
-    def invalid(self, records: Tensor, num_experts: int, hidden_size: int) -> Tensor:
+    def invalid(self, records: Tensor, num_experts: int, row_size: int) -> Tensor:
         return ~_finite_rows(_view_as(records, self._dtype))
 
 
@@ -168,9 +168,9 @@ class ScaledEncoding(Encoding):
         """Packed codes [U, code_bytes] -> what they stand for before scaling, [U, num_codes] in
         `dtype`, in memory of its own."""
 
-    def layer_bytes(self, num_experts: int, hidden_size: int) -> int:
-        num_scales = num_experts * self._blocks_per_row(hidden_size)
-        return self.code_bytes(num_experts * hidden_size) + num_scales * self.scale_dtype.itemsize
+    def layer_bytes(self, num_experts: int, row_size: int) -> int:
+        num_scales = num_experts * self._blocks_per_row(row_size)
+        return self.code_bytes(num_experts * row_size) + num_scales * self.scale_dtype.itemsize
 
     def encode(self, rows: Tensor) -> Tensor:
         _require_floats(rows)
@@ -180,11 +180,11 @@ class ScaledEncoding(Encoding):
         return torch.cat([self._encode_part(part) for part in rows.split(step)])
 
     def _encode_part(self, rows: Tensor) -> Tensor:
-        hidden_size = rows.shape[-1]
-        num_blocks, width = self._blocks_per_row(hidden_size), self._block_width(hidden_size)
+        row_size = rows.shape[-1]
+        num_blocks, width = self._blocks_per_row(row_size), self._block_width(row_size)
         numbers = rows.float()
-        if num_blocks * width != hidden_size:
-            numbers = F.pad(numbers, (0, num_blocks * width - hidden_size))
+        if num_blocks * width != row_size:
+            numbers = F.pad(numbers, (0, num_blocks * width - row_size))
         blocks = numbers.unflatten(-1, (num_blocks, width))
         largest = blocks.abs().amax(dim=-1)  # carries NaN on
         scales = (largest / self.largest_code).to(self.scale_dtype)
@@ -193,63 +193,63 @@ class ScaledEncoding(Encoding):
             raise _too_large(rows, self.name)
         # Codes are chosen for the scale as it is stored; a block of zeros has the scale zero.
         divisor = scales.float().masked_fill(scales == 0, 1.0).unsqueeze(-1)
-        codes = self._quantize(blocks / divisor).flatten(2)[..., :hidden_size]
+        codes = self._quantize(blocks / divisor).flatten(2)[..., :row_size]
         packed, stored = self._pack(codes.flatten(1)), _view_as(scales.flatten(1), torch.uint8)
         return torch.cat([packed, stored], dim=1)
 
     def decode(
-        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+        self, records: Tensor, num_experts: int, row_size: int, dtype: torch.dtype
     ) -> Tensor:
-        return _in_parts(self._decode_part, records, num_experts, hidden_size, dtype)
+        return _in_parts(self._decode_part, records, num_experts, row_size, dtype)
 
     def _decode_part(
-        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+        self, records: Tensor, num_experts: int, row_size: int, dtype: torch.dtype
     ) -> Tensor:
-        values = self._unscaled_part(records, num_experts, hidden_size, torch.float32)
-        scales = self._scales(records, num_experts, hidden_size)
-        width = self._block_width(hidden_size)
-        whole = hidden_size // width
+        values = self._unscaled_part(records, num_experts, row_size, torch.float32)
+        scales = self._scales(records, num_experts, row_size)
+        width = self._block_width(row_size)
+        whole = row_size // width
         values[..., : whole * width].unflatten(2, (whole, width)).mul_(
             scales[..., :whole].unsqueeze(-1)
         )
-        if hidden_size % width:
+        if row_size % width:
             values[..., whole * width :].mul_(scales[..., whole:])
         return values.to(dtype)
 
     def decode_unscaled(
-        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+        self, records: Tensor, num_experts: int, row_size: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
-        if self._blocks_per_row(hidden_size) > 1 or dtype.itemsize > torch.float32.itemsize:
+        if self._blocks_per_row(row_size) > 1 or dtype.itemsize > torch.float32.itemsize:
             return None
-        rows = _in_parts(self._unscaled_part, records, num_experts, hidden_size, dtype)
-        return rows, self._scales(records, num_experts, hidden_size).squeeze(-1)
+        rows = _in_parts(self._unscaled_part, records, num_experts, row_size, dtype)
+        return rows, self._scales(records, num_experts, row_size).squeeze(-1)
 
     def _unscaled_part(
-        self, records: Tensor, num_experts: int, hidden_size: int, dtype: torch.dtype
+        self, records: Tensor, num_experts: int, row_size: int, dtype: torch.dtype
     ) -> Tensor:
-        num_codes = num_experts * hidden_size
+        num_codes = num_experts * row_size
         values = self._lookup(records[:, : self.code_bytes(num_codes)], num_codes, dtype)
-        return values.unflatten(1, (num_experts, hidden_size))
+        return values.unflatten(1, (num_experts, row_size))
 
-    def invalid(self, records: Tensor, num_experts: int, hidden_size: int) -> Tensor:
-        scales = self._scales(records, num_experts, hidden_size)
+    def invalid(self, records: Tensor, num_experts: int, row_size: int) -> Tensor:
+        scales = self._scales(records, num_experts, row_size)
         return ~(scales.isfinite() & (scales >= 0)).flatten(1).all(dim=1)
 
-    def _block_width(self, hidden_size: int) -> int:
-        return hidden_size if self.block_size is None else min(self.block_size, hidden_size)
+    def _block_width(self, row_size: int) -> int:
+        return row_size if self.block_size is None else min(self.block_size, row_size)
 
-    def _blocks_per_row(self, hidden_size: int) -> int:
-        return -(-hidden_size // self._block_width(hidden_size))
+    def _blocks_per_row(self, row_size: int) -> int:
+        return -(-row_size // self._block_width(row_size))
 
-    def _scales(self, records: Tensor, num_experts: int, hidden_size: int) -> Tensor:
+    def _scales(self, records: Tensor, num_experts: int, row_size: int) -> Tensor:
         """The scales of records uint8 [U, layer_bytes], float32 [U, N, blocks]."""
-        stored = records[:, self.code_bytes(num_experts * hidden_size) :]
+        stored = records[:, self.code_bytes(num_experts * row_size) :]
         # Copied, because behind the codes they may start anywhere; there are few of them.
         aligned = stored.clone(memory_format=torch.contiguous_format)
         return (
             aligned.view(self.scale_dtype)
             .float()
-            .unflatten(1, (num_experts, self._blocks_per_row(hidden_size)))
+            .unflatten(1, (num_experts, self._blocks_per_row(row_size)))
         )
 
 
@@ -436,16 +436,16 @@ def _in_parts(
     decode: Callable[[Tensor, int, int, torch.dtype], Tensor],
     records: Tensor,
     num_experts: int,
-    hidden_size: int,
+    row_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """What `decode` gives, on the CPU of so many records at a time that memory is bounded."""
-    step = max(1, DECODED_AT_ONCE // (num_experts * hidden_size))
+    step = max(1, DECODED_AT_ONCE // (num_experts * row_size))
     if len(records) <= step or records.device.type != "cpu":
-        return decode(records, num_experts, hidden_size, dtype)
-    rows = torch.empty(len(records), num_experts, hidden_size, dtype=dtype)
+        return decode(records, num_experts, row_size, dtype)
+    rows = torch.empty(len(records), num_experts, row_size, dtype=dtype)
     for target, part in zip(rows.split(step), records.split(step), strict=True):
-        target.copy_(decode(part, num_experts, hidden_size, dtype))
+        target.copy_(decode(part, num_experts, row_size, dtype))
     return rows
 
 
@@ -464,7 +464,7 @@ def _view_as(records: Tensor, dtype: torch.dtype) -> Tensor:
     """The bytes of [U, n] seen as `dtype`, [U, m]; copied only where they aren't aligned."""
     if torch.compiler.is_compiling():
         # Asking for the offset would break the graph. Floats are aligned in any table: a layer
-        # is a whole number of them, and a stride is a multiple of 64.
+        # is a whole number of them, and records start at multiples of 16.
         return records.view(dtype)
     size = max(1, dtype.itemsize // records.element_size())
     if records.storage_offset() % size or records.stride(0) % size or records.stride(1) != 1:
@@ -480,7 +480,7 @@ def _finite_rows(numbers: Tensor) -> Tensor:
 
 def _require_floats(rows: Tensor) -> None:
     if rows.dim() != 3 or not rows.is_floating_point():
-        raise ValueError(f"Expected floats [U, N, d], got {rows.dtype} {tuple(rows.shape)}.")
+        raise ValueError(f"Expected floats [U, N, r], got {rows.dtype} {tuple(rows.shape)}.")
 
 
 def _require_finite(rows: Tensor) -> None:

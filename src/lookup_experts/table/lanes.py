@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lookup_experts.errors import UserError
-from lookup_experts.table.store import aligned_buffer
+from lookup_experts.table.host_memory import aligned_buffer
 
 
 class Mark(Protocol):

@@ -1,7 +1,7 @@
 """Each position's weighted sum, straight out of encoded records on a device.
 
 `decode_and_mix` is one operation for the decoding of `encoding.py` and the sum of
-`model/experts.py`: for each position it reads its record's codes, and no row is ever written to
+`model/rows.py`: for each position it reads its record's codes, and no row is ever written to
 memory. `route_mix_add` is all that a block's lookup experts do, in one operation: a step of
 decoding takes a GPU longer to be told of each operation than to do it. On CUDA both are kernels of
 `kernels.py`; elsewhere they are their references.

@@ -8,7 +8,7 @@ needs them, after its attention.
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,12 @@ from lookup_experts.table.batch import (
 from lookup_experts.table.cache import RowCache
 from lookup_experts.table.counts import most_frequent, read_counts
 from lookup_experts.table.device import DeviceReader
-from lookup_experts.table.format import Table, TableShape, open_table
+from lookup_experts.table.host_memory import aligned_buffer
 from lookup_experts.table.lanes import Lane, open_lane
+from lookup_experts.table.layout import TableShape
+from lookup_experts.table.opening import Table, open_table, reopen_table
+from lookup_experts.table.progress import late_progress
+from lookup_experts.table.reading_thread import ThreadedRead, submit_read
 from lookup_experts.table.rows import (
     Decoding,
     MemoryRows,
@@ -36,16 +40,8 @@ from lookup_experts.table.rows import (
     StreamedRows,
     WaitClock,
 )
-from lookup_experts.table.store import (
-    Notify,
-    Store,
-    ThreadedRead,
-    aligned_buffer,
-    late_progress,
-    log,
-    open_store,
-    submit_read,
-)
+from lookup_experts.table.store import Notify, Store, log
+from lookup_experts.table.store_choice import open_store
 from lookup_experts.units import parse_bytes
 
 SLOT_BATCH = 64
@@ -188,12 +184,12 @@ class TableExperts:
 
         Args:
             ready: have it finished, too.
+            base_model: of no use here; a table knows its rows.
 
         Raises:
             TableError: an id is outside of the table's vocabulary, or reading can't begin.
         """
-        if self._closed:
-            raise ValueError(f"The reader of the table in {self.folder} is closed.")
+        self._require_open()
         if token_ids.device != self._decoding.device:
             self.move_to(token_ids.device)  # where the model was moved to
         if self._on_device is not None and not torch.is_grad_enabled():
@@ -380,12 +376,56 @@ class TableExperts:
         self._whole = self._whole_matrices = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TableExperts":
-        return self  # a copy of a model reads the same table
+        """A reader of its own over the same table: moving or closing one, or filling its cache,
+        leaves the other as it is. A table in RAM is there once, since nobody writes to it."""
+        self._require_open()
+        return TableExperts(
+            self.table, self._store.reopened(), self._dtype, self.device, self._budget
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the path of its table and the options that it was opened with."""
+        self._require_open()
+        table = replace(self.table, folder=self.folder.absolute())
+        store = (self._store.name, self._store.verify_checksums)
+        return _reopen_reader, (table, *store, self._dtype, self.device, self._budget)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"The reader of the table in {self.folder} is closed.")
+
+
+def _reopen_reader(
+    table: Table,
+    store: str,
+    verify_checksums: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    cache_bytes: int,
+) -> TableExperts:
+    """A reader that was pickled, in whatever process.
+
+    Where its device isn't there it begins on the CPU; it follows the model's token ids anyway.
+
+    Raises:
+        TableError: the table is no longer there, or is another one.
+    """
+    table = reopen_table(table)
+    opened = open_store(table, store, verify_checksums=verify_checksums, notify=log)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        device = torch.device("cpu")
+    return TableExperts(table, opened, dtype, device, cache_bytes)
 
 
 def open_reader(
     folder: Path,
-    model: Any,
+    *,
+    num_layers: int,
+    num_experts: int,
+    row_size: int,
+    fingerprint: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
     store: str = "auto",
     cache: int | str = 0,
     verify_checksums: bool = False,
@@ -395,7 +435,11 @@ def open_reader(
 
     Args:
         folder: the inference folder; the table is in its folder `table`.
-        model: an attached model in table form.
+        num_layers, num_experts, row_size: of the model: layers with lookup experts, experts of
+            each, numbers in a row.
+        fingerprint: of what was folded, as the model knows it.
+        dtype: what rows are decoded to; the model's.
+        device: where rows are needed.
         store: `memory`, `mmap`, `direct`, `auto` or `auto:8GB`, see `open_store`.
         cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off. It is
             memory of the device that the model runs on: RAM, with the records of the batch under
@@ -409,24 +453,22 @@ def open_reader(
     """
     cache_bytes = parse_bytes(cache)
     table = open_table(folder / "table")
-    check_match(table, model)
-    embedding: nn.Module = model.get_input_embeddings()
-    weight = next(embedding.parameters())
+    check_match(table, num_layers, num_experts, row_size, fingerprint)
     opened = open_store(table, store, verify_checksums=verify_checksums, notify=notify)
-    return TableExperts(table, opened, weight.dtype, weight.device, cache_bytes)
+    return TableExperts(table, opened, dtype, device, cache_bytes)
 
 
-def check_match(table: Table, model: Any) -> None:
+def check_match(
+    table: Table, num_layers: int, num_experts: int, row_size: int, fingerprint: str
+) -> None:
     """Raise a `TableError` unless the table was folded from this very model."""
-    settings = model.lookup_settings
     shape = table.layout.shape
-    hidden_size = model.config.get_text_config().hidden_size
-    expected = TableShape(shape.vocab_size, len(settings.layers), settings.num_experts, hidden_size)
+    expected = TableShape(shape.vocab_size, num_layers, num_experts, row_size)
     if shape != expected:
         raise TableError(f"{table.folder}: made for {shape}, the model needs {expected}.")
-    if table.manifest.fingerprint != settings.fingerprint:
+    if table.manifest.fingerprint != fingerprint:
         raise TableError(
             f"{table.folder}: this is the table of another model (fingerprint "
-            f"{table.manifest.fingerprint[:12]}, the model's is {str(settings.fingerprint)[:12]}). "
+            f"{table.manifest.fingerprint[:12]}, the model's is {str(fingerprint)[:12]}). "
             "Put the table that was built with this model beside it, or fold the model again."
         )

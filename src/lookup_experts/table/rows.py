@@ -6,7 +6,7 @@ memory of the batch's own. For decoding, for tables in RAM, and under autograd.
 `StreamedRows`: records are read a few layers at a time into two buffers. For prompts: memory is
 bounded, and reading goes ahead of the compute.
 
-Both are `TokenRows` (`model/experts.py`). Float encodings are mixed straight out of the records;
+Both are `TokenRows` (`model/rows.py`). Float encodings are mixed straight out of the records;
 the others are decoded layer by layer, once per unique id.
 """
 
@@ -25,11 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lookup_experts.model.rows import mix
-from lookup_experts.table.format import BLOCK, RecordLayout
-from lookup_experts.table.store import PendingRead, Store, aligned_buffer, submit_read
+from lookup_experts.table.format import BLOCK
+from lookup_experts.table.host_memory import aligned_buffer
+from lookup_experts.table.layout import RecordLayout
+from lookup_experts.table.reading_thread import submit_read
+from lookup_experts.table.store import PendingRead, Store
 
 DECODED_BYTES = 16 * 2**20
 """Encoded records are decoded for all layers at once up to this size, beyond it layer by layer."""
+WHOLE_BYTES = 2 * BLOCK
+"""Records up to this size are small; see `plan_groups`."""
 MODE_SUM = 0
 """Of `torch.embedding_bag`."""
 
@@ -47,7 +52,7 @@ class Decoding:
     @property
     def row_bytes(self) -> int:
         """Bytes of one expert's row in a float record."""
-        return self.layout.shape.hidden_size * self.dtype.itemsize
+        return self.layout.shape.row_size * self.dtype.itemsize
 
     @property
     def is_view(self) -> bool:
@@ -55,7 +60,7 @@ class Decoding:
         return self.layout.encoding.torch_dtype == self.dtype and self.device.type == "cpu"
 
     def matrices(self, records: Tensor) -> tuple[Tensor, ...] | None:
-        """Records uint8 [M, stride] as what they are, matrices of rows [.., d] of this dtype; None
+        """Records uint8 [M, stride] as what they are, matrices of rows [.., r] of this dtype; None
         where they are no such thing.
 
         One for each layer, which begins where the layer does in the first record. So a token's
@@ -64,7 +69,7 @@ class Decoding:
         if not self.is_view or records.shape[1] % self.row_bytes:
             return None
         shape = self.layout.shape
-        flat = records.view(self.dtype).reshape(-1, shape.hidden_size)
+        flat = records.view(self.dtype).reshape(-1, shape.row_size)
         return tuple(flat[layer * shape.num_experts :] for layer in range(shape.num_layers))
 
     @property
@@ -78,7 +83,7 @@ class Decoding:
         return num_ids * shape.num_layers * shape.num_experts * self.row_bytes
 
     def decode(self, codes: Tensor) -> Tensor:
-        """One layer of records, uint8 [U, layer_bytes] -> [U, N, d]."""
+        """One layer of records, uint8 [U, layer_bytes] -> [U, N, r]."""
         return self.layout.encoding.decode(*self._of_layer(codes))
 
     def decode_unscaled(self, codes: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -88,7 +93,7 @@ class Decoding:
     def _of_layer(self, codes: Tensor) -> tuple[Tensor, int, int, torch.dtype]:
         shape = self.layout.shape
         moved = codes.to(self.device, non_blocking=True)
-        return moved, shape.num_experts, shape.hidden_size, self.dtype
+        return moved, shape.num_experts, shape.row_size, self.dtype
 
 
 class WaitClock:
@@ -148,7 +153,7 @@ class MemoryRows:
         self._matrices = matrices
         """Of each layer; None as long as the records are not decoded."""
         self._only: tuple[Tensor, ...] | None = None
-        """The rows [N, d] of each layer, for one position in bfloat16."""
+        """The rows [N, r] of each layer, for one position in bfloat16."""
         if matrices is not None:
             self._lay_out(matrices, _select(slots, places), decoding.rows_per_record)
 
@@ -194,7 +199,7 @@ class MemoryRows:
         layers = records.view(len(slots), shape.num_layers, layout.layer_bytes).transpose(0, 1)
         rows = self._decoding.decode(layers.reshape(-1, layout.layer_bytes))
         rows_per_layer = len(slots) * shape.num_experts
-        matrices = rows.reshape(shape.num_layers, rows_per_layer, shape.hidden_size)
+        matrices = rows.reshape(shape.num_layers, rows_per_layer, shape.row_size)
         self._matrices = matrices.unbind()
         self._lay_out(self._matrices, self._places, shape.num_experts)
 
@@ -230,10 +235,8 @@ class MemoryRows:
             return mix(self.layer(layer), self.index.view(-1), weights)
         matrix = self._matrices[layer]
         weights = weights if weights.dtype == matrix.dtype else weights.to(matrix.dtype)
-        # Not by way of `torch.nn.functional`, whose checks take longer than a small sum, and
-        # without what a backward pass would need.
-        add_up = torch.embedding_bag if weights.requires_grad else torch._embedding_bag_forward_only
-        total, *_ = add_up(
+        # Not by way of `torch.nn.functional`, whose checks take longer than a small sum.
+        total, *_ = torch.embedding_bag(
             matrix,
             self._bags,
             self._starts,
@@ -292,23 +295,23 @@ class LayerGroup:
     stop: int
 
 
-def plan_groups(
-    layout: RecordLayout, num_ids: int, group_bytes: int, in_parts: bool
-) -> list[LayerGroup]:
+def plan_groups(layout: RecordLayout, num_ids: int, group_bytes: int) -> list[LayerGroup]:
     """Neighbouring layers in groups of about `group_bytes` for `num_ids` ids.
 
-    The first group is one layer, since the model waits for it; none is less. Records that can't
-    be read in parts make one group.
+    The first group is one layer, since the model waits for it; none is less. Small records that
+    are no more than that together are one group: the disk gives whole blocks, and would have to
+    give theirs once more for each part.
     """
     num_layers = layout.shape.num_layers
-    if not in_parts:
+    if layout.stride <= WHOLE_BYTES and num_ids * layout.stride <= group_bytes:
         return [LayerGroup(range(num_layers), 0, layout.stride)]
     size = max(1, min(num_layers, group_bytes // max(1, num_ids * layout.layer_bytes)))
     bounds = [0, *range(1, num_layers, size), num_layers]
     groups = []
     for first, end in pairwise(bounds):
-        start = first * layout.layer_bytes // BLOCK * BLOCK
-        stop = min(-(-end * layout.layer_bytes // BLOCK) * BLOCK, layout.stride)
+        start, stop = first * layout.layer_bytes, end * layout.layer_bytes
+        if layout.is_whole_blocks:  # then so are the groups, which are read without a copy
+            start, stop = start // BLOCK * BLOCK, -(-stop // BLOCK) * BLOCK
         groups.append(LayerGroup(range(first, end), start, stop))
     return groups
 
@@ -378,7 +381,7 @@ class StreamedRows:
         self._thread = thread
         self._ids = ids
         self._clock = clock
-        self._groups = plan_groups(decoding.layout, len(ids), group_bytes, store.reads_parts)
+        self._groups = plan_groups(decoding.layout, len(ids), group_bytes)
         self._group_of = [number for number, group in enumerate(self._groups) for _ in group.layers]
         widest = max(group.stop - group.start for group in self._groups)
         pair = buffers.take(len(ids) * widest)

@@ -8,7 +8,7 @@ record that comes from a store. Numbers of float encodings are not looked at.
 import numpy as np
 
 from lookup_experts.table.encoding import ScaledEncoding
-from lookup_experts.table.format import RecordLayout
+from lookup_experts.table.layout import RecordLayout
 
 PROBLEM = "a number or scale is not valid"
 
@@ -24,7 +24,7 @@ class ScaleCheck:
         shape = layout.shape
         self._layer_bytes = layout.layer_bytes
         self._record_bytes = layout.record_bytes
-        self._first = encoding.code_bytes(shape.num_experts * shape.hidden_size)
+        self._first = encoding.code_bytes(shape.num_experts * shape.row_size)
         size = encoding.scale_dtype.itemsize
         self._bits = np.dtype(f"<u{size}")
         self._largest = {2: 0x7BFF, 4: 0x7F7FFFFF}[size]

@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from lookup_experts.errors import TableError
-from lookup_experts.table.format import RecordLayout
 from lookup_experts.table.lanes import Lane, Mark
+from lookup_experts.table.layout import RecordLayout
 from lookup_experts.table.rows import WaitClock
 from lookup_experts.table.store import PendingRead, Store
 

@@ -3,7 +3,7 @@
 A batch of reads goes to the kernel in one system call and is waited for in one, which gives up
 the GIL once, where a `preadv` for each record must win it back each time. Interface:
 io_uring_setup(2), io_uring_enter(2), and linux/io_uring.h. Which reads, from where to where, is in
-`store.py`.
+`direct.py`.
 
 The ring is two queues in memory shared with the kernel: we put requests at the tail of the
 submission queue, the kernel puts results at the tail of the completion queue. Heads and tails
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 SETUP, ENTER = 425, 426
 """System call numbers, the same on all architectures but alpha."""
@@ -56,7 +57,7 @@ _STRONGLY_ORDERED = platform.machine() in ("x86_64", "i686", "s390x")
 
 
 class Ring:
-    """A ring that reads rows of equal length; for one caller at a time.
+    """A ring that reads from files into memory; for one caller at a time.
 
     Args:
         depth: the most reads under way at once, a power of two.
@@ -100,15 +101,24 @@ class Ring:
         order = np.frombuffer(self._queues, np.uint32, entries[0], sq[6])
         order[:] = np.arange(entries[0])
 
-    def read_rows(self, fds: np.ndarray, offsets: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Read a row of `target` from each (file, offset), up to `depth` at once.
+    def read(
+        self,
+        fds: ArrayLike,
+        offsets: ArrayLike,
+        lengths: ArrayLike,
+        buffer: np.ndarray,
+        targets: ArrayLike,
+    ) -> np.ndarray:
+        """Read from each (file, offset) into `buffer`, up to `depth` at once.
 
         Returns when all are answered: with one system call if there are at most `depth`.
 
         Args:
-            fds: int32 [n], open files.
-            offsets: int64 [n], bytes.
-            target: uint8 [n, length], C-contiguous; for O_DIRECT files aligned to 4096.
+            fds: [n], open files.
+            offsets: [n], bytes.
+            lengths: [n], bytes of each read.
+            buffer: uint8 [bytes], contiguous; for O_DIRECT files aligned to 4096.
+            targets: [n], the byte of `buffer` where each read begins to write.
 
         Returns:
             int64 [n]: bytes read, or an errno below zero.
@@ -117,7 +127,7 @@ class Ring:
             OSError: the kernel refuses to take requests at all.
         """
         self._drain()  # what an interrupted call left behind
-        requests = _read_requests(fds, offsets, target)
+        requests = _read_requests(fds, offsets, lengths, buffer, targets)
         results = np.zeros(len(requests), np.int64)
         try:
             self._run(requests, results)
@@ -127,15 +137,16 @@ class Ring:
             raise
         return results
 
-    def start(self, fds: list[int], offsets: list[int], addresses: list[int], length: int) -> None:
+    def start(
+        self, fds: list[int], offsets: list[int], addresses: list[int], lengths: list[int]
+    ) -> None:
         """Hand over a few reads without waiting for them; `finish` gives their results.
 
         Written for the fewest instructions: a model's step waits while this runs.
 
         Args:
-            fds, offsets, addresses: for each read its file, where from and where to; at most
-                `depth`.
-            length: bytes of each.
+            fds, offsets, addresses, lengths: for each read its file, where from, where to, and
+                how many bytes; at most `depth`.
 
         Raises:
             OSError: the kernel refuses to take requests at all.
@@ -144,10 +155,10 @@ class Ring:
             raise ValueError(f"{len(fds)} reads, at most {self.depth} at once.")
         self._drain()
         tail = self._sq_tail[0]
-        for number, place in enumerate(zip(fds, offsets, addresses, strict=True)):
+        for number, read in enumerate(zip(fds, offsets, addresses, lengths, strict=True)):
             slot = (tail + number) & self._sq_mask
             _REQUEST.pack_into(
-                self._request_memory, slot * REQUEST.itemsize, OP_READ, *place, length, number
+                self._request_memory, slot * REQUEST.itemsize, OP_READ, *read, number
             )
         self._answers = [0] * len(fds)
         self._sq_tail[0] = (tail + len(fds)) & COUNTER_MASK
@@ -273,15 +284,17 @@ class Ring:
         self.close()
 
 
-def _read_requests(fds: np.ndarray, offsets: np.ndarray, target: np.ndarray) -> np.ndarray:
-    requests = np.zeros(len(target), REQUEST)
-    rows = np.arange(len(target))
+def _read_requests(
+    fds: ArrayLike, offsets: ArrayLike, lengths: ArrayLike, buffer: np.ndarray, targets: ArrayLike
+) -> np.ndarray:
+    starts = np.asarray(targets, np.uint64)
+    requests = np.zeros(len(starts), REQUEST)
     requests["opcode"] = OP_READ
     requests["fd"] = fds
     requests["offset"] = offsets
-    requests["address"] = target.ctypes.data + rows * target.strides[0]
-    requests["length"] = target.shape[1]
-    requests["user_data"] = rows
+    requests["address"] = buffer.ctypes.data + starts
+    requests["length"] = lengths
+    requests["user_data"] = np.arange(len(starts))
     return requests
 
 

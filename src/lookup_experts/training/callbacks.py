@@ -122,6 +122,8 @@ class RefuseNonFinite(TrainerCallback):
         self._finite_at = state.global_step
 
     def _message(self, words: str, value: float, step: int) -> str:
+        if step == 0:
+            return f"The {words} is {value} before the first step; the backbone is not sound."
         last = last_checkpoint(self._run.checkpoints)
         kept = f"The last good checkpoint, {last}, is kept" if last else "There is no checkpoint"
         return (
@@ -202,13 +204,13 @@ class ShowProgress(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        rate = self._rate(state.global_step)
-        tokens_left = (self._recipe.num_steps - state.global_step) * self._recipe.tokens_per_step
-        self._display.update(
-            state.global_step,
-            f"loss {self._loss}  {rate:,.0f} tokens/s",
-            tokens_left / rate if rate else None,
-        )
+        self._show(state.global_step)
+
+    def _show(self, step: int) -> None:
+        rate = self._rate(step)
+        tokens_left = (self._recipe.num_steps - step) * self._recipe.tokens_per_step
+        status = f"loss {self._loss}  {rate:,.0f} tokens/s"
+        self._display.update(step, status, tokens_left / rate if rate else None)
 
     def on_prediction_step(
         self,
@@ -234,11 +236,15 @@ class ShowProgress(TrainerCallback):
     ) -> None:
         if "loss" in logs:
             self._loss = f"{logs['loss']:.3f}"
+            self._show(state.global_step)
         elif "eval_loss" in logs:
+            whose = "" if state.global_step else " of the backbone as it comes"
             self._display.message(
-                f"Step {state.global_step:,}: validation loss {logs['eval_loss']:.4f}, "
+                f"Step {state.global_step:,}: validation loss{whose} {logs['eval_loss']:.4f}, "
                 f"perplexity {logs['eval_perplexity']:.2f}"
             )
+            if state.global_step:  # in the place of how far the validation was
+                self._show(state.global_step)
 
     def _rate(self, step: int) -> float:
         """Tokens per second since training began or was taken up."""

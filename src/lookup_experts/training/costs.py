@@ -203,7 +203,7 @@ def table_sizes(model: ModelRecipe, vocab_size: int) -> dict[str, tuple[int, int
     if model.experts is None:
         return {}
     from lookup_experts.table.encoding import ENCODINGS
-    from lookup_experts.table.format import RecordLayout, TableShape
+    from lookup_experts.table.layout import RecordLayout, TableShape
 
     shape = TableShape(
         vocab_size, _expert_layers(model), model.experts.num_experts, model.hidden_size

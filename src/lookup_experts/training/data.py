@@ -11,6 +11,9 @@ from torch import Tensor
 from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.training.manifest import SPLITS, Manifest
 
+_TOKENS_AT_ONCE = 2**24
+"""Looked through at once."""
+
 
 class TokenShards:
     """One split of a prepared folder, as one run of tokens; memory-mapped, so opening is quick.
@@ -73,6 +76,32 @@ class TokenShards:
             number += 1
             if start >= stop:
                 return np.concatenate(parts)
+
+    def first_from(self, token_id: int) -> int | None:
+        """The position of the first token whose id is `token_id` or more; None if none is."""
+        starts = self._ends - [len(tokens) for tokens in self._shards]
+        for shard, tokens, start in zip(
+            self.manifest.splits[self.split], self._shards, starts, strict=True
+        ):
+            if shard.largest_token_id is not None and shard.largest_token_id < token_id:
+                continue
+            for begin in range(0, len(tokens), _TOKENS_AT_ONCE):
+                found = tokens[begin : begin + _TOKENS_AT_ONCE] >= token_id
+                if found.any():
+                    return int(start) + begin + int(found.argmax())
+        return None
+
+    def document_before(self, position: int) -> tuple[int, np.ndarray]:
+        """The document that a token is in: its number, from 1, and its tokens before that one."""
+        number, start = 1, 0
+        for begin in range(0, position, _TOKENS_AT_ONCE):
+            tokens = self.window(begin, min(_TOKENS_AT_ONCE, position - begin))
+            ends = np.flatnonzero(tokens == self.eos_token_id)
+            if len(ends):
+                number += len(ends)
+                start = begin + int(ends[-1]) + 1
+        before = self.window(start, position - start) if position > start else np.array([], int)
+        return number, before
 
     def verify(self) -> None:
         """Read everything and compare with the checksums; a `UserError` names a damaged file."""

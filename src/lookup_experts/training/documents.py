@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,8 +18,12 @@ from lookup_experts.errors import UserError
 from lookup_experts.training.inputs import HubDataset, Input, TextFile, suffix_of
 
 CHUNK_CHARACTERS = 2**20
-_ROWS_AT_ONCE = 256
-"""Rows of a parquet file held at once."""
+_ROWS_AT_ONCE = 64
+"""Rows of a parquet file held at once, at most."""
+_BYTES_AT_ONCE = 2**22
+"""Likewise, fewer rows where they are long."""
+_BUFFER_BYTES = 2**20
+"""Of a parquet file, read at a time; without this a whole row group's column is held."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def read_documents(source: Input, text_field: str) -> Iterator[Chunk]:
     suffix = suffix_of(source.path)
     if suffix == ".parquet":
         return _read_parquet(source, text_field)
-    if suffix in (".jsonl", ".jsonl.gz"):
+    if source.has_rows:
         return _read_jsonl(source, text_field)
     return _read_plain(source)
 
@@ -130,19 +134,29 @@ def _read_parquet(source: TextFile, text_field: str) -> Iterator[Chunk]:
     except ImportError:
         raise missing_package("pyarrow", source.name) from None
     try:
-        with pyarrow.parquet.ParquetFile(source.path) as file:
+        with pyarrow.parquet.ParquetFile(
+            source.path, buffer_size=_BUFFER_BYTES, pre_buffer=False
+        ) as file:
             if text_field not in file.schema_arrow.names:
                 raise _missing_field(text_field, file.schema_arrow.names, source.name)
             row = 0
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[text_field]):
-                for fields in batch.to_pylist():
+            for batch in file.iter_batches(_rows_at_once(file.metadata), columns=[text_field]):
+                for value in batch.column(0):
                     row += 1
+                    fields = {text_field: value.as_py()}
                     text = text_of_row(fields, text_field, f"{source.name}, row {row}")
                     yield Chunk(text, True, source.num_bytes * row // file.metadata.num_rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"{source.name} can't be read as parquet: {first_line(error)} Get the file again."
         ) from error
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """So many rows that they take about `_BYTES_AT_ONCE`."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    num_bytes = max(1, sum(group.total_byte_size for group in groups))
+    return max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * metadata.num_rows // num_bytes))
 
 
 def _read_hub_dataset(source: HubDataset, text_field: str) -> Iterator[Chunk]:
@@ -184,15 +198,30 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
-    """A file, unpacked if it is gzipped: (the file as stored, its content)."""
+    """A file, unpacked if it is packed: (the file as stored, its content)."""
     try:
         with path.open("rb") as raw:
             if path.name.lower().endswith(".gz"):
                 with gzip.open(raw) as data:
+                    yield raw, data
+            elif path.name.lower().endswith(".zst"):
+                with _unpacked_zst(path, raw) as data:
                     yield raw, data
             else:
                 yield raw, raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is a damaged gzip file ({error}). Get it again.") from error
     except OSError as error:
+        if error.errno is None and path.name.lower().endswith(".zst"):
+            raise UserError(f"{path} is a damaged zst file ({error}). Get it again.") from error
         raise UserError(f"{path} can't be read: {error.strerror}.") from error
+
+
+def _unpacked_zst(path: Path, raw: BinaryIO) -> BinaryIO:
+    """By pyarrow, which reads on where several frames follow each other, and notices where a file
+    has been cut off."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise missing_package("pyarrow", str(path)) from None
+    return BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))

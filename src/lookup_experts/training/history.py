@@ -52,7 +52,8 @@ class History:
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
-        self.lines = [line for line in _read_lines(path) if line["step"] <= step]
+        # Begun anew, a run has measured nothing yet, not even before its first step.
+        self.lines = [line for line in _read_lines(path) if line["step"] <= step > 0]
 
     def drop_later_lines(self) -> None:
         """Make the file agree with `lines`."""

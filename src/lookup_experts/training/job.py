@@ -6,7 +6,7 @@ the same thing; how many workers do it, and how the tokenizer was named, makes n
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ _VERSION = 1
 _OPTIONS = {
     "tokenizer_hash": "another tokenizer",
     "eos_token_id": "another --eos-token",
+    "bos_token_ids": "another beginning of the documents (--no-bos)",
     "validation": "another --validation",
     "text_field": "another --text-field",
     "version": "another version of this program",
@@ -38,6 +39,8 @@ class Job:
     eos_token_id: int
     validation: float
     text_field: str
+    bos_token_ids: list[int] = field(default_factory=list)
+    """Jobs from before there was a choice have none: documents began with their text."""
     version: int = _VERSION
 
     @classmethod

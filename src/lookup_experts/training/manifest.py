@@ -10,21 +10,24 @@ A prepared folder holds
 
 A shard is nothing but token ids, little-endian, `uint16` where the vocabulary has at most 65,536
 entries and `uint32` where it has more. A split is its shards one after the other: documents in the
-order of the inputs, each followed by the end-of-document token. All shards of a split but the last
-hold the same number of tokens, and a document may go on in the next shard.
+order of the inputs, each between what the tokenizer puts before a text and the end-of-document
+token. All shards of a split but the last hold the same number of tokens, and a document may go on
+in the next shard.
 
 manifest.json is one JSON object with exactly these keys:
 
     format, version        "lookup-experts token shards", 1
     tokenizer              {name, hash}: as it was given; SHA-256 of tokenizer/tokenizer.json
     vocab_size             1 + the largest token id of the tokenizer
+    bos_token_ids          what is before every document: what the tokenizer begins a text with, or
+                           [] (`--no-bos`); a manifest without this key means []
     eos_token_id           the end-of-document token
     dtype                  "uint16" or "uint32"
     held_out               {fraction, by}: by "document", by "tail" (the end of the text, where
                            there is one document only), or "nothing"
     splits                 {train, validation}: each a list of shards
-                           {file, num_tokens, num_documents, sha256}; a document counts where it
-                           ends
+                           {file, num_tokens, num_documents, sha256, largest_token_id}; a document
+                           counts where it ends; the last key may be missing
     num_empty_documents    documents without text, left out
     inputs                 [{name, num_bytes}] or, for hub data sets, [{name, revision}]
 
@@ -32,7 +35,7 @@ Other versions and keys are refused. Writing shards is in `shards.py`, reading t
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +45,7 @@ FORMAT = "lookup-experts token shards"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "validation")
+_OPTIONAL = {"bos_token_ids"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Shard:
     num_tokens: int
     num_documents: int
     sha256: str
+    largest_token_id: int | None = None
+    """None in folders from before it was noted."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Manifest:
     splits: dict[str, list[Shard]]
     num_empty_documents: int
     inputs: list[dict[str, Any]]
+    bos_token_ids: list[int] = field(default_factory=list)
 
     def num_tokens(self, split: str) -> int:
         return sum(shard.num_tokens for shard in self.splits[split])
@@ -104,9 +111,10 @@ class Manifest:
         given = (content.pop("format", None), content.pop("version", None))
         if given != (FORMAT, VERSION):
             raise ValueError(f"it is of format {given}, expected {(FORMAT, VERSION)}")
-        expected = {field.name for field in fields(cls)}
-        if set(content) != expected:
-            raise ValueError(f"unknown or missing keys {sorted(set(content) ^ expected)}")
+        expected = {known.name for known in fields(cls)}
+        if set(content) | _OPTIONAL != expected:
+            different = (set(content) | _OPTIONAL) ^ expected
+            raise ValueError(f"unknown or missing keys {sorted(different)}")
         if content["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"unknown dtype {content['dtype']!r}")
         splits = {name: [Shard(**shard) for shard in content["splits"][name]] for name in SPLITS}

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lookup_experts.errors import UserError
 from lookup_experts.folders.attach import attach
 from lookup_experts.folders.attached_model import LookupExpertsMixin
 from lookup_experts.model.gateless_llama import GatelessLlamaConfig, GatelessLlamaForCausalLM
@@ -132,17 +131,11 @@ def _add_router_losses(model: Any, experts: ExpertsRecipe) -> None:
 
 
 def with_vocabulary(recipe: Recipe, tokenizer_size: int) -> Recipe:
-    """The recipe with its vocabulary size settled for a tokenizer of `tokenizer_size` ids."""
-    stated = recipe.model.vocab_size
-    if stated is None:
-        rounded = -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        return replace(recipe, model=replace(recipe.model, vocab_size=rounded))
-    if stated < tokenizer_size:
-        raise UserError(
-            f"model.vocab_size is {stated}, but the tokenizer of the data has {tokenizer_size} "
-            "ids. Leave model.vocab_size out of the recipe, or raise it."
-        )
-    return recipe
+    """The recipe with its vocabulary size settled: as stated, or for all ids of a tokenizer."""
+    if recipe.model.vocab_size is not None:
+        return recipe
+    rounded = -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return replace(recipe, model=replace(recipe.model, vocab_size=rounded))
 
 
 def count_parameters(model: Any) -> ParameterCounts:

@@ -2,8 +2,9 @@
 
 A piece is a safetensors file: `tokens` [tokens], and of each of its sections `num_tokens` int64,
 `ends_document` uint8, and `keys` uint64, a hash of the text. A run that was killed finds the pieces
-that it had finished, and knows by the keys that they are of the same text. A document's last
-section has the end-of-document token after it; an empty document has no tokens at all.
+that it had finished, and knows by the keys that they are of the same text. A document's first
+section has the BOS tokens before it, if any, its last the end-of-document token after it; an empty
+document has no tokens at all.
 
 Worker processes import this module, so it imports neither torch nor transformers.
 """
@@ -30,6 +31,7 @@ from tokenizers import Tokenizer
 from lookup_experts.errors import UserError
 from lookup_experts.training.files import atomic_write
 from lookup_experts.training.sections import Section
+from lookup_experts.training.tokenizer import begun_with
 
 _KEY_BYTES = 8
 
@@ -40,6 +42,7 @@ class TokenizerSpec:
 
     file: Path
     hash: str
+    bos_token_ids: tuple[int, ...]
     eos_token_id: int
     dtype: str
 
@@ -167,6 +170,8 @@ def _tokenise(section: Section, spec: TokenizerSpec) -> np.ndarray:
     tokenizer = _load_tokenizer(spec.file, spec.hash)
     # The fast form leaves out the offsets. Sections go one by one, for memory's sake.
     ids = tokenizer.encode_batch_fast([section.text], add_special_tokens=False)[0].ids
+    if section.starts_document:
+        ids = begun_with(spec.bos_token_ids, ids)
     if section.ends_document:
         ids.append(spec.eos_token_id)
     return np.array(ids, dtype=spec.dtype)

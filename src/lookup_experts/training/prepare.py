@@ -22,7 +22,7 @@ import numpy as np
 from lookup_experts.errors import DiskFullError, UserError
 from lookup_experts.training.documents import Chunk, read_documents
 from lookup_experts.training.files import atomic_write, locked
-from lookup_experts.training.inputs import Input, TextFile, find_inputs
+from lookup_experts.training.inputs import Found, Input, TextFile, survey, taken_as
 from lookup_experts.training.job import PIECES_NAME, Job, begin
 from lookup_experts.training.manifest import MANIFEST_NAME, SPLITS, Manifest
 from lookup_experts.training.pieces import (
@@ -37,6 +37,7 @@ from lookup_experts.training.shards import document_index, write_shards
 from lookup_experts.training.split import hold_out
 from lookup_experts.training.tokenizer import (
     TOKENIZER_FILE,
+    bos_token_ids,
     load_tokenizer,
     save_tokenizer,
     tokenizer_hash,
@@ -51,9 +52,12 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Opened with what is being done; what it gives is called with (done, total), total 0 if unknown.
 `console.progress_bar` is one."""
 
+_SHOWN_NAMES = 4
+"""Of a kind of inputs; `--json` has all."""
+
 # For the estimate of the space that is needed.
 _TEXT_BYTES_PER_TOKEN = 4
-_UNPACKED = {".gz": 3, ".parquet": 2}
+_UNPACKED = {".gz": 3, ".zst": 4, ".parquet": 2}
 
 
 @contextmanager
@@ -70,6 +74,12 @@ class PreparedText:
     manifest: Manifest
     was_complete: bool
     """True if the folder had been finished by an earlier run, and nothing was done."""
+    bos_tokens: list[str]
+    """What is before every document."""
+    tokenizer_bos_tokens: list[str]
+    """What the tokenizer puts before a text; the same, unless it was not wanted."""
+    found: Found
+    """The inputs, and what was passed over."""
 
     def summary(self) -> dict[str, Any]:
         """The manifest in few numbers, for `--json`."""
@@ -85,11 +95,15 @@ class PreparedText:
         return {
             "folder": str(self.folder),
             "was_complete": self.was_complete,
+            **self.found.to_dict(),
             "splits": splits,
             "held_out_by": manifest.held_out["by"],
             "num_empty_documents": manifest.num_empty_documents,
             "tokenizer_hash": manifest.tokenizer["hash"],
             "vocab_size": manifest.vocab_size,
+            "bos_token_ids": manifest.bos_token_ids,
+            "bos_tokens": self.bos_tokens,
+            "tokenizer_bos_tokens": self.tokenizer_bos_tokens,
             "eos_token_id": manifest.eos_token_id,
             "dtype": manifest.dtype,
         }
@@ -103,8 +117,10 @@ def prepare(
     validation: float = 0.01,
     text_field: str = "text",
     eos_token: str | None = None,
+    bos: bool = True,
     num_workers: int | None = None,
     progress: Progress = no_progress,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> PreparedText:
     """Tokenise text into a folder of token shards; take up an unfinished folder where it stopped.
 
@@ -119,8 +135,11 @@ def prepare(
         validation: the share of the tokens to hold out, from 0 to less than 1; see `split.py`.
         text_field: the field with the text, where documents are rows.
         eos_token: the end-of-document token; by default the tokenizer's own.
+        bos: begin each document as the tokenizer begins a text, which may be a BOS token or
+            nothing; False begins it with its text.
         num_workers: processes that tokenise; by default one per core.
         progress: shows how far each step is, e.g. `console.progress_bar`.
+        notify: told, before the work begins, what was taken and what was passed over.
 
     Raises:
         UserError: an input, the tokenizer or the folder can't be used.
@@ -131,7 +150,8 @@ def prepare(
     if num_workers is not None and num_workers < 1:
         raise UserError(f"--workers {num_workers}: expected at least 1.")
     folder = Path(out)
-    sources = find_inputs([str(name) for name in inputs], folder)
+    found = survey([str(name) for name in inputs], folder)
+    sources = found.inputs
     _refuse_no_text(sources)
     loaded = load_tokenizer(str(tokenizer), eos_token)
     job = Job(
@@ -141,7 +161,10 @@ def prepare(
         eos_token_id=loaded.eos_token_id,
         validation=validation,
         text_field=text_field,
+        bos_token_ids=bos_token_ids(loaded) if bos else [],
     )
+    for line in _in_words(found, text_field):
+        notify(line)
     with locked(folder, "preparing text"), _told_when_disk_is_full(folder):
         job = begin(folder, job)
         was_complete = (folder / MANIFEST_NAME).exists()
@@ -149,7 +172,28 @@ def prepare(
             num_workers = num_workers or len(os.sched_getaffinity(0))
             _run(folder, job, sources, loaded, num_workers, progress)
         _remove_leftovers(folder)
-    return PreparedText(folder, Manifest.load(folder), was_complete)
+    manifest = Manifest.load(folder)
+    return PreparedText(
+        folder,
+        manifest,
+        was_complete,
+        loaded.convert_ids_to_tokens(manifest.bos_token_ids),
+        loaded.convert_ids_to_tokens(bos_token_ids(loaded)),
+        found,
+    )
+
+
+def _in_words(found: Found, text_field: str) -> Iterator[str]:
+    """A line for each way in which inputs were taken, and each reason to pass something over."""
+    groups: dict[str, list[str]] = {}
+    for source in found.inputs:
+        field = f", field {text_field!r}" if source.has_rows else ""
+        groups.setdefault(f"Taken, each as {taken_as(source)}{field}", []).append(source.name)
+    for passed in found.passed_over:
+        groups.setdefault(f"Passed over, {passed.reason}", []).append(passed.name)
+    for what, names in groups.items():
+        shown = ", ".join(names[:_SHOWN_NAMES])
+        yield f"{what}: {len(names):,} ({shown}{' …' if len(names) > _SHOWN_NAMES else ''})"
 
 
 def _refuse_no_text(sources: list[Input]) -> None:
@@ -172,6 +216,7 @@ def _run(
     spec = TokenizerSpec(
         file=(folder / TOKENIZER_NAME / TOKENIZER_FILE).resolve(),
         hash=job.tokenizer_hash,
+        bos_token_ids=tuple(job.bos_token_ids),
         eos_token_id=job.eos_token_id,
         dtype="uint16" if vocab_size <= 2**16 else "uint32",
     )
@@ -191,6 +236,7 @@ def _run(
         splits=splits,
         num_empty_documents=int(np.count_nonzero(num_tokens == 0)),
         inputs=[source.for_manifest() for source in sources],
+        bos_token_ids=job.bos_token_ids,
     )
     with atomic_write(folder / MANIFEST_NAME) as file:
         file.write(manifest.to_json().encode())

@@ -53,17 +53,26 @@ class NoDisplay:
 
 
 class LineDisplay(NoDisplay):
-    """A plain line every few seconds: for log files."""
+    """A plain line every few seconds, and one at the end: for log files."""
 
     def __init__(self, num_steps: int) -> None:
         self._num_steps = num_steps
         self._shown_at = monotonic()
+        self._unshown: str | None = None
+
+    def __exit__(self, *exception: object) -> None:
+        self._show()
 
     def update(self, step: int, status: str, seconds_left: float | None) -> None:
+        left = format_duration(seconds_left)
+        self._unshown = f"step {step:,}/{self._num_steps:,}  {status}  ETA {left}"
         if monotonic() - self._shown_at >= _SECONDS_BETWEEN_LINES:
-            self._shown_at = monotonic()
-            left = format_duration(seconds_left)
-            console.say(f"step {step:,}/{self._num_steps:,}  {status}  ETA {left}")
+            self._show()
+
+    def _show(self) -> None:
+        if self._unshown is not None:
+            console.say(self._unshown)
+            self._unshown, self._shown_at = None, monotonic()
 
     def message(self, text: str) -> None:
         console.say(text)

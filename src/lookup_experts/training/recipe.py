@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_
 import yaml  # type: ignore[import-untyped]
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.model.experts import EXPERT_KINDS
+from lookup_experts.model.expert_products import EXPERT_KINDS
 from lookup_experts.model.gateless_llama import SHAPES
 
 PRECISIONS = ("bf16", "fp32")

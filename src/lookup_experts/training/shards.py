@@ -103,7 +103,7 @@ class _SplitWriter:
         name = shard_name(self._split, len(self.shards))
         self._file = self._open.enter_context(atomic_write(self._folder / name))
         self._sha256 = hashlib.sha256()
-        self._num_tokens = self._num_documents = 0
+        self._num_tokens = self._num_documents = self._largest = 0
 
     def _write(self, tokens: np.ndarray, ends: np.ndarray) -> None:
         assert self._file is not None
@@ -112,6 +112,7 @@ class _SplitWriter:
         self._sha256.update(data)
         self._num_tokens += len(tokens)
         self._num_documents += int(ends.sum())
+        self._largest = max(self._largest, int(tokens.max()))
 
     def _close_shard(self) -> None:
         if self._file is None:
@@ -120,4 +121,6 @@ class _SplitWriter:
         self._file = None
         name = shard_name(self._split, len(self.shards))
         digest = self._sha256.hexdigest()
-        self.shards.append(Shard(name, self._num_tokens, self._num_documents, digest))
+        self.shards.append(
+            Shard(name, self._num_tokens, self._num_documents, digest, self._largest)
+        )

@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from lookup_experts.errors import UserError
 from lookup_experts.training.data import TokenDataset, TokenShards
 from lookup_experts.training.inputs import find_inputs
-from lookup_experts.training.manifest import Manifest
+from lookup_experts.training.manifest import SPLITS, Manifest
 from lookup_experts.training.order import (
     MixedSequences,
     SequenceSource,
@@ -28,13 +28,17 @@ from lookup_experts.training.run_folder import identify_data
 from lookup_experts.training.streams import RowStream, StreamedSequences
 from lookup_experts.training.tokenizer import (
     TOKENIZER_FILE,
+    bos_token_ids,
     load_tokenizer,
     saved_tokenizer_hash,
+    token_without_row,
     tokenizer_hash,
     vocabulary_size,
 )
 
 STREAM = "stream:"
+_SHOWN_TOKENS = 16
+"""Of a document's beginning, in a message."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Vocabulary:
     """`name` as it was given, and `hash`."""
     vocab_size: int
     """1 + the largest token id."""
+    bos_token_ids: list[int]
+    """The tokens before every document, if any."""
     eos_token_id: int
     """The token after every document."""
 
@@ -82,7 +88,10 @@ class PreparedSource:
         self.manifest = Manifest.load(folder)
         self._check_tokenizer()
         self.vocabulary = Vocabulary(
-            self.manifest.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_id
+            self.manifest.tokenizer,
+            self.manifest.vocab_size,
+            self.manifest.bos_token_ids,
+            self.manifest.eos_token_id,
         )
         self.identity: dict[str, Any] = identify_data(self.manifest)
 
@@ -96,6 +105,25 @@ class PreparedSource:
                 f"({self.manifest.tokenizer['name']}). Copy the folder again, or delete "
                 f"{self.folder} and prepare the text again."
             )
+
+    def require_rows(self, num_ids: int) -> None:
+        """Raise a `UserError` that names the first token without a row, and its document."""
+        if self.vocabulary.vocab_size <= num_ids:
+            return
+        for split in (name for name in SPLITS if self.manifest.splits[name]):
+            shards = TokenShards(self.folder, split)
+            position = shards.first_from(num_ids)
+            if position is None:
+                continue
+            token_id = int(shards.window(position, 1)[0])
+            number, before = shards.document_before(position)
+            tokenizer = load_tokenizer(str(self.folder / TOKENIZER_NAME))
+            begins = tokenizer.decode(before[:_SHOWN_TOKENS], skip_special_tokens=True)
+            document = f"document {number:,} of the {split} text of {self.folder}"
+            if begins.strip():
+                document += f", which begins {begins.strip()!r}"
+            token = tokenizer.convert_ids_to_tokens(token_id)
+            raise token_without_row(document, token, token_id, num_ids)
 
     def sequences(self, training: TrainingRecipe, seed: int) -> SequenceSource:
         tokens = TokenDataset(TokenShards(self.folder), training.context_length)
@@ -114,14 +142,18 @@ class PreparedSource:
 class StreamedSource:
     """Text that is tokenised while training."""
 
-    def __init__(self, name: str, tokenizer: Any, tokenizer_name: str, text_field: str) -> None:
+    def __init__(
+        self, name: str, tokenizer: Any, tokenizer_name: str, bos: list[int], text_field: str
+    ) -> None:
         self._name = name
         self._inputs = find_inputs([name.removeprefix(STREAM)])
         self._tokenizer = tokenizer
         self._text_field = text_field
+        self._num_ids: int | None = None
         self.vocabulary = Vocabulary(
             {"name": tokenizer_name, "hash": tokenizer_hash(tokenizer)},
             vocabulary_size(tokenizer),
+            bos,
             tokenizer.eos_token_id,
         )
         self.identity: dict[str, Any] = {
@@ -129,12 +161,25 @@ class StreamedSource:
             "stream": [source.for_manifest() for source in self._inputs],
             "text_field": text_field,
         }
+        if bos:  # runs from before there was a choice had none, and don't state it
+            self.identity["bos_token_ids"] = bos
+
+    def require_rows(self, num_ids: int) -> None:
+        """Raise that `UserError` later, when the row with such a token is read."""
+        self._num_ids = num_ids if self.vocabulary.vocab_size > num_ids else None
 
     def sequences(self, training: TrainingRecipe, seed: int) -> StreamedSequences:
         rows = RowStream(self._inputs, self._text_field)
         # Batches are fetched at most a step before they are trained on, and one more.
         lag = 2 * training.sequences_per_step
-        return StreamedSequences(rows, self._tokenizer, training.context_length, lag)
+        return StreamedSequences(
+            rows,
+            self._tokenizer,
+            training.context_length,
+            lag,
+            bos=self.vocabulary.bos_token_ids,
+            num_ids=self._num_ids,
+        )
 
     def held_out(self, training: TrainingRecipe) -> None:
         return None
@@ -179,6 +224,17 @@ class TrainingData:
             f"source {number}": {"weight": weight, **source.identity}
             for number, (weight, source) in enumerate(pairs)
         }
+
+    def require_rows(self, num_ids: int) -> None:
+        """See that a model with rows for the ids below `num_ids` can train on this.
+
+        The tokenizer may own ids beyond, as long as the text doesn't use them.
+
+        Raises:
+            UserError: prepared text has such a token. For streams it is raised while training.
+        """
+        for source in self._sources:
+            source.require_rows(num_ids)
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer's files into a folder that exists."""
@@ -236,8 +292,11 @@ def _open_sources(
             )
         tokenizer = next(iter(prepared.values())).folder / TOKENIZER_NAME
     loaded = load_tokenizer(str(tokenizer))
+    # A mixture has one beginning: that of what was prepared.
+    begun = [source.vocabulary.bos_token_ids for source in prepared.values()]
+    bos = begun[0] if begun else bos_token_ids(loaded)
     return [
-        prepared.get(source) or StreamedSource(source.name, loaded, str(tokenizer), text_field)
+        prepared.get(source) or StreamedSource(source.name, loaded, str(tokenizer), bos, text_field)
         for source in names
     ]
 
@@ -250,6 +309,12 @@ def _common_vocabulary(names: list[SourceName], sources: list[Source]) -> Vocabu
                 f"{names[0].name} and {name.name} were tokenised by different tokenizers "
                 f"({first.tokenizer['name']} and {source.vocabulary.tokenizer['name']}). Prepare "
                 "them with the same one."
+            )
+        if source.vocabulary.bos_token_ids != first.bos_token_ids:
+            raise UserError(
+                f"The documents of {names[0].name} and {name.name} begin with different tokens "
+                f"({first.bos_token_ids} and {source.vocabulary.bos_token_ids}). Prepare them "
+                "alike: both with --no-bos, or both without."
             )
     return first
 

@@ -1,15 +1,16 @@
 """Streamed text: tokenised and cut into contexts while training, without preparing it first.
 
 The rows of a Hugging Face data set, or of local .jsonl and .parquet files, come in their own
-order, each followed by the end-of-document token, and are cut into contexts one after the other;
-at their end they begin again. Every process reads and tokenises all rows, and leaves out the
-sequences of the others, so the order doesn't depend on how many there are. A checkpoint notes
-where the rows were, which `datasets` finds again without reading all that came before.
+order, each between what the tokenizer puts before a text and the end-of-document token, and are
+cut into contexts one after the other; at their end they begin again. Every process reads and
+tokenises all rows, and leaves out the sequences of the others, so the order doesn't depend on how
+many there are. A checkpoint notes where the rows were, which `datasets` finds again without
+reading all that came before.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from lookup_experts.errors import UserError
 from lookup_experts.training.documents import first_line, missing_package, text_of_row
 from lookup_experts.training.inputs import HubDataset, Input, TextFile, suffix_of
+from lookup_experts.training.tokenizer import begun_with, token_without_row
 
 BATCH_ROWS = 64
 """Rows that are tokenised at once."""
@@ -26,6 +28,13 @@ _BUILDERS = {".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 
 State = dict[str, Any]
 """Plain JSON values."""
+
+
+class PlacedText(NamedTuple):
+    """A document, and where it stands."""
+
+    text: str
+    place: str
 
 
 class RowStream:
@@ -49,9 +58,9 @@ class RowStream:
         self._row_number = 0
         self._has_text = False
 
-    def texts(self, count: int) -> list[str]:
+    def texts(self, count: int) -> list[PlacedText]:
         """Up to `count` next texts, those without any left out; fewer where a pass ends."""
-        found: list[str] = []
+        found: list[PlacedText] = []
         try:
             for _ in range(count):
                 row = next(self._rows, None)
@@ -62,7 +71,7 @@ class RowStream:
                 place = f"data set {self.name}, row {self._row_number}"
                 text = text_of_row(row, self._text_field, place)
                 if text.strip():
-                    found.append(text)
+                    found.append(PlacedText(text, place))
                     self._has_text = True
         except UserError:
             raise
@@ -119,8 +128,8 @@ def _loading_arguments(inputs: Sequence[Input]) -> dict[str, Any]:
     builders = {_BUILDERS.get(suffix_of(path) or "") for path in files}
     if len(builders) != 1 or None in builders:
         raise UserError(
-            f"{inputs[0].name} can't be streamed: expected files of one kind, .jsonl or .parquet, "
-            "with a document per row. Prepare other text with `mole prepare`."
+            f"{inputs[0].name} can't be streamed: expected files of one kind, .jsonl, "
+            ".jsonl.gz or .parquet, with a document per row. Prepare other text: `mole prepare`."
         )
     return {"path": builders.pop(), "data_files": [str(path) for path in files]}
 
@@ -133,12 +142,25 @@ class StreamedSequences(torch.utils.data.Dataset[dict[str, Tensor]]):
         tokenizer: a fast tokenizer.
         context_length: tokens of a sequence.
         lag: how far, in sequences, training may be behind what has been asked for.
+        bos: the token ids before every document.
+        num_ids: ids that the model has rows for; None: all of the tokenizer's.
     """
 
-    def __init__(self, rows: RowStream, tokenizer: Any, context_length: int, lag: int) -> None:
+    def __init__(
+        self,
+        rows: RowStream,
+        tokenizer: Any,
+        context_length: int,
+        lag: int,
+        *,
+        bos: Sequence[int],
+        num_ids: int | None = None,
+    ) -> None:
         self._rows = rows
         self._tokenizer = tokenizer.backend_tokenizer
+        self._bos = bos
         self._eos = [tokenizer.eos_token_id]
+        self._num_ids = num_ids
         self._context_length = context_length
         self._lag = lag
         self._tokens = np.empty(0, dtype=np.int64)
@@ -178,9 +200,22 @@ class StreamedSequences(torch.utils.data.Dataset[dict[str, Tensor]]):
         while len(self._snapshots) > 1 and self._snapshots[1]["sequence"] <= self._next - self._lag:
             self._snapshots.popleft()
         texts = self._rows.texts(BATCH_ROWS)
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        parts = [np.array(one.ids + self._eos, dtype=np.int64) for one in encoded]
+        encoded = self._tokenizer.encode_batch_fast(
+            [text.text for text in texts], add_special_tokens=False
+        )
+        parts = [
+            np.array(begun_with(self._bos, one.ids) + self._eos, dtype=np.int64) for one in encoded
+        ]
+        if self._num_ids is not None:
+            for text, tokens in zip(texts, parts, strict=True):
+                self._refuse_ids_without_rows(text, tokens, self._num_ids)
         self._tokens = np.concatenate([self._tokens, *parts])
+
+    def _refuse_ids_without_rows(self, text: PlacedText, tokens: np.ndarray, num_ids: int) -> None:
+        beyond = tokens[tokens >= num_ids]
+        if len(beyond):
+            token = self._tokenizer.id_to_token(int(beyond[0]))
+            raise token_without_row(text.place, token, int(beyond[0]), num_ids)
 
     def _snapshot(self) -> State:
         return {

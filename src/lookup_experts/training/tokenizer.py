@@ -3,8 +3,9 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lookup_experts.errors import UserError
 
@@ -72,6 +73,37 @@ def _first_line(error: Exception) -> str:
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
     """1 + the largest token id: what an embedding must have rows for."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def bos_token_ids(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text: its BOS token, or several tokens, or nothing.
+
+    Args:
+        tokenizer: of transformers, fast or not.
+    """
+    # Any text that is a token tells; a special one might be taken for what is put before.
+    special = set(tokenizer.all_special_tokens)
+    for text in (token for token in tokenizer.get_vocab() if token not in special):
+        alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if alone:
+            whole = tokenizer(text)["input_ids"]
+            starts = range(len(whole) - len(alone) + 1)
+            return whole[: next(i for i in starts if whole[i : i + len(alone)] == alone)]
+    return []
+
+
+def begun_with(bos: Sequence[int], ids: list[int]) -> list[int]:
+    """The ids of a document with what comes before it, which its text may have written out."""
+    return ids if ids[: len(bos)] == list(bos) else [*bos, *ids]
+
+
+def token_without_row(document: str, token: str, token_id: int, num_ids: int) -> UserError:
+    """An error for a text that has a token beyond the rows of the model's embedding."""
+    return UserError(
+        f"{document[:1].upper()}{document[1:]}, has the token {token!r} (id {token_id:,}), and the "
+        f"model's embedding has rows for the ids below {num_ids:,} only. Take the token out of the "
+        "text, or give the embedding more rows."
+    )
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:

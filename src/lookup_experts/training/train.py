@@ -52,6 +52,7 @@ from lookup_experts.training.trainer import RecipeTrainer, is_main_process
 from lookup_experts.training.upcycling import (
     UpcycleRecipe,
     check_data,
+    other_beginning,
     prepare_to_save,
     refuse_sharding_quantised,
     upcycled_model,
@@ -142,7 +143,7 @@ def train(
     shard = take_over_from_launcher() or shard
     if not isinstance(data, TrainingData):
         data = TrainingData([data])
-    recipe = _settled(recipe, data.vocabulary, shard)
+    recipe = _settled(recipe, data, shard)
     sequences = data.sequences(recipe.training)
     held_out = data.held_out(recipe.training)
     run = RunFolder(out)
@@ -154,6 +155,10 @@ def train(
         if run.summary.exists():
             display.message(f"{run.path} is finished already; there is nothing to do.")
             return TrainingSummary.load(run.summary)
+        if isinstance(recipe, UpcycleRecipe):
+            warning = other_beginning(recipe, data.vocabulary)
+            if warning is not None:
+                display.message(warning)
         model = _model_for(recipe, data.vocabulary, shard)
         if is_main_process():
             check_disk_space(run, recipe, count_parameters(model))
@@ -169,7 +174,7 @@ def _require_accelerate() -> None:
         )
 
 
-def _settled(recipe: RecipeFile, vocabulary: Vocabulary, shard: bool) -> RecipeFile:
+def _settled(recipe: RecipeFile, data: TrainingData, shard: bool) -> RecipeFile:
     """The recipe with what the data decides, and refused where they don't go together."""
     if shard and recipe.training.share_expert_outputs:
         raise UserError(
@@ -177,10 +182,13 @@ def _settled(recipe: RecipeFile, vocabulary: Vocabulary, shard: bool) -> RecipeF
             "sharding (--shard, FSDP) cuts them. Train without --shard, or set it to false."
         )
     if isinstance(recipe, UpcycleRecipe):
-        check_data(recipe, vocabulary)
+        check_data(recipe, data)
         return recipe
     assert isinstance(recipe, Recipe)
-    return with_vocabulary(recipe, vocabulary.vocab_size)
+    settled = with_vocabulary(recipe, data.vocabulary.vocab_size)
+    assert settled.model.vocab_size is not None
+    data.require_rows(settled.model.vocab_size)
+    return settled
 
 
 def _model_for(recipe: RecipeFile, vocabulary: Vocabulary, shard: bool) -> Any:
@@ -207,14 +215,16 @@ def _upcycled(recipe: UpcycleRecipe, shard: bool) -> Any:
 
 
 def _model_from_scratch(recipe: Recipe, vocabulary: Vocabulary, shard: bool) -> Any:
-    """A model that begins and ends a text with the data's one special token."""
+    """A model that begins and ends a text as the data does; where nothing stands before, with the
+    token that ends the document before."""
     assert recipe.model.vocab_size is not None
     if shard:
         model = build_sharded_model(recipe, recipe.model.vocab_size, join_processes())
     else:
         model = build_model(recipe, recipe.model.vocab_size)
     for config in (model.config, model.generation_config):
-        config.bos_token_id = config.eos_token_id = vocabulary.eos_token_id
+        config.eos_token_id = vocabulary.eos_token_id
+        config.bos_token_id = next(iter(vocabulary.bos_token_ids), vocabulary.eos_token_id)
     return model
 
 
@@ -243,6 +253,9 @@ def _train_model(
         held_out,
         [TakeOwnIntervals(), stop, LogAtMilestones(), RefuseNonFinite(run)],
     )
+    # How good the backbone is on these contexts, before anything has changed it.
+    is_upcycled = isinstance(recipe, UpcycleRecipe)
+    trainer.args.eval_on_start = is_upcycled and held_out is not None and step == 0
     if is_main_process():
         for callback in _speaking_callbacks(run, recipe, history, display, step):
             trainer.add_callback(callback)

@@ -1,5 +1,6 @@
 """Transformers' Trainer as recipes want it: its arguments, and the few things done differently."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from lookup_experts.training.sharding import (
     write_gathered_model,
     write_sharded_model,
 )
+
+_LEAST_LOGS = 4
+"""Of a run, however short it is."""
 
 
 def num_processes() -> int:
@@ -67,7 +71,7 @@ def training_arguments(recipe: RecipeFile, run: RunFolder, validates: bool) -> T
         warmup_steps=round(training.warmup_fraction * training.num_steps),
         bf16=training.precision == "bf16",
         seed=training.seed,
-        logging_steps=training.log_every,
+        logging_steps=min(training.log_every, math.ceil(training.num_steps / _LEAST_LOGS)),
         logging_nan_inf_filter=False,  # it hides what `RefuseNonFinite` looks for
         eval_strategy="steps" if validates else "no",
         eval_steps=training.validate_every,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.folders.attach import SAVES, attach
-from lookup_experts.folders.attached_model import LookupExpertsMixin
+from lookup_experts.folders.attach import attach
+from lookup_experts.folders.attached_model import SAVES, LookupExpertsMixin
 from lookup_experts.folders.experts_alone import refer_to, set_backbone_reference
 from lookup_experts.folders.load import load
 from lookup_experts.folders.model_folder import local_folder, read_config
@@ -27,8 +27,9 @@ from lookup_experts.training.recipe import (
     TrainingRecipe,
     require_experts_to_share,
 )
-from lookup_experts.training.sources import Vocabulary
+from lookup_experts.training.sources import TrainingData, Vocabulary
 from lookup_experts.training.tokenizer import (
+    bos_token_ids,
     load_tokenizer,
     saved_tokenizer_hash,
     tokenizer_hash,
@@ -165,30 +166,48 @@ def _replace_given(recipe: BackboneRecipe, **values: Any) -> BackboneRecipe:
     return replace(recipe, **{key: value for key, value in values.items() if value is not None})
 
 
-def check_data(recipe: UpcycleRecipe, manifest: Vocabulary) -> None:
+def check_data(recipe: UpcycleRecipe, data: TrainingData) -> None:
     """Refuse text that was prepared for another model, before any weights are loaded.
 
     Raises:
-        UserError: another tokenizer, ids that the embedding has no rows for, or sequences longer
-            than the model's positions.
+        UserError: another tokenizer, a token that the embedding has no row for, or sequences
+            longer than the model's positions.
     """
     folder = _folder(recipe)
-    check_tokenizer(folder, manifest)
+    check_tokenizer(folder, data.vocabulary)
     from transformers import AutoConfig
 
     trusted = recipe.backbone.trust_remote_code
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted).get_text_config()
-    if manifest.vocab_size > config.vocab_size:
-        raise UserError(
-            f"The text was prepared with {manifest.vocab_size:,} token ids, but the embedding of "
-            f"{folder} has {config.vocab_size:,} rows. Prepare it with the model's own tokenizer."
-        )
+    data.require_rows(config.vocab_size)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and recipe.training.context_length > longest:
         raise UserError(
             f"training.context_length is {recipe.training.context_length:,}, but {folder} takes at "
             f"most {longest:,} tokens. Set it to that or less."
         )
+
+
+def other_beginning(recipe: UpcycleRecipe, vocabulary: Vocabulary) -> str | None:
+    """A warning where documents begin otherwise than the backbone's texts do; None where alike."""
+    from transformers import AutoTokenizer
+
+    folder = _folder(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=recipe.backbone.trust_remote_code
+    )
+    of_backbone, of_data = bos_token_ids(tokenizer), vocabulary.bos_token_ids
+    if of_backbone == of_data:
+        return None
+    tokens = [
+        " ".join(tokenizer.convert_ids_to_tokens(ids)) or "nothing"
+        for ids in (of_backbone, of_data)
+    ]
+    return (
+        f"Warning: the tokenizer of {folder} begins a text with {tokens[0]}, the documents of the "
+        f"data begin with {tokens[1]}. A model that learnt with it starts worse without: prepare "
+        "the text again with this version, without --no-bos."
+    )
 
 
 def check_tokenizer(folder: Path, manifest: Vocabulary) -> None:

@@ -1,5 +1,5 @@
 """`mole demo`: the whole story on text that is found on any machine.
 
-`pipeline.py` runs the stages, `stages.py` says what they are and in which order, and `journal.py`
-remembers which are finished. What the longer ones do is in modules of their own.
+`stages.py` says what the stages are and runs those that aren't finished, `journal.py` remembers
+which are, `measure.py` compares the models, `report.py` puts it into words and a picture.
 """

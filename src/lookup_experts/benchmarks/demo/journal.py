@@ -46,13 +46,12 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What the journal says of a stage."""
+class _Entry:
+    """What the journal says of a stage: the digest of everything that it depends on, and what came
+    out; None until it is finished."""
 
     digest: str
-    """Of everything that the stage depends on."""
     result: Result | None = None
-    """None until it is finished."""
 
 
 class Journal:
@@ -74,13 +73,13 @@ class Journal:
         for leftover in folder.glob("*.tmp"):
             _remove(leftover)
 
-    def _load(self) -> dict[str, Entry]:
+    def _load(self) -> dict[str, _Entry]:
         if not self._path.exists():
             self._refuse_foreign_files()
             return {}
         try:
             entries = json.loads(self._path.read_bytes())
-            return {name: Entry(**entry) for name, entry in entries.items()}
+            return {name: _Entry(**entry) for name, entry in entries.items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self._path} can't be read: {error}. Delete {self._folder}, or choose another "
@@ -113,12 +112,12 @@ class Journal:
         if before is None or before.digest != digest:
             for name in stage.outputs + stage.leftovers:
                 _remove(self._folder / name)
-        self._entries[stage.name] = Entry(digest)
+        self._entries[stage.name] = _Entry(digest)
         self._save()
 
     def finish(self, stage: Stage, result: Result) -> None:
         """Note what came out of a stage."""
-        self._entries[stage.name] = Entry(self._digest(stage), result)
+        self._entries[stage.name] = _Entry(self._digest(stage), result)
         self._save()
 
     def _digest(self, stage: Stage) -> str:

@@ -1,19 +1,52 @@
-"""The report: one table, what it means, and on what it was measured.
+"""The report: what is compared, one table, what it means, and on what it was measured.
 
 A report is plain JSON values, as `report.json` has them. `rows` and `remarks` put it into words,
 for the terminal and for `report.md` alike.
 """
 
+import io
+import logging
+import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from lookup_experts.benchmarks.demo.systems import SYSTEMS
+from rich import box
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
 from lookup_experts.units import format_bytes
 
 Report = dict[str, Any]
 
+DENSE, MOLE, TABLE = "dense", "mole", "mole-table"
+"""The folders of the models, in the demo's folder."""
 NOT_APPLICABLE = "–"
 SAMPLE_LINES = 12
+LABEL_WIDTH = 9
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to run a model: which one, and where its expert outputs come from."""
+
+    name: str
+    words: str
+    folder: str
+    color: str
+    store: str = "auto"
+
+
+SYSTEMS = (
+    System("dense", "Dense", DENSE, "#7f7f7f"),
+    System("mole_experts", "MoLE: experts computed", MOLE, "#f2a65a"),
+    System("mole_memory", "MoLE: table in memory", TABLE, "#6baed6", "memory"),
+    System("mole_disk", "MoLE: table on disk", TABLE, "#2171b5", "direct"),
+)
+"""What is compared."""
 
 
 def header() -> list[str]:
@@ -183,3 +216,91 @@ def _circumstances(report: Report) -> list[list[str]]:
         ["Trained on", report["training"]["mole"]["device"]],
         ["Time taken", f"{sum(report['seconds'].values()):.0f} s"],
     ]
+
+
+# ------------------------------------------------------------------------------------ terminal
+
+
+def show_sample(agreement: dict[str, Any]) -> None:
+    """The prompt, and what the experts and the table say next, side by side."""
+    console = Console(stderr=True, highlight=False)
+    width = max(30, (console.width - 3) // 2)
+    console.print(Panel(Text(shorten(agreement["prompt"])), title="held-out text", box=box.SIMPLE))
+    console.print(
+        Columns(
+            [
+                Panel(Text(shorten(agreement[f"{name}_text"])), title=title, width=width)
+                for name, title in (("experts", "trained experts"), ("table", "table on disk"))
+            ]
+        )
+    )
+
+
+def show_report(report: Report) -> None:
+    """The table, on stdout, and what it means."""
+    first, *others = header()
+    table = Table(first, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.columns[0].no_wrap = True
+    for name in others:
+        table.add_column(name, justify="right")
+    for row in rows(report):
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console(highlight=False)
+    console.print(table)
+    for remark in remarks(report):
+        console.print(Text(f"• {remark}"))
+
+
+# ------------------------------------------------------------------------------------- picture
+
+
+def draw(report: dict[str, Any]) -> bytes:
+    """A PNG: validation loss against tokens, and milliseconds per token."""
+    # It would announce that it builds a list of the machine's fonts.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    losses, speeds = figure.subplots(1, 2)
+    _draw_losses(losses, report)
+    _draw_speeds(speeds, report)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    return png.getvalue()
+
+
+def _draw_losses(axes: Any, report: dict[str, Any]) -> None:
+    for name, words, color in (
+        (DENSE, "Dense", SYSTEMS[0].color),
+        (MOLE, "MoLE", SYSTEMS[3].color),
+    ):
+        curve = report["training"][name]["validation_curve"]
+        tokens = [point["tokens"] / 1000 for point in curve]
+        loss = [point["validation_loss"] for point in curve]
+        axes.plot(tokens, loss, marker="o", color=color, label=words)
+        axes.annotate(
+            f"{loss[-1]:.2f}", (tokens[-1], loss[-1]), xytext=(6, 0), textcoords="offset points",
+            va="center",
+        )  # fmt: skip
+    axes.set_xlabel("training tokens, thousands")
+    axes.set_ylabel("validation loss, nats per token")
+    axes.set_title("The same tokens for both")
+    axes.margins(x=0.12)
+    axes.legend(frameon=False)
+    _tidy(axes)
+
+
+def _draw_speeds(axes: Any, report: dict[str, Any]) -> None:
+    speeds = [report["systems"][system.name]["ms_per_token"] for system in SYSTEMS]
+    words = [textwrap.fill(system.words, LABEL_WIDTH) for system in SYSTEMS]
+    bars = axes.bar(words, speeds, color=[system.color for system in SYSTEMS])
+    axes.bar_label(bars, fmt="%.2f", padding=2)
+    axes.set_ylabel("milliseconds per token")
+    axes.set_title("Decoding, one sequence: median step")
+    _tidy(axes)
+
+
+def _tidy(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)

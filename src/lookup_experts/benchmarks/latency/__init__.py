@@ -1,4 +1,5 @@
 """Dense, MoE, MoE with its experts elsewhere, and MoLE, at equal memory, step by step in turn.
 
-`measure.py` leads; each system runs in a process of its own (`worker.py`), built by `models.py`.
+`measure.py` leads; each system (`systems.py`, `peers.py`) runs in a process of its own
+(`worker.py`).
 """

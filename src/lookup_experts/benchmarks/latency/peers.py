@@ -10,7 +10,7 @@ without the rights that a limit needs.
 import mmap
 import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,17 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lookup_experts.benchmarks.ceilings import DiskCounter
-from lookup_experts.benchmarks.latency.systems import Counts
+from lookup_experts.benchmarks.processes import DiskCounter
 from lookup_experts.errors import UserError
 from lookup_experts.offloading.cache import Compute
 from lookup_experts.offloading.expert_table import matrices_of
 from lookup_experts.offloading.experts import mix_visited
-from lookup_experts.table.format import Table
-from lookup_experts.table.store import open_shards
+from lookup_experts.table.opening import Table, open_shards
 
 Expert = tuple[int, int]
 """Layer, and number in it."""
+
+
+@dataclass
+class Counts:
+    """What a system did for one forward pass."""
+
+    bytes_loaded: int = 0
+    stall_seconds: float = 0.0
+    experts_used: int = 0
+    """Summed over layers."""
+    experts_loaded: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,11 +149,12 @@ def map_experts(model: Any, table: Table, budget_bytes: int) -> PageBudget:
         mmap.mmap(fd, shard.bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         for fd, shard in zip(fds, table.shards, strict=True)
     ]
-    places = [
-        FileRange(fd, layout.record_offset(row), layout.stride, mapped)
+    records = [
+        (fd, layout.record_offset(row), mapped)
         for fd, mapped, shard in zip(fds, maps, table.shards, strict=True)
         for row in range(shard.num_ids)
     ]
+    places = [_pages_of(fd, offset, layout.stride, mapped) for fd, offset, mapped in records]
     for mapped in maps:
         mapped.madvise(mmap.MADV_RANDOM)
     pages = PageBudget(
@@ -153,16 +163,21 @@ def map_experts(model: Any, table: Table, budget_bytes: int) -> PageBudget:
     )
     matrices = [
         matrices_of(
-            torch.frombuffer(place.mapped, dtype=torch.uint8, count=layout.stride,
-                             offset=place.offset),
-            layout,
+            torch.frombuffer(mapped, dtype=torch.uint8, count=layout.stride, offset=offset), layout
         )
-        for place in places
-    ]  # fmt: skip
+        for _, offset, mapped in records
+    ]
     for layer, ffn in enumerate(model.moe_layers):
         own = slice(layer * num_experts, (layer + 1) * num_experts)
         ffn.experts = MappedExperts(layer, places[own], matrices[own], pages)
     return pages
+
+
+def _pages_of(fd: int, offset: int, num_bytes: int, mapped: mmap.mmap) -> FileRange:
+    """The pages that hold these bytes; at the ends they may hold others' as well."""
+    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    stop = -(-(offset + num_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+    return FileRange(fd, start, stop - start, mapped)
 
 
 # ---------------------------------------------------------------------------------- accelerate
@@ -187,7 +202,7 @@ def dispatch_by_accelerate(model: Any, folder: Path, budget_bytes: int) -> PageB
     dispatch_model(model, _device_map(model, device), offload_dir=str(folder))
     pages = PageBudget(budget_bytes // expert_bytes, _offloaded_places(folder, model))
     for layer, ffn in enumerate(model.moe_layers):
-        ffn.experts.register_forward_pre_hook(_noting(layer, pages))
+        ffn.experts.register_forward_pre_hook(partial(_note, layer, pages))
     return pages
 
 
@@ -202,12 +217,9 @@ def _device_map(model: Any, device: str | int) -> dict[str, str | int]:
     return places
 
 
-def _noting(layer: int, pages: PageBudget) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        for expert in torch.unique(inputs[1]).tolist():
-            pages.use((layer, expert))
-
-    return note
+def _note(layer: int, pages: PageBudget, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    for expert in torch.unique(inputs[1]).tolist():
+        pages.use((layer, expert))
 
 
 def _offloaded_places(folder: Path, model: Any) -> dict[Expert, list[FileRange]]:

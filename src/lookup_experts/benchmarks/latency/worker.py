@@ -1,30 +1,33 @@
-"""A process that runs one system and answers over a pipe.
+"""A process that runs one system: what it does, and how it is asked.
 
-It is asked `(name, *arguments)` and answers with a value, or with a `Failure`; it ends when asked
-"end" or when the pipe is closed. What it measures, it measures itself: the pipe isn't in it.
+It is asked `(name, *arguments)` over a pipe and answers with a value, or with the error that it
+can't go on; it ends when the pipe is closed. What it measures, it measures itself: the pipe isn't
+in it.
 """
 
 import hashlib
-import time
-from dataclasses import dataclass
+import multiprocessing
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from lookup_experts.allocation import keep_freed_memory
-from lookup_experts.benchmarks.latency.models import Built, Plan, build
-from lookup_experts.benchmarks.latency.systems import Counts, System
-from lookup_experts.benchmarks.residency import proportional_set_size
+from lookup_experts import allocation
+from lookup_experts.benchmarks.latency.peers import Counts
+from lookup_experts.benchmarks.latency.systems import Built, Plan, System, build
+from lookup_experts.benchmarks.processes import (
+    ProcessFailedError,
+    ending,
+    lack_of_memory_told,
+    proportional_set_size,
+)
+from lookup_experts.benchmarks.timing import clock_of
 from lookup_experts.errors import UserError
 from lookup_experts.model.cache_names import cache_argument, cache_of
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a system can't go on, in a few words."""
-
-    words: str
+from lookup_experts.model.gateless_llama import SHAPES
 
 
 @dataclass(frozen=True)
@@ -37,48 +40,12 @@ class Pass:
     """Of the logits of the last position of every sequence."""
 
 
-def serve(connection: Any, system: System, plan: Plan, sizes: dict[str, int]) -> None:
-    """Build the system and run what is asked.
-
-    Args:
-        connection: our end of the pipe.
-        sizes: of the plan's shape, which may be one that only the parent knows.
-    """
-    from lookup_experts.model.gateless_llama import SHAPES
-
-    SHAPES[plan.shape] = sizes
-    keep_freed_memory()
-    runner: Runner | None = None
-    while True:
-        try:
-            name, *arguments = connection.recv()
-        except (EOFError, ConnectionError):
-            return
-        if name == "end":
-            return
-        try:
-            if runner is None:
-                runner = Runner(build(system, plan), plan.device)
-            answer = getattr(runner, name)(*arguments)
-        except UserError as error:
-            answer = Failure(str(error))
-        except (MemoryError, OSError, RuntimeError) as error:
-            from lookup_experts.benchmarks.quality.runs import is_out_of_memory
-
-            if not is_out_of_memory(error):
-                raise
-            answer = Failure("out of memory")
-        try:
-            connection.send(answer)
-        except ConnectionError:  # nobody waits for it any more
-            return
-
-
 class Runner:
     """A system at work on one batch of sequences at a time."""
 
     def __init__(self, built: Built, device: str) -> None:
         self._built, self._device = built, torch.device(device)
+        self._clock = clock_of(device)
         self._cache_argument = cache_argument(built.model)
         self._past: Any = None
 
@@ -109,19 +76,109 @@ class Runner:
     def _run(self, ids: np.ndarray) -> Pass:
         tokens = torch.from_numpy(ids).to(self._device)
         self._built.take_counts()
-        self._synchronize()
-        started_at = time.perf_counter()
+        started_at = self._clock()
         output = self._built.model(
             tokens, use_cache=True, logits_to_keep=1, **{self._cache_argument: self._past}
         )
-        self._synchronize()
-        seconds = time.perf_counter() - started_at
+        seconds = self._clock() - started_at
         counts = self._built.take_counts()
         self._past = cache_of(output)
         self._built.between_steps()
         logits = output.logits.float().cpu().numpy()
         return Pass(seconds, counts, hashlib.sha256(logits.tobytes()).hexdigest())
 
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+
+def serve(connection: Any, system: System, plan: Plan, sizes: dict[str, int]) -> None:
+    """Build the system and run what is asked: what the process does.
+
+    Args:
+        connection: its end of the pipe.
+        sizes: of the plan's shape, which may be one that only the parent knows.
+    """
+    SHAPES[plan.shape] = sizes
+    allocation.keep_freed_memory()
+    runner: Runner | None = None
+    while True:
+        try:
+            name, *arguments = connection.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            with lack_of_memory_told():
+                if runner is None:
+                    runner = Runner(build(system, plan), plan.device)
+                answer = getattr(runner, name)(*arguments)
+        except (UserError, ProcessFailedError) as error:
+            answer = ProcessFailedError(str(error))
+        try:
+            connection.send(answer)
+        except ConnectionError:  # nobody waits for it any more
+            return
+
+
+@dataclass
+class Taken:
+    """What a system did at one batch size."""
+
+    batch: int
+    prompts: list[Pass] = field(default_factory=list)
+    """The same prompt, read again from its beginning."""
+    steps: dict[int, Pass] = field(default_factory=dict)
+    """By number; without those that warmed up."""
+    digests: list[str] = field(default_factory=list)
+    """Of every step."""
+    resident_bytes: int = 0
+
+
+class Worker:
+    """The parent's side of a system. One that can't go on rests, and the others go on.
+
+    Attributes:
+        facts: of the system, for its results.
+        taken: what it did, by batch size.
+        failed: why it can't go on, in a few words.
+    """
+
+    def __init__(self, system: System, plan: Plan, target: Callable[..., None] = serve) -> None:
+        self.system = system
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, system, plan, SHAPES[plan.shape])
+        self._process = context.Process(target=target, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self.facts: dict[str, Any] = {}
+        self.taken: dict[int, Taken] = {}
+        self.failed: str | None = None
+
+    def ask(self, *question: Any) -> Any:
+        """What the process answers; None once it has failed."""
+        self.tell(*question)
+        return self.answer()
+
+    def tell(self, *question: Any) -> None:
+        """Ask without waiting."""
+        if self.failed is None:
+            with suppress(OSError):  # there will be no answer
+                self._pipe.send(question)
+
+    def answer(self) -> Any:
+        """The answer to the question asked longest ago; None once the process has failed."""
+        if self.failed is not None:
+            return None
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join(10)
+            answer = ProcessFailedError(ending(self._process.exitcode))
+        if isinstance(answer, ProcessFailedError):
+            self.failed, answer = str(answer), None
+            self.close()
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()

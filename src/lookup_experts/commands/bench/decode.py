@@ -1,13 +1,11 @@
 """`mole bench decode`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
-from lookup_experts.commands.bench.compare import compare
 
 
 def decode(
@@ -24,7 +22,7 @@ def decode(
         bool, typer.Option("--graphs", help="On a GPU: static caches and CUDA graphs.")
     ] = False,
     ids: bench_options.Ids = None,
-    work: bench_options.Work = Path("runs/bench"),
+    work: bench_options.Work = bench_options.WORK,
     json: bench_options.JsonFile = None,
     plot: bench_options.Plot = None,
 ) -> None:
@@ -32,22 +30,12 @@ def decode(
 
     Example: `mole bench decode --batch 1,8,32 --cache 256MB --json decode.json`
     """
-    from lookup_experts.benchmarks.speed import measure_decode
+    from lookup_experts.benchmarks.beside_dense import Comparison
+    from lookup_experts.benchmarks.decode import bench_decode
+    from lookup_experts.benchmarks.results import Results
+    from lookup_experts.units import parse_bytes
 
-    compare(
-        measure_decode,
-        shape,
-        experts,
-        encoding,
-        dtype,
-        store,
-        cache,
-        batch,
-        pairs,
-        ids,
-        work,
-        json,
-        plot,
-        device,
-        graphs,
-    )
+    case = bench_options.case_of(shape, experts, encoding, dtype)
+    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device)
+    sizes = bench_options.counts(batch)
+    bench_decode(comparison, sizes, pairs, graphs, Results("decode", json, plot))

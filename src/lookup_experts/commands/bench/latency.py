@@ -5,10 +5,8 @@ from typing import Annotated
 
 import typer
 
-from lookup_experts import console
 from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
-from lookup_experts.commands.bench.report import counts, dtype_of, id_stream
 
 
 def latency(
@@ -35,7 +33,7 @@ def latency(
     dtype: bench_options.Dtype = "bfloat16",
     device: options.Device = "cpu",
     ids: bench_options.Ids = None,
-    work: bench_options.Work = Path("runs/bench"),
+    work: bench_options.Work = bench_options.WORK,
     json: bench_options.JsonFile = None,
     plot: Annotated[
         Path | None, typer.Option(help="Also draw the times per batch size into this PNG or SVG.")
@@ -53,60 +51,19 @@ def latency(
 
     Example: `mole bench latency --batch 1,8 --json latency.json --plot latency.png`
     """
-    from lookup_experts.benchmarks.latency.measure import measure_latency
-    from lookup_experts.benchmarks.latency.models import Plan, prepare_tables
-    from lookup_experts.benchmarks.latency.parts import Parts
-    from lookup_experts.benchmarks.latency.pictures import draw_bars, draw_memory, table_of
-    from lookup_experts.benchmarks.latency.systems import parse_systems
-    from lookup_experts.benchmarks.plots import check_picture
-    from lookup_experts.benchmarks.results import make_report, write_report
-    from lookup_experts.benchmarks.speed import TextWindows
+    from lookup_experts.benchmarks.latency.measure import bench_latency
+    from lookup_experts.benchmarks.latency.systems import Plan
+    from lookup_experts.benchmarks.results import Results
     from lookup_experts.units import parse_bytes
 
-    console.quiet_transformers()
-    losses = _read_quality(quality, memory_plot)
-    check_picture(plot)
-    check_picture(memory_plot)
-    plan = Plan(shape, parse_bytes(cache), work, device, dtype_of(dtype))
-    chosen, batches = parse_systems(systems), sorted(set(counts(batch)))
-    windows = TextWindows(id_stream(ids, plan.case(), work))
-    with console.progress_bar("Writing tables") as progress:
-        prepare_tables(plan, chosen, progress)
-    parts = Parts(plan, chosen, prompt, steps, ids)
-    left = [size for size in batches if not parts.has(size)]
-    if len(left) < len(batches):
-        console.say(f"Measured before: {len(batches) - len(left)} of {len(batches)} batch sizes.")
-    if left:
-        with console.progress_bar("Measuring") as progress:
-            measure_latency(chosen, plan, windows, left, prompt, steps, progress, parts.keep)
-    results = [found | {"dtype": dtype} for found in parts.results(batches)]
-    for line in table_of(results):
-        console.say(line)
-    report = make_report("bench latency", results)
-    if json:
-        write_report(report, json)
-    else:
-        console.json_result(report)
-    if plot:
-        draw_bars(results, plot)
-    if memory_plot:
-        draw_memory(results, losses, memory_plot)
-    parts.remove(batches)
-
-
-def _read_quality(path: Path | None, memory_plot: Path | None) -> dict:
-    """The report at `path`; empty if no plot needs it."""
-    import json
-
-    from lookup_experts.errors import UserError
-
-    if (path is None) != (memory_plot is None):
-        raise UserError("--memory-plot needs --quality with a report of mole bench quality.")
-    if path is None:
-        return {}
-    try:
-        found = json.loads(path.read_text())
-        found["results"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: expected the JSON of mole bench quality ({error}).") from error
-    return dict(found)
+    bench_latency(
+        systems or (),
+        Plan(shape, parse_bytes(cache), work, device, bench_options.dtype_of(dtype)),
+        bench_options.counts(batch),
+        prompt,
+        steps,
+        ids,
+        quality,
+        memory_plot,
+        Results("latency", json, plot, work),
+    )

@@ -1,14 +1,11 @@
 """`mole bench memory`."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lookup_experts import console
 from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
-from lookup_experts.commands.bench.report import dtype_of, id_stream, line, report
 
 
 def memory(
@@ -26,27 +23,17 @@ def memory(
         ),
     ] = None,
     ids: bench_options.Ids = None,
-    work: bench_options.Work = Path("runs/bench"),
+    work: bench_options.Work = bench_options.WORK,
     json: bench_options.JsonFile = None,
 ) -> None:
     """What the processes of a dense and of a MoLE model really hold, after decoding and a prompt.
 
     Example: `mole bench memory --cache 0`, `mole bench memory --prompt 8192`
     """
-    from lookup_experts.benchmarks.models import Case, random_table
-    from lookup_experts.benchmarks.residency import measure_memory, measure_prompt_memory
+    from lookup_experts.benchmarks.memory import bench_memory
+    from lookup_experts.benchmarks.results import Results
     from lookup_experts.units import parse_bytes
 
-    case = Case(shape, experts, encoding, dtype_of(dtype))
-    with console.progress_bar("Writing a table") as progress:
-        table = random_table(case, work, progress)
-    stream = id_stream(ids, case, work)
-    measured: list[Any]
-    if prompt:
-        measured = [measure_prompt_memory(case, table.folder, store, prompt, stream)]
-    else:
-        measured = measure_memory(case, table.folder, store, parse_bytes(cache), stream)
-    results = [found.to_dict() for found in measured]
-    for found in results:
-        console.say(line(found))
-    report("prompt memory" if prompt else "memory", results, json, None)
+    case = bench_options.case_of(shape, experts, encoding, dtype)
+    results = Results("prompt memory" if prompt else "memory", json)
+    bench_memory(case, store, parse_bytes(cache), prompt, ids, work, results)

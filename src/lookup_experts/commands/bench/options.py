@@ -1,7 +1,7 @@
-"""Options that the measurements share."""
+"""Options that the measurements share, and how they are read."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,3 +24,38 @@ JsonFile = Annotated[
 ]
 Plot = Annotated[Path | None, typer.Option(help="Also draw the results into this PNG.")]
 Counts = Annotated[str, typer.Option(help="Which sizes to measure, e.g. 1,8,32.")]
+
+WORK = Path("runs/bench")
+"""The default of `Work`."""
+DTYPES = ("float32", "bfloat16")
+
+
+def counts(text: str) -> list[int]:
+    """The sizes of `Counts`."""
+    from lookup_experts.errors import UserError
+
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"Expected numbers like 1,8,32; got {text!r}.") from error
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"Sizes must be at least 1; got {text!r}.")
+    return numbers
+
+
+def dtype_of(name: str) -> Any:
+    """The torch dtype of `Dtype`."""
+    import torch
+
+    from lookup_experts.errors import unknown_name
+
+    if name not in DTYPES:
+        raise unknown_name("dtype", name, DTYPES)
+    return getattr(torch, name)
+
+
+def case_of(shape: str, experts: int, encoding: str, dtype: str = "bfloat16") -> Any:
+    """The `Case` of the options of these names."""
+    from lookup_experts.benchmarks.models import Case
+
+    return Case(shape, experts, encoding, dtype_of(dtype))

@@ -1,13 +1,11 @@
 """`mole bench prefill`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
-from lookup_experts.commands.bench.compare import compare
 
 
 def prefill(
@@ -21,7 +19,7 @@ def prefill(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of prompts, dense and MoLE.")] = 200,
     device: options.Device = "cpu",
     ids: bench_options.Ids = None,
-    work: bench_options.Work = Path("runs/bench"),
+    work: bench_options.Work = bench_options.WORK,
     json: bench_options.JsonFile = None,
     plot: bench_options.Plot = None,
 ) -> None:
@@ -29,21 +27,12 @@ def prefill(
 
     Example: `mole bench prefill --tokens 512,2048`
     """
-    from lookup_experts.benchmarks.speed import measure_prefill
+    from lookup_experts.benchmarks.beside_dense import Comparison
+    from lookup_experts.benchmarks.prefill import bench_prefill
+    from lookup_experts.benchmarks.results import Results
+    from lookup_experts.units import parse_bytes
 
-    compare(
-        measure_prefill,
-        shape,
-        experts,
-        encoding,
-        dtype,
-        store,
-        cache,
-        tokens,
-        pairs,
-        ids,
-        work,
-        json,
-        plot,
-        device,
-    )
+    case = bench_options.case_of(shape, experts, encoding, dtype)
+    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device)
+    sizes = bench_options.counts(tokens)
+    bench_prefill(comparison, sizes, pairs, Results("prefill", json, plot))

@@ -42,51 +42,26 @@ def quality(
 
     Example: `mole bench quality dense moe-10e mole-4e --data data/ --tokens 3e6 --seeds 0,1,2`
     """
-    from lookup_experts.benchmarks.plots import check_picture
-    from lookup_experts.benchmarks.quality.report import add_up, draw_curves, in_words
-    from lookup_experts.benchmarks.quality.runs import train_all
-    from lookup_experts.benchmarks.quality.systems import (
-        DEFAULT_SYSTEMS,
-        System,
-        ablation_systems,
-    )
-    from lookup_experts.benchmarks.results import make_report, write_report
+    from lookup_experts.benchmarks.quality import bench_quality
+    from lookup_experts.benchmarks.results import Results
     from lookup_experts.cli import EXIT_INTERRUPTED
-    from lookup_experts.errors import UserError
     from lookup_experts.training.recipe import load_recipe
     from lookup_experts.training.train import TrainingInterrupted
 
-    if systems and ablation:
-        raise UserError("Name systems, or an --ablation, which names its own; not both.")
-    check_picture(plot)
-    console.quiet_transformers()
-    base = load_recipe(recipe, overrides or ())
-    names = ablation_systems(ablation, base) if ablation else systems or DEFAULT_SYSTEMS
     try:
-        runs = list(
-            train_all(
-                [System.parse(name) for name in names],
-                _numbers(seeds, "--seeds"),
-                base,
-                data,
-                _numbers(tokens, "--tokens")[0],
-                work,
-                console.say,
-            )
+        bench_quality(
+            systems or (),
+            ablation,
+            _numbers(seeds, "--seeds"),
+            load_recipe(recipe, overrides or ()),
+            data,
+            _numbers(tokens, "--tokens")[0],
+            work,
+            Results("quality", json, plot),
         )
     except TrainingInterrupted as interrupted:
         console.say(str(interrupted))
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    results = add_up(runs)
-    for result in results:
-        console.say(in_words(result))
-    found = make_report("bench quality", results)
-    if json:
-        write_report(found, json)
-    else:
-        console.json_result(found)
-    if plot:
-        draw_curves(results, plot)
 
 
 def _numbers(text: str, option: str) -> list[int]:

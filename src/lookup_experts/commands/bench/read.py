@@ -1,11 +1,7 @@
 """`mole bench read`."""
 
-from pathlib import Path
-
-from lookup_experts import console
 from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
-from lookup_experts.commands.bench.report import counts, line, report
 
 
 def read(
@@ -14,7 +10,7 @@ def read(
     encoding: bench_options.Encoding = "bfloat16",
     store: options.Store = "direct",
     batch: bench_options.Counts = "1,8,32,256",
-    work: bench_options.Work = Path("runs/bench"),
+    work: bench_options.Work = bench_options.WORK,
     json: bench_options.JsonFile = None,
     plot: bench_options.Plot = None,
 ) -> None:
@@ -22,17 +18,8 @@ def read(
 
     Example: `mole bench read --batch 32,256`
     """
-    from lookup_experts.benchmarks.models import Case, random_table
-    from lookup_experts.benchmarks.reading import WAYS, measure_read
-    from lookup_experts.table.reader import SLOT_BATCH
-    from lookup_experts.table.store import open_store
+    from lookup_experts.benchmarks.read import bench_read
+    from lookup_experts.benchmarks.results import Results
 
-    with console.progress_bar("Writing a table") as progress:
-        table = random_table(Case(shape, experts, encoding), work, progress)
-    results = []
-    with open_store(table, store, notify=console.say) as opened:
-        for size in counts(batch):
-            for way in WAYS if size <= SLOT_BATCH else (w for w in WAYS if w.under_way == 1):
-                results.append(measure_read(table, opened, size, way).to_dict())
-                console.say(line(results[-1]))
-    report("read", results, json, plot)
+    case = bench_options.case_of(shape, experts, encoding)
+    bench_read(case, store, bench_options.counts(batch), work, Results("read", json, plot))

@@ -1,15 +1,11 @@
 """`mole bench serve`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lookup_experts import console
 from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
-from lookup_experts.commands.bench.report import counts, dtype_of, id_stream, line, report
-from lookup_experts.errors import UserError
 
 
 def serve(
@@ -31,7 +27,7 @@ def serve(
     ] = 0,
     device: options.Device = "cpu",
     ids: bench_options.Ids = None,
-    work: bench_options.Work = Path("runs/bench"),
+    work: bench_options.Work = bench_options.WORK,
     json: bench_options.JsonFile = None,
     plot: bench_options.Plot = None,
 ) -> None:
@@ -39,42 +35,22 @@ def serve(
 
     Example: `mole bench serve --streams 1,8,32 --json serve.json --plot serve.png`
     """
-    import asyncio
-    from contextlib import ExitStack
+    from lookup_experts.benchmarks.results import Results
+    from lookup_experts.benchmarks.serve import bench_serve
 
-    from lookup_experts.benchmarks.models import Case, random_table
-    from lookup_experts.benchmarks.serving.folders import save_folders
-    from lookup_experts.benchmarks.serving.load import Client
-    from lookup_experts.benchmarks.serving.measure import measure_soak, measure_streams
-    from lookup_experts.benchmarks.serving.process import ServerProcess
-
-    console.quiet_transformers()
-    numbers = counts(streams)
-    case = Case(shape, experts, encoding, dtype_of(dtype))
-    with console.progress_bar("Writing a table") as progress:
-        table = random_table(case, work, progress)
-    text = id_stream(ids, case, work)
-    if len(text) <= prompt:
-        raise UserError(f"--ids has {len(text)} ids; a prompt of {prompt} needs more.")
-    starts = range(0, len(text) - prompt, max(1, (len(text) - prompt) // 512))
-    prompts = [text[start : start + prompt].tolist() for start in starts]
-    folders = save_folders(case, table, work)
-    reading = {"dense": (), "mole": ("--store", store, "--cache", cache)}
-    common = ("--device", device, "--max-batch", max(numbers))
-    with ExitStack() as stack:
-        clients = {}
-        for name in ("mole",) if soak else ("dense", "mole"):
-            server = ServerProcess(folders[name], *reading[name], *common)
-            stack.enter_context(server)
-            clients[name] = Client(server, prompts, tokens)
-        with console.progress_bar("Serving") as progress:
-            if soak:
-                steady = measure_soak("mole", clients["mole"], max(numbers), soak, progress)
-                results = [asyncio.run(steady)]
-            else:
-                found = measure_streams(clients, numbers, rounds, progress)
-                results = asyncio.run(found)
-    for result in results:
-        result["dtype"] = dtype
-        console.say(line(result))
-    report("serve", results, json, plot)
+    common = ("--device", device, "--max-batch", max(bench_options.counts(streams)))
+    servers = {"dense": common, "mole": ("--store", store, "--cache", cache, *common)}
+    if soak:
+        del servers["dense"]
+    bench_serve(
+        bench_options.case_of(shape, experts, encoding, dtype),
+        servers,
+        bench_options.counts(streams),
+        rounds,
+        prompt,
+        tokens,
+        soak,
+        ids,
+        work,
+        Results("serve", json, plot),
+    )

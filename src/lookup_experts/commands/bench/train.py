@@ -1,15 +1,11 @@
 """`mole bench train`."""
 
-from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lookup_experts import console
 from lookup_experts.commands import options
 from lookup_experts.commands.bench import options as bench_options
-from lookup_experts.commands.bench.report import counts, line, report
 
 
 def train(
@@ -38,13 +34,12 @@ def train(
         bool, typer.Option(help="Measure peak memory as well, each in a process of its own.")
     ] = True,
     trainer: Annotated[
-        bool,
-        typer.Option("--trainer", help="Only measure the Trainer against a bare loop."),
+        bool, typer.Option("--trainer", help="Only measure the Trainer against a bare loop.")
     ] = False,
     dtype: bench_options.Dtype = "float32",
     device: options.Device = "cpu",
     ids: bench_options.Ids = None,
-    work: bench_options.Work = Path("runs/bench"),
+    work: bench_options.Work = bench_options.WORK,
     json: bench_options.JsonFile = None,
     plot: bench_options.Plot = None,
 ) -> None:
@@ -55,74 +50,29 @@ def train(
     Example: `mole bench train --layers 2 --tokens 2048,8192 --ids runs/novels --json train.json`
     """
     from lookup_experts.benchmarks.models import Case
-    from lookup_experts.benchmarks.speed import TextWindows
-    from lookup_experts.benchmarks.training import case_of_shape
-    from lookup_experts.benchmarks.training_plot import draw_training
-    from lookup_experts.commands.bench.report import dtype_of, id_stream
+    from lookup_experts.benchmarks.results import Results
+    from lookup_experts.benchmarks.text import TextWindows, id_stream
+    from lookup_experts.benchmarks.train import bench_train, case_of_shape
+    from lookup_experts.benchmarks.trainer import bench_trainer
     from lookup_experts.errors import UserError
 
-    sizes, numbers = counts(tokens), counts(experts)
+    sizes, numbers = bench_options.counts(tokens), bench_options.counts(experts)
     for size in sizes:
         if size % context:
             raise UserError(f"--tokens {size} is no multiple of --context {context}.")
+    if trainer and plot:
+        raise UserError("--plot draws systems beside dense; leave it out with --trainer.")
     case = case_of_shape(
-        shape, layers, context=context, head=head, dtype=dtype_of(dtype), device=device
+        shape,
+        layers,
+        context=context,
+        head=head,
+        dtype=bench_options.dtype_of(dtype),
+        device=device,
     )
-    windows = TextWindows(id_stream(ids, Case(shape), work))
+    windows = TextWindows(id_stream(ids, Case(shape).layout.shape.vocab_size, work))
+    results = Results("train", json, plot)
     if trainer:
-        results = _overhead(case, numbers, windows, sizes, rounds)
+        bench_trainer(case, numbers, sizes, windows, rounds, results)
     else:
-        results = _steps(case, numbers, windows, sizes, rounds, accumulate, peak)
-    report("train", results, json, plot=None)
-    if plot:
-        draw_training(results, plot)
-
-
-def _steps(
-    case: Any,
-    numbers: list[int],
-    windows: Any,
-    sizes: list[int],
-    rounds: int,
-    accumulate: int,
-    peak: bool,
-) -> list[dict[str, Any]]:
-    from lookup_experts.benchmarks.training import Systems, measure_training
-    from lookup_experts.benchmarks.training_memory import peak_bytes
-
-    names = ("unique", "per_position") if accumulate == 1 else ("unique", "shared")
-    keys = [("dense", None), *((name, count) for count in numbers for name in names)]
-    results: list[dict[str, Any]] = []
-    peaks: dict[Any, int] = {}
-    if peak:  # first, while this process holds little
-        measured = [(size, key) for size in sizes for key in keys]
-        with console.progress_bar("Peak memory") as advance:
-            for number, (size, key) in enumerate(measured):
-                rows = size // case.context
-                batches = [windows.take(rows, case.context + 1) for _ in range(accumulate)]
-                peaks[size, key] = peak_bytes(case, *key, batches)
-                advance(number + 1, len(measured))
-    systems = Systems(case, keys)
-    for size in sizes:
-        with console.progress_bar(f"{accumulate} x {size} tokens") as advance:
-            found = measure_training(systems, windows, size, rounds, accumulate, advance)
-        for key, result in zip(keys, found, strict=True):
-            results.append(replace(result, peak_bytes=peaks.get((size, key))).to_dict())
-            console.say(line(results[-1]))
-    return results
-
-
-def _overhead(
-    case: Any, numbers: list[int], windows: Any, sizes: list[int], rounds: int
-) -> list[dict[str, Any]]:
-    from lookup_experts.benchmarks.trainer_overhead import measure_overhead
-
-    results = []
-    for number in numbers:
-        for size in sizes:
-            with console.progress_bar(f"Trainer, {number} experts, {size} tokens") as advance:
-                sequences = size // case.context
-                found = measure_overhead(case, number, windows, sequences, rounds, advance)
-            results.append(found.to_dict())
-            console.say(line(results[-1]))
-    return results
+        bench_train(case, numbers, sizes, windows, rounds, accumulate, peak, results)

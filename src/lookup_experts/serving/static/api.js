@@ -29,6 +29,7 @@ export async function fetchStats(key) {
 /**
  * The chunks of a streamed answer, as they come.
  * @param {string} route `completions` or `chat/completions`
+ * @param {object} body what is asked; with `lookup_details`, what the experts did comes too
  * @param {AbortSignal} signal ends it
  */
 export async function* streamChunks(route, body, key, signal) {
@@ -36,7 +37,7 @@ export async function* streamChunks(route, body, key, signal) {
     await fetch(`v1/${route}`, {
       method: "POST",
       headers: { "Content-Type": "application/json", ...headers(key) },
-      body: JSON.stringify({ ...body, stream: true, lookup_details: true }),
+      body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
       signal,
     }),
   );

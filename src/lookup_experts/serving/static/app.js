@@ -1,15 +1,16 @@
 // The page: sends prompts, and shows every second what the server does.
 
 import { ApiError, fetchStats, streamChunks } from "./api.js";
-import { formatBytes, prepare } from "./details.js";
+import { keep, kept } from "./conversation.js";
+import { formatBytes, hasLookupExperts, prepare } from "./details.js";
 import { clear, Turn } from "./transcript.js";
 
 const element = (id) => document.getElementById(id);
 const POLL_MILLISECONDS = 1000;
 
-let messages = [];
+let served = null; // the first that the server told of itself
+let turns = [];
 let running = null; // the AbortController of what is generated now
-let isPrepared = false;
 
 // ------------------------------------------------------------------ what the server does
 
@@ -19,11 +20,19 @@ function showStats(stats) {
   element("live-hits").textContent = reads ? `${(100 * stats.hit_rate).toFixed(1)} %` : "–";
   element("live-memory").textContent = formatBytes(stats.resident_bytes);
   element("live-queue").textContent = `${stats.running}, ${stats.waiting}`;
-  if (!isPrepared) {
-    isPrepared = true;
-    element("model").textContent = describe(stats);
-    prepare(stats);
-  }
+  if (served === null) begin(stats);
+}
+
+function begin(stats) {
+  served = stats;
+  element("model").textContent = describe(stats);
+  prepare(stats);
+  const before = kept();
+  if (before !== null && before.model !== stats.model) forgetAll();
+  element("mode-row").hidden = !stats.chat;
+  const chosen = before?.model === stats.model ? before.mode : "chat";
+  element("mode").value = stats.chat ? chosen : "completion";
+  showMode();
 }
 
 function describe(stats) {
@@ -36,6 +45,19 @@ function describe(stats) {
   return `${stats.model} · ${stats.layers} layers · ${form}`;
 }
 
+const isChat = () => element("mode").value === "chat";
+
+function showMode() {
+  element("system-row").hidden = !isChat();
+  element("send").textContent = isChat() ? "Send" : "Generate";
+  element("prompt").placeholder = isChat() ? "Ask something" : "Once upon a time";
+  const first = isChat() ? "Say something to the model." : "Give the beginning of a text.";
+  const opened =
+    " Every token that it adds can be opened, with a click or with the arrow keys and Enter, to see" +
+    " what its experts did.";
+  element("hint").textContent = served && hasLookupExperts(served) ? first + opened : first;
+}
+
 async function poll() {
   if (!document.hidden) {
     try {
@@ -43,7 +65,7 @@ async function poll() {
     } catch (error) {
       for (const figure of document.querySelectorAll(".live dd")) figure.textContent = "–";
       if (error.status === 401) askForKey();
-      else if (!isPrepared) element("model").textContent = sentence(error);
+      else if (served === null) element("model").textContent = sentence(error);
     }
   }
   setTimeout(poll, POLL_MILLISECONDS);
@@ -51,7 +73,7 @@ async function poll() {
 
 function askForKey() {
   element("key-row").hidden = false;
-  if (!isPrepared) element("model").textContent = "This server asks for an API key.";
+  if (served === null) element("model").textContent = "This server asks for an API key.";
 }
 
 // ------------------------------------------------------------------ generating
@@ -68,7 +90,24 @@ function settings() {
     temperature: element("temperature").valueAsNumber,
     top_p: element("top-p").valueAsNumber,
     seed: seed === "" ? null : Number(seed),
+    ...(hasLookupExperts(served) && { lookup_details: true }),
   };
+}
+
+/** What is asked for a turn that is new, or that goes on: [route, body]. */
+function request(turn) {
+  if (!turn.isChat) return ["completions", { ...settings(), prompt: turn.prompt + turn.text }];
+  const messages = [];
+  const system = element("system").value.trim();
+  if (system) messages.push({ role: "system", content: system });
+  for (const said of turns.slice(0, turns.indexOf(turn) + 1)) {
+    const isAnswered = said.text.trim() !== "";
+    if (!said.isChat || (said !== turn && !isAnswered)) continue; // templates want turns by turns
+    messages.push({ role: "user", content: said.prompt });
+    if (isAnswered) messages.push({ role: "assistant", content: said.text });
+  }
+  const goesOn = messages.at(-1).role === "assistant";
+  return ["chat/completions", { ...settings(), messages, ...(goesOn && { continue_final_message: true }) }];
 }
 
 function setRunning(controller) {
@@ -77,67 +116,141 @@ function setRunning(controller) {
   element("stop").disabled = controller === null;
 }
 
-/** Stream one answer into a turn; an interrupted one keeps what had come. Gives whether any had. */
-async function generate(turn, route, body) {
+function showError(error) {
+  element("error").textContent = sentence(error);
+  if (error.status === 401) {
+    askForKey();
+    element("key").focus();
+  }
+}
+
+/** Stream an answer, or more of it, into a turn; an interrupted one keeps what had come. */
+async function generate(turn) {
   const controller = new AbortController();
   setRunning(controller);
   element("error").textContent = "";
   element("status").textContent = "Generating …";
+  turn.showEnd(null);
   const startedAt = performance.now();
-  let end = "Done";
+  const [route, body] = request(turn);
+  let end = "broken";
+  let count = 0;
   try {
     for await (const chunk of streamChunks(route, body, element("key").value, controller.signal)) {
+      if (chunk.usage) count = chunk.usage.completion_tokens;
       const choice = chunk.choices[0];
+      if (!choice || choice.delta?.role) continue;
       const text = choice.text ?? choice.delta.content ?? "";
+      if (choice.finish_reason) end = choice.finish_reason;
+      else count += 1;
       if (chunk.lookup) turn.add(text, chunk.lookup);
-      else turn.finish(text);
+      else turn.addText(text);
     }
   } catch (error) {
-    end = "Stopped";
-    if (!controller.signal.aborted) {
-      element("error").textContent = sentence(error);
-      if (error.status === 401) {
-        askForKey();
-        element("key").focus();
-      }
-    }
+    if (controller.signal.aborted) end = "stopped";
+    else showError(error);
   }
   const seconds = (performance.now() - startedAt) / 1000;
-  const counted = `${end}: ${turn.count} tokens in ${seconds.toFixed(1)} s`;
-  element("status").textContent = turn.isShown ? counted : "";
+  const how = end === "stopped" || end === "broken" ? "Stopped" : "Done";
+  element("status").textContent = turn.isShown ? `${how}: ${count} tokens in ${seconds.toFixed(1)} s` : "";
+  turn.limit = body.max_tokens;
+  turn.finish(end);
   setRunning(null);
-  return turn.count > 0;
+}
+
+/** Under a text that has not come to its own end, why, and a way to go on. */
+function offerToGoOn(turn) {
+  const why = {
+    length: `Cut off at the limit of ${turn.limit} tokens.`,
+    stopped: "Stopped.",
+    broken: "Broken off.",
+  }[turn.end];
+  turn.showEnd(why, () => goOn(turn));
+}
+
+async function goOn(turn) {
+  if (running) return;
+  await generate(turn);
+  settle(turn);
+}
+
+function settle(turn) {
+  if (turn.isShown) offerToGoOn(turn);
+  keepAll();
 }
 
 async function send(event) {
   event.preventDefault();
   if (running) return;
   const prompt = element("prompt").value;
-  const isChat = element("mode").value === "chat";
-  const turn = new Turn(prompt, isChat);
-  const asked = [...messages, { role: "user", content: prompt }];
-  if (isChat) element("prompt").value = "";
-  const hasCome = isChat
-    ? await generate(turn, "chat/completions", { ...settings(), messages: asked })
-    : await generate(turn, "completions", { ...settings(), prompt });
-  if (!turn.isShown) return; // cleared away, and a conversation with it
-  if (!hasCome) {
-    turn.remove();
-    element("prompt").value ||= prompt; // to be sent again
-  } else if (isChat) {
-    messages = [...asked, { role: "assistant", content: turn.text }];
+  if (served === null) {
+    try {
+      showStats(await fetchStats(element("key").value));
+    } catch (error) {
+      showError(error);
+      return;
+    }
   }
+  const turn = new Turn({ prompt, isChat: isChat() }, served.model);
+  for (const before of turns) before.dropGoOn();
+  turns.push(turn);
+  if (turn.isChat) element("prompt").value = "";
+  await generate(turn);
+  if (!turn.isShown) return; // cleared away, and the others with it
+  if (turn.text === "" && turn.tokens.length === 0 && turn.end === "broken") {
+    turns.pop();
+    turn.remove();
+    element("status").textContent = "";
+    if (turns.length > 0) offerToGoOn(turns.at(-1));
+    element("prompt").value ||= prompt; // to be sent again
+  } else {
+    settle(turn);
+  }
+}
+
+// ------------------------------------------------------------------ over a reload
+
+function keepAll() {
+  const model = served?.model ?? kept()?.model;
+  keep({ model, mode: element("mode").value, system: element("system").value, turns });
+}
+
+function restore() {
+  const before = kept();
+  if (before === null) return;
+  element("mode").value = before.mode;
+  element("system").value = before.system;
+  element("system-row").open = before.system !== "";
+  turns = before.turns.map((turn) => new Turn(turn, before.model));
+  if (turns.length > 0) offerToGoOn(turns.at(-1));
+}
+
+function forgetAll() {
+  running?.abort();
+  turns = [];
+  clear();
+  element("status").textContent = element("error").textContent = "";
+  keepAll();
 }
 
 element("composer").addEventListener("submit", send);
 element("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) element("composer").requestSubmit();
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (!running) element("composer").requestSubmit();
+});
+element("mode").addEventListener("change", () => {
+  showMode();
+  keepAll();
 });
 element("stop").addEventListener("click", () => running?.abort());
-element("clear").addEventListener("click", () => {
-  running?.abort();
-  messages = [];
-  clear();
-  element("status").textContent = element("error").textContent = "";
+element("clear").addEventListener("click", forgetAll);
+// Before the browser breaks off what is loading: that would look like a lost connection.
+window.addEventListener("beforeunload", () => running?.abort());
+window.addEventListener("pagehide", () => {
+  if (running) turns.at(-1).end = "stopped";
+  if (served) keepAll();
 });
+restore();
+showMode();
 poll();

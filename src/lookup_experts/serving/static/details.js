@@ -17,21 +17,14 @@ export function formatBytes(bytes) {
 
 const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 
-/** An empty heat map of the served model's size, or the sentence that stands in its place. */
+/** Whether a served model has lookup experts, of which there is something to show. */
+export const hasLookupExperts = (stats) => KINDS_WITH_WEIGHTS.has(stats.kind);
+
+/** An empty heat map of the served model's size; nothing where there are no lookup experts. */
 export function prepare(stats) {
-  const shown = KINDS_WITH_WEIGHTS.has(stats.kind);
-  element("heat").hidden = !shown;
-  element("no-heat").hidden = shown;
+  element("details").hidden = !hasLookupExperts(stats);
   element("legend").hidden = stats.kind !== "mole-table" || stats.store === "memory";
-  if (shown) {
-    build(stats.layers, stats.experts);
-  } else if (stats.kind === "moe") {
-    element("no-heat").textContent =
-      "This model's experts compute on hidden states; it looks nothing up, and there are no weights to show.";
-  } else {
-    element("no-heat").textContent =
-      "This is a dense model: it has no experts, so there are no weights to show.";
-  }
+  if (hasLookupExperts(stats)) build(stats.layers, stats.experts);
 }
 
 function cell(name, text, scope) {
@@ -94,7 +87,7 @@ export function forget() {
 }
 
 function recordOf(lookup) {
-  if (lookup.cache_hit === null) return lookup.weights === null ? "None" : "In memory";
+  if (lookup.cache_hit === null) return "In memory";
   return lookup.cache_hit ? "In the cache" : "From disk";
 }
 

@@ -1,0 +1,244 @@
+"""Decoding: steps over real text, MoLE with its table on disk beside its dense backbone."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from lookup_experts import console
+from lookup_experts.benchmarks.beside_dense import Comparison, disk_rate, draw_ratios, speeds
+from lookup_experts.benchmarks.machine import memory_bytes_per_second
+from lookup_experts.benchmarks.processes import DiskCounter
+from lookup_experts.benchmarks.results import Result, Results
+from lookup_experts.benchmarks.text import TextWindows
+from lookup_experts.benchmarks.timing import Advance, clock_of, interleave, median
+from lookup_experts.errors import UserError
+from lookup_experts.model.blocks import find_ffns
+from lookup_experts.model.cache_names import cache_argument, cache_of
+from lookup_experts.table.reader import ReaderStatistics, TableExperts
+
+SEQUENCE_STEPS = 64
+"""Decoding steps before new sequences begin, so that contexts stay alike."""
+CONTEXT = 64
+"""Tokens of each sequence before its first decoding step."""
+WARM_UP_STEPS = 8
+CACHE_WARM_UP_TOKENS = 60_000
+
+
+def bench_decode(
+    comparison: Comparison, batches: Sequence[int], pairs: int, graphs: bool, results: Results
+) -> None:
+    """`mole bench decode`: so many pairs of steps of each batch size; with `graphs` on a GPU, by
+    CUDA graphs."""
+    if graphs and not comparison.device.startswith("cuda"):
+        raise UserError(
+            f"CUDA graphs need a GPU; give --device cuda instead of {comparison.device}."
+        )
+    models, windows = comparison.prepare()
+    if graphs:
+        longest = CONTEXT + SEQUENCE_STEPS
+        models = {name: DecodingByGraphs(model, longest) for name, model in models.items()}
+    options = {"dtype": comparison.case.dtype_name, "cuda_graphs": True if graphs else None}
+    for batch in batches:
+        with console.progress_bar(f"decode {batch}") as advance:
+            found = measure_decode(models, windows, batch, pairs, advance)
+        results.add(*(result | options for result in found))
+    results.finish(draw_ratios)
+
+
+@torch.inference_mode()
+def measure_decode(
+    models: dict[str, Any], windows: TextWindows, batch: int, pairs: int, advance: Advance
+) -> list[Result]:
+    """Decoding steps of `batch` sequences, dense and MoLE in turn.
+
+    Returns:
+        What `speeds` says, and `share_of_memory_bandwidth`: a step's weights and rows, over its
+        time and what memory reaches at best. Of MoLE on a CPU also `entrance_ms` and `blocks_ms`:
+        what asking for the records takes before the first block, and what attaching added to all
+        blocks, waiting included.
+    """
+    mole = models["mole"]
+    reader: TableExperts = mole.expert_source
+    memory_rate, bytes_per_second = memory_bytes_per_second(mole.device), disk_rate(mole)
+    length = CONTEXT + SEQUENCE_STEPS
+    warm_cache(reader, windows)
+    # Not counted: on a GPU attention is planned anew for each length that it meets first, which
+    # takes several steps' time, and with graphs the first steps are compiled.
+    _decode_sequences(models, windows.take(batch, length))
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    reader.reset_stats()
+    read, from_disk = reader.stats(), 0
+    while len(seconds["dense"]) < pairs:
+        taken, statistics, disk_bytes = _decode_sequences(models, windows.take(batch, length))
+        for name, values in taken.items():
+            seconds[name] += values
+        read, from_disk = _sum(read, statistics), from_disk + disk_bytes
+        advance(min(len(seconds["dense"]), pairs), pairs)
+    size = {"batch": batch}
+    results = speeds("decode", size, mole, seconds, read, from_disk, bytes_per_second)
+    if reader.device.type == "cpu":
+        # Apart from the steps that are compared: looking at the clock takes time as well.
+        with added_time(mole) as added:
+            _decode_sequences(models, windows.take(batch, length))
+        # Nor is the first of them, which is the prompt.
+        entrance_ms, blocks_ms = medians_ms(*added, skip=1 + WARM_UP_STEPS)
+        results[1].update(entrance_ms=entrance_ms, blocks_ms=blocks_ms)
+    rows = read.ids_unique / read.batches * reader.table.layout.record_bytes
+    for result, row_bytes in zip(results, (0, rows), strict=True):
+        num_bytes = weight_bytes(models[result["system"]], batch) + row_bytes
+        rate = num_bytes / (result["ms_per_step"] / 1e3)
+        result["share_of_memory_bandwidth"] = rate / memory_rate
+    return list(results)
+
+
+def _decode_sequences(
+    models: dict[str, Any], tokens: Tensor
+) -> tuple[dict[str, list[float]], ReaderStatistics, int]:
+    """Seconds of each step that counts, what all steps asked of the reader, and bytes that came
+    from the disk meanwhile."""
+    reader = models["mole"].expert_source
+    pasts = {
+        name: {
+            cache_argument(model): cache_of(
+                model(tokens[:, :CONTEXT], use_cache=True, logits_to_keep=1)
+            )
+        }
+        for name, model in models.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    clock = clock_of(tokens.device)
+    reader.reset_stats()
+    disk = DiskCounter()
+    for number in range(SEQUENCE_STEPS):
+        column = tokens[:, CONTEXT + number, None]
+        steps = {
+            name: partial(model, column, use_cache=True, **pasts[name])
+            for name, model in models.items()
+        }
+        for name, taken in interleave(steps, 1, number, clock).items():
+            seconds[name] += taken if number >= WARM_UP_STEPS else []
+    return seconds, reader.stats(), disk.bytes_read()
+
+
+def _sum(first: ReaderStatistics, second: ReaderStatistics) -> ReaderStatistics:
+    counts = {
+        field.name: getattr(first, field.name) + getattr(second, field.name)
+        for field in fields(first)
+        if field.name not in ("store", "backend", "cache_bytes")
+    }
+    return replace(first, **counts)
+
+
+def weight_bytes(model: Any, batch: int) -> int:
+    """What a decoding step of `batch` sequences reads of a model's weights."""
+    total = sum(weight.nbytes for weight in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    if embedding is model.get_output_embeddings().weight:
+        return total
+    return total - embedding.nbytes + batch * embedding[0].nbytes
+
+
+def warm_cache(reader: TableExperts, windows: TextWindows) -> None:
+    """Bring the row cache to the state that a long run would have left it in."""
+    if not reader.cache_bytes:
+        return
+    for _ in range(CACHE_WARM_UP_TOKENS // 32):
+        reader.rows(windows.take(1, 32), ready=False).layer(0)
+
+
+# --------------------------------------------------------------------- where MoLE's time is spent
+
+
+@contextmanager
+def added_time(model: Any) -> Iterator[tuple[list[float], list[float]]]:
+    """Times what attaching added to `model`, every time it is called within.
+
+    By hooks right before and after those of `attach`. Only on a CPU: on a GPU the host is done
+    before the work is.
+
+    Returns:
+        Seconds as they come: of asking for a batch's records, before the first block, a number per
+        pass; and of router, waiting, sum and addition, a number per block and pass.
+    """
+    entrance: list[float] = []
+    blocks: list[float] = []
+    started_at = 0.0
+
+    def start(*_: Any) -> None:
+        nonlocal started_at
+        started_at = time.perf_counter()
+
+    def stop(seconds: list[float], *_: Any) -> None:
+        seconds.append(time.perf_counter() - started_at)
+
+    with ExitStack() as hooks:
+        base = model.base_model
+        hooks.callback(base.register_forward_pre_hook(start, prepend=True).remove)
+        hooks.callback(base.register_forward_pre_hook(partial(stop, entrance)).remove)
+        for ffn in find_ffns(model):
+            if hasattr(ffn, "lookup_experts"):
+                hooks.callback(ffn.register_forward_hook(start, prepend=True).remove)
+                hooks.callback(ffn.register_forward_hook(partial(stop, blocks)).remove)
+        yield entrance, blocks
+
+
+def medians_ms(
+    entrance: Sequence[float], blocks: Sequence[float], skip: int
+) -> tuple[float, float]:
+    """Milliseconds per pass, at the entrance and in all blocks, without the first passes."""
+    num_blocks = len(blocks) // len(entrance)
+    passes = [
+        sum(blocks[first : first + num_blocks])
+        for first in range(skip * num_blocks, len(blocks), num_blocks)
+    ]
+    return median(entrance[skip:]) * 1e3, median(passes) * 1e3
+
+
+# ------------------------------------------------------------------------------------ on a GPU
+
+
+class DecodingByGraphs:
+    """A model whose steps with a cache are compiled and replayed as CUDA graphs, as transformers'
+    `generate` does it with a static cache.
+
+    It is called as the model is, and has the model's attributes. A call without a cache is a
+    prompt: it runs as ever, and fills the one static cache that all prompts of its batch size
+    share, so that the graphs' addresses stay.
+
+    Args:
+        model: a causal LM.
+        most_tokens: the longest sequence, prompt and steps.
+        options: of `torch.compile`.
+    """
+
+    def __init__(self, model: Any, most_tokens: int, options: dict[str, Any] | None = None) -> None:
+        self._model, self._most_tokens = model, most_tokens
+        self._cache_argument = cache_argument(model)
+        self._step = torch.compile(model, **(options or {"mode": "reduce-overhead"}))
+        self._caches: dict[int, StaticCache] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, tokens: Tensor, **arguments: Any) -> Any:
+        if self._cache_argument in arguments:
+            torch.compiler.cudagraph_mark_step_begin()
+            return self._step(tokens, **arguments)
+        arguments[self._cache_argument] = self._cache(len(tokens))
+        return self._model(tokens, **arguments)
+
+    def _cache(self, batch: int) -> StaticCache:
+        if batch in self._caches:
+            self._caches[batch].reset()
+        else:
+            self._caches[batch] = StaticCache(
+                config=self._model.config, max_cache_len=self._most_tokens
+            )
+        return self._caches[batch]

@@ -1,0 +1,344 @@
+"""Serving: `mole serve` in a process of its own, loaded by concurrent streams of OpenAI's client;
+dense and MoLE from disk in turn on the same machine, or MoLE alone under steady load."""
+
+import asyncio
+import itertools
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lookup_experts import console
+from lookup_experts.benchmarks.models import (
+    FINGERPRINT,
+    Case,
+    dense_model,
+    random_table,
+    table_model,
+)
+from lookup_experts.benchmarks.plots import draw_bars
+from lookup_experts.benchmarks.results import Result, Results
+from lookup_experts.benchmarks.text import id_stream
+from lookup_experts.benchmarks.timing import Advance, median, pair_ratios, percentile, rotated
+from lookup_experts.errors import UserError
+from lookup_experts.generation.folding import save_without_experts
+from lookup_experts.table.opening import Table
+
+MOST_PROMPTS = 512
+REQUEST_SECONDS = 300.0
+SAMPLE_SECONDS = 5.0
+WARM_UP_SHARE = 0.2
+"""Of a soak; the memory after it is compared with that to its end."""
+
+
+def bench_serve(
+    case: Case,
+    options: Mapping[str, Sequence[object]],
+    streams: Sequence[int],
+    rounds: int,
+    prompt: int,
+    tokens: int,
+    soak: float,
+    ids: Path | None,
+    work: Path,
+    results: Results,
+) -> None:
+    """`mole bench serve`: each number of streams of requests, of `prompt` tokens that `tokens` are
+    generated for; or with `soak`, the largest for so many minutes.
+
+    Args:
+        options: of `mole serve`, for each system that is measured.
+        rounds: loads of each system, in turn.
+    """
+    console.quiet_transformers()
+    table = random_table(case, work)
+    text = id_stream(ids, case.layout.shape.vocab_size, work)
+    if len(text) <= prompt:
+        raise UserError(f"--ids has {len(text)} ids; a prompt of {prompt} needs more.")
+    starts = range(0, len(text) - prompt, max(1, (len(text) - prompt) // MOST_PROMPTS))
+    prompts = [text[start : start + prompt].tolist() for start in starts]
+    with ExitStack() as servers:
+        clients = {}
+        for name, words in options.items():
+            folder = save_folder(name, case, table, work)
+            served = servers.enter_context(_server(folder, *words))
+            clients[name] = Client(*served, prompts, tokens)
+        with console.progress_bar("Serving") as progress:
+            if soak:
+                (name,) = clients
+                found = [asyncio.run(_soak(name, clients[name], max(streams), soak, progress))]
+            else:
+                found = asyncio.run(_take_turns(clients, streams, rounds, progress))
+    results.add(*(result | {"dtype": case.dtype_name} for result in found))
+    results.finish(draw)
+
+
+# ------------------------------------------------------------------------------------ servers
+
+
+def save_folder(system: str, case: Case, table: Table, work: Path) -> Path:
+    """A folder that `mole serve` takes, of `dense` or `mole`, written anew; the table stays where
+    it is."""
+    folder = work / "serve" / f"{case.name}-{system}"
+    model = dense_model(case) if system == "dense" else table_model(case, table, "direct")
+    # Random weights would end some texts early, and the systems' at different places.
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    if system == "dense":
+        model.save_pretrained(folder)
+    else:
+        save_without_experts(model, folder, FINGERPRINT)
+        link = folder / "table"
+        link.unlink(missing_ok=True)
+        link.symlink_to(table.folder.resolve())
+    _counting_tokenizer(case.layout.shape.vocab_size).save_pretrained(folder)
+    return folder
+
+
+def _counting_tokenizer(vocab_size: int) -> Any:
+    """A text for every id: the bytes, then a made-up word for each further id.
+
+    Prompts are sent as ids, so it only turns what is generated into text of a usual length.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = letters + [f"Ġ{number}" for number in range(max(0, vocab_size - len(letters)))]
+    vocabulary = {word: number for number, word in enumerate(words[:vocab_size])}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@contextmanager
+def _server(folder: Path, *options: object) -> Iterator[tuple[str, str]]:
+    """A running server, which ends with the `with` block: the model's name, and its address."""
+    program = (sys.executable, "-u", "-c", "from lookup_experts.cli import main; main()")
+    process = subprocess.Popen(
+        [*program, "serve", str(folder), "--port", "0", *map(str, options)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        yield _when_it_serves(process)
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def _when_it_serves(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if match := re.search(r"Serving (\S+) at (http://\S+)", line):
+            return match[1], match[2]
+    raise UserError(f"mole serve did not start: {said.strip() or 'it said nothing'}")
+
+
+# ------------------------------------------------------------------------------------ clients
+
+
+@dataclass
+class Stream:
+    """One request: when it was sent and when its tokens came, in `time.perf_counter()`."""
+
+    sent_at: float
+    token_times: list[float] = field(default_factory=list)
+    complete: bool = False
+    error: str | None = None
+
+
+class Client:
+    """Sends requests of a fixed size to one server, the prompts in turn.
+
+    Raises:
+        UserError: openai is not installed.
+    """
+
+    def __init__(self, model: str, url: str, prompts: Sequence[list[int]], tokens: int) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise UserError(
+                "mole bench serve loads the server with OpenAI's client: pip install openai."
+            ) from error
+        self._client = openai.AsyncOpenAI(
+            base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=REQUEST_SECONDS
+        )
+        self.prompts = prompts
+        self._model, self._tokens = model, tokens
+        self._in_turn = itertools.cycle(prompts)
+
+    async def resident_bytes(self) -> int:
+        """Of the server."""
+        told: Any = await self._client.get("/stats", cast_to=object)
+        return int(told["resident_bytes"])
+
+    async def request(self, prompt: list[int] | None = None, tokens: int | None = None) -> Stream:
+        """Generate after the next prompt as many tokens as are usual, or as it is said."""
+        stream, ended = Stream(time.perf_counter()), False
+        try:
+            chunks = await self._client.completions.create(
+                model=self._model,
+                prompt=prompt or next(self._in_turn),
+                max_tokens=tokens or self._tokens,
+                temperature=0,
+                stream=True,
+            )
+            async for chunk in chunks:
+                if chunk.choices[0].finish_reason is None:
+                    stream.token_times.append(time.perf_counter())
+                else:
+                    ended = True
+        except Exception as error:  # of the client, or of what it is built on: the request is lost
+            stream.error = f"{type(error).__name__}: {error}"
+            return stream
+        stream.complete = ended and len(stream.token_times) == (tokens or self._tokens)
+        return stream
+
+
+# ------------------------------------------------------------------------------------ figures
+
+
+async def _take_turns(
+    clients: Mapping[str, Client], counts: Sequence[int], rounds: int, progress: Advance
+) -> list[Result]:
+    """For each number of streams: a round that isn't counted, and rounds in which each system is
+    loaded once, the other idle."""
+    results: list[Result] = []
+    done, total = 0, len(counts) * (rounds + 1) * len(clients)
+    for streams in counts:
+        requests: dict[str, list[Stream]] = {name: [] for name in clients}
+        speeds: dict[str, list[float]] = {name: [] for name in clients}
+        for number in range(rounds + 1):
+            for name in rotated(list(clients), number):
+                started_at = time.perf_counter()
+                load = await asyncio.gather(*(clients[name].request() for _ in range(streams)))
+                if number > 0:
+                    requests[name] += load
+                    speeds[name].append(_num_tokens(load) / (time.perf_counter() - started_at))
+                done += 1
+                progress(done, total)
+        results += [
+            {
+                "system": name,
+                "streams": streams,
+                "tokens_per_second": median(speeds[name]),
+                "ratio_to_dense": median(pair_ratios(speeds[name], speeds["dense"])),
+                **_latencies(requests[name]),
+                **_losses(requests[name]),
+            }
+            for name in clients
+        ]
+    return results
+
+
+async def _soak(
+    name: str, client: Client, streams: int, minutes: float, progress: Advance
+) -> Result:
+    """One system under steady load: requests lost, growth of memory, drift of latency.
+
+    It has seen every prompt before, so what the first requests of each kind take is there.
+    """
+    prompts = iter(enumerate(client.prompts))
+    requests: list[Stream] = []
+    memory: list[tuple[float, int]] = []
+
+    async def send_prompts() -> None:
+        for number, prompt in prompts:
+            progress(number, len(client.prompts))
+            stream = await client.request(prompt, tokens=1)
+            if stream.error:
+                raise UserError(f"A request before the soak failed: {stream.error}")
+
+    await asyncio.gather(*(send_prompts() for _ in range(streams)))
+    started_at, seconds = time.perf_counter(), minutes * 60
+
+    def elapsed() -> float:
+        return time.perf_counter() - started_at
+
+    async def load() -> None:
+        while elapsed() < seconds:
+            requests.append(await client.request())
+
+    async def watch() -> None:
+        while elapsed() < seconds:
+            memory.append((elapsed(), await client.resident_bytes()))
+            progress(int(elapsed()), int(seconds))
+            await asyncio.sleep(min(SAMPLE_SECONDS, seconds / 10))
+
+    await asyncio.gather(watch(), *(load() for _ in range(streams)))
+    seconds = elapsed()
+    memory.append((seconds, await client.resident_bytes()))
+    steady = [used for at, used in memory if at >= WARM_UP_SHARE * seconds]
+    middle = len(requests) // 2
+    return {
+        "system": name,
+        "streams": streams,
+        "soak_minutes": seconds / 60,
+        "tokens_per_second": _num_tokens(requests) / seconds,
+        **_latencies(requests),
+        "inter_token_ms_p95_halves": [
+            _latencies(half)["inter_token_ms"]["p95"]
+            for half in (requests[:middle], requests[middle:])
+        ],
+        **_losses(requests),
+        "resident_bytes_after_warm_up": steady[0],
+        "resident_bytes_at_end": steady[-1],
+        "resident_bytes_change": max(abs(used / steady[0] - 1) for used in steady),
+        "resident_bytes_over_time": [[round(at, 1), used] for at, used in memory],
+    }
+
+
+def _num_tokens(streams: Sequence[Stream]) -> int:
+    return sum(len(stream.token_times) for stream in streams)
+
+
+def _losses(streams: Sequence[Stream]) -> Result:
+    """How many requests there were, how many did not give all their tokens, and why."""
+    return {
+        "requests": len(streams),
+        "lost": sum(not stream.complete for stream in streams),
+        "errors": sorted({stream.error for stream in streams if stream.error}),
+    }
+
+
+def _latencies(streams: Sequence[Stream]) -> Result:
+    """Milliseconds to the first token, and between tokens; None where no token came."""
+    first = [stream.token_times[0] - stream.sent_at for stream in streams if stream.token_times]
+    between = [
+        later - earlier for stream in streams for earlier, later in pairwise(stream.token_times)
+    ]
+    return {"ttft_ms": _p50_p95(first), "inter_token_ms": _p50_p95(between)}
+
+
+def _p50_p95(seconds: Sequence[float]) -> dict[str, float | None]:
+    ordered = sorted(seconds)
+    return {
+        name: percentile(ordered, share) * 1e3 if ordered else None
+        for name, share in (("p50", 0.5), ("p95", 0.95))
+    }
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Tokens per second of each system, by the number of streams."""
+    draw_bars(
+        path,
+        "mole serve, OpenAI's client",
+        "tokens per second",
+        [f"{result['system']}\n{result['streams']} streams" for result in results],
+        [result["tokens_per_second"] for result in results],
+    )

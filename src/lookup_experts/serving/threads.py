@@ -1,0 +1,58 @@
+"""Threads for torch on a machine that others use too.
+
+Between two operations torch's threads spin for milliseconds, in case there is more to do. Beside
+another job the thread that is waited for may have lost its core, and then all that spinning only
+keeps it from getting it back: two threads took ten times as long as one. So threads spin shortly
+and then sleep, which costs nothing measurable on an idle machine.
+"""
+
+import math
+import os
+from pathlib import Path
+
+SPINS = 2000
+"""Some 25 µs, about the time between two operations of a step."""
+
+
+def sleep_soon() -> None:
+    """Let torch's threads sleep soon; has an effect only before torch is imported, and none where
+    the environment says otherwise."""
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+def use_threads(number: int | None) -> None:
+    """Let torch use so many threads, or as many as are of use here: its own choice, but no more
+    than there are usable cores."""
+    import torch
+
+    torch.set_num_threads(
+        min(torch.get_num_threads(), usable_cores()) if number is None else number
+    )
+
+
+def usable_cores(
+    cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> int:
+    """Cores that this process may use: those it is bound to, and no more than a container's share
+    of time. torch knows only of the former.
+
+    Args:
+        cgroups: where control groups (version 2) are mounted.
+        own: tells the process's own group.
+    """
+    shares = [float(len(os.sched_getaffinity(0)))]
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    path = next((line[len("0::/") :] for line in lines if line.startswith("0::/")), "")
+    for group in (cgroups / path, *(cgroups / path).parents):
+        if not group.is_relative_to(cgroups):
+            break
+        try:
+            quota, period = (group / "cpu.max").read_text().split()
+            shares.append(int(quota) / int(period))
+        except (OSError, ValueError):
+            pass  # no limit: "max"
+    return max(1, math.ceil(min(shares)))
