@@ -3,7 +3,7 @@
 | file | has |
 |---|---|
 | `attach.py` | `attach`: lookup experts on any causal LM of transformers |
-| `load.py` | `load` and `from_pretrained`: from a folder to a model; the classes of attached models |
+| `load.py` | `load`, `from_pretrained`: from a folder to a model; classes of attached models |
 | `attached_model.py` | what an attached model does differently from its backbone |
 | `saving.py`, `replacing.py` | saving it, in the place of what the folder held |
 | `configuration.py` | its configuration |
