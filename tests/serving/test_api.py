@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import greedy, tiny_model
+from tiny_models import attached_model, greedy, tiny_model
 
 import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
