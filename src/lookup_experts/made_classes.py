@@ -36,6 +36,11 @@ def make_class(
     return kind(name, bases, {"__module__": maker.__module__, "_recipe": recipe, **attributes})
 
 
+def made_of(made: Any) -> Any:
+    """What a class, or one that it is a subclass of, was made of."""
+    return made._recipe[1][0]
+
+
 def _reduce(made: type) -> Any:
     # A subclass inherits the recipe, but was not made by it.
     return made.__dict__.get("_recipe", made.__qualname__)

@@ -123,8 +123,8 @@ def test_the_window_is_the_context_of_the_model_within_reason(model):
         ([5], 4, "has 1 tokens; at least 2"),
         ([1, 2], 0, "context of 0 tokens"),
         ([1, 2], 129, r"context of 129 tokens is none that the model has \(1 to 128\)"),
-        ([1, VOCAB], 4, f"Token id {VOCAB} is outside"),
-        ([1, -1], 4, "Token id -1 is outside"),
+        ([1, VOCAB], 4, f"token id {VOCAB}, and the model"),
+        ([1, -1], 4, "token id -1, and the model"),
     ],
 )
 def test_what_can_not_be_evaluated_is_refused(text, context, words, model):

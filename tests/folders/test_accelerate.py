@@ -294,8 +294,9 @@ def test_values_have_the_names_and_dtypes_of_the_parameters(folders):
     assert all(torch.equal(value, here.state_dict()[name]) for name, value in routers.items())
 
 
-def test_adapters_on_offloaded_weights(folders, tmp_path):
+def test_adapters_on_offloaded_weights(folders, tmp_path, monkeypatch):
     """Merging brings the weights back to where accelerate keeps them."""
+    monkeypatch.chdir(tmp_path)  # PEFT leaves a copy of the weights below the working directory
     config = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
     model = get_peft_model(le.load(folders / "experts"), config).eval()
     expected = logits_of(model, IDS)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,27 @@ def test_they_are_saved_in_full(change, model, tmp_path):
     assert loaded.lookup_settings.backbone is None
     loaded.save_pretrained(tmp_path / "again")  # what is in full stays in full
     assert torch.equal(logits_of(le.load(tmp_path / "again"), IDS), logits_of(changed, IDS))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "gemma"])  # converted names, tied heads
+def test_a_backbone_of_any_family_is_saved_in_full(family, tmp_path):
+    first = on_backbone(saved_backbone(tmp_path / "backbone", family))
+    first.save_pretrained(tmp_path / "experts")
+    model = change_one_layer(le.load(tmp_path / "experts"))
+    with pytest.raises(UserError, match="has other values"):
+        model.save_pretrained(tmp_path / "experts")
+    model.save_pretrained(tmp_path / "full", save="full")
+    assert torch.equal(logits_of(le.load(tmp_path / "full"), IDS), logits_of(model, IDS))
+    le.reparameterize(model, tmp_path / "table", encoding="float32")  # in full as well
+    torch.testing.assert_close(logits_of(le.load(tmp_path / "table"), IDS), logits_of(model, IDS))
+
+
+def change_one_layer(model: Any) -> Any:
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if re.search(r"\.1\..*norm|ln_1", name):
+                weight += 0.1
+    return model
 
 
 def test_saving_in_full_is_for_once(model, tmp_path):

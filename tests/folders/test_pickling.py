@@ -203,6 +203,7 @@ def test_a_class_that_was_derived_from_ours_is_found_by_its_name():
 # --------------------------------------------------------------------------------- other processes
 
 
+@pytest.mark.timeout(400)  # it imports all of it
 def test_a_spawned_process_takes_models_and_configurations(table_folder, tmp_path):
     models = {name: make() for name, make in MODELS.items()}
     models["table"] = le.load(table_folder)
@@ -212,8 +213,8 @@ def test_a_spawned_process_takes_models_and_configurations(table_folder, tmp_pat
     answers = context.Queue()
     process = context.Process(target=tell_logits, args=(models, IDS, configs, answers))
     process.start()
-    logits, texts = answers.get(timeout=100)
-    process.join(timeout=20)
+    logits, texts = answers.get(timeout=300)
+    process.join(timeout=60)
     assert process.exitcode == 0
     assert texts == [config.to_json_string() for config in configs]
     for name, model in models.items():

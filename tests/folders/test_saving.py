@@ -229,6 +229,34 @@ def test_who_isnt_the_main_process_writes_nothing(saved, tmp_path):
         assert not (tmp_path / kind).exists() or not files_of(tmp_path / kind)
 
 
+TOGETHER = """
+import sys, torch.distributed as dist, lookup_experts as le
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+for kind in ("single", "table", "experts"):
+    model = le.load(f"{folder}/{kind}")
+    for size in ("50GB", "20KB"):
+        dist.barrier()
+        model.save_pretrained(f"{folder}/{kind} again", max_shard_size=size)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.timeout(400)  # processes that import all of it
+def test_processes_that_save_together(saved, tmp_path):
+    for kind in ("single", "table", "experts"):
+        saved.save(kind, tmp_path / kind)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", TOGETHER, str(rank), tmp_path]) for rank in (0, 1)
+    ]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    for kind in ("single", "table", "experts"):
+        folder = tmp_path / f"{kind} again"
+        assert torch.equal(logits_of(le.load(folder), IDS), saved.logits(kind))
+        assert not (folder / PARTIAL).exists()
+
+
 # ------------------------------------------------------------------------------------- interrupted
 
 
@@ -346,6 +374,7 @@ while True:
 """
 
 
+@pytest.mark.timeout(400)
 def test_a_process_that_is_killed_while_it_saves(saved, tmp_path):
     for kind in ("single", "table"):
         saved.save(kind, tmp_path / kind)

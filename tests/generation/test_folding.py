@@ -17,7 +17,7 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM
 
 import lookup_experts as le
-from lookup_experts.errors import UserError
+from lookup_experts.errors import DiskFullError, UserError
 from lookup_experts.model.fingerprint import fingerprint
 from lookup_experts.model.wiring import routed_experts
 from lookup_experts.table import build
@@ -261,13 +261,14 @@ def test_an_interrupted_run_goes_on(training_form, tmp_path, monkeypatch):
 
 
 def test_a_run_interrupted_after_the_table_goes_on(training_form, tmp_path, monkeypatch):
-    """The table was finished, and then the disk had no room for the backbone."""
+    """The table was finished, and then the disk had no room for what is kept with it."""
     from lookup_experts.generation import folding
 
     with monkeypatch.context() as patched:
-        patched.setattr(folding, "save_without_experts", _no_space)
-        with pytest.raises(OSError, match="No space"):
+        patched.setattr(folding, "keep_counts", _no_space)
+        with pytest.raises(DiskFullError, match="No space"):
             le.reparameterize(training_form, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "table" / "table.json").exists()
     le.reparameterize(training_form, tmp_path / "out")
     expected = logits_of(training_form, IDS)
     assert relative_error(logits_of(le.load(tmp_path / "out"), IDS), expected) < 2e-3

@@ -141,16 +141,6 @@ def test_an_idle_connection_lives_as_long_as_was_said(narrow, server):
     assert short.sock.recv(1) == b""  # closed by the server
 
 
-def test_pools_keep_their_connections(server):
-    import openai
-
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
-        for _ in range(2):
-            client.models.list()
-            time.sleep(5.5)
-        assert client.models.list().data
-
-
 # ------------------------------------------------------------------------------------- browsers
 
 

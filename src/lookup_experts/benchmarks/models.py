@@ -10,7 +10,7 @@ import torch
 
 from lookup_experts import __version__, console
 from lookup_experts.errors import DiskFullError
-from lookup_experts.folders.attached_model import become_attached
+from lookup_experts.folders.load import become_attached
 from lookup_experts.model.forms import Sizes, get_form
 from lookup_experts.model.gateless_llama import GatelessLlamaForCausalLM, paper_config
 from lookup_experts.model.settings import LookupSettings

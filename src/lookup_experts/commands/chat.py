@@ -21,6 +21,7 @@ def chat(
     tokenizer: options.Tokenizer = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     stats: options.Stats = False,
 ) -> None:
     """Talk to a model, turn by turn; an empty line or Ctrl-D ends.
@@ -35,7 +36,7 @@ def chat(
 
     console.quiet_transformers()
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    loaded_tokenizer = load_tokenizer(tokenizer or folder)
+    loaded_tokenizer = load_tokenizer(tokenizer or folder, trust_remote_code)
     model = load(
         folder,
         store=store,
@@ -43,6 +44,7 @@ def chat(
         device=device,
         dtype=dtype,
         verify_checksums=checksums,
+        trust_remote_code=trust_remote_code,
         notify=console.say,
     )
     if loaded_tokenizer.chat_template is None:

@@ -49,6 +49,7 @@ def eval(  # noqa: A001
     tokenizer: options.Tokenizer = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     stats: options.Stats = False,
     json: options.Json = False,
 ) -> None:
@@ -77,7 +78,13 @@ def eval(  # noqa: A001
         batch_size=batch_size,
         out=out,
     )
-    loading = {"store": store, "cache": cache, "device": device, "dtype": dtype}
+    loading = {
+        "store": store,
+        "cache": cache,
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+    }
     summaries = evaluate_folders(folders, request, tokenizer, loading)
     results = [summary.to_dict() for summary in summaries]
     if json:

@@ -40,6 +40,7 @@ def generate(
     tokenizer: options.Tokenizer = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     stats: options.Stats = False,
     json: options.Json = False,
 ) -> None:
@@ -67,7 +68,9 @@ def generate(
 
     console.quiet_transformers()
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    loaded_tokenizer: Any = load_tokenizer(tokenizer or folder) if prompt is not None else None
+    loaded_tokenizer: Any = (
+        load_tokenizer(tokenizer or folder, trust_remote_code) if prompt is not None else None
+    )
     if chat and loaded_tokenizer.chat_template is None:
         raise UserError(
             f"The tokenizer of {folder} has no chat template, so nothing says how a message is "
@@ -80,6 +83,7 @@ def generate(
         device=device,
         dtype=dtype,
         verify_checksums=checksums,
+        trust_remote_code=trust_remote_code,
         notify=console.say,
     )
     stream = None if json else _write_now

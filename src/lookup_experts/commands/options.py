@@ -28,6 +28,13 @@ Dtype = Annotated[str, typer.Option(help="Weights: float32, bfloat16, float16, o
 Checksums = Annotated[
     bool, typer.Option("--checksums", help="Compare every record that is read with its checksum.")
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let Python code that lies in the model's folder run; read it first.",
+    ),
+]
 Stats = Annotated[bool, typer.Option("--stats", help="Tell what it took, on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Tokenizer = Annotated[

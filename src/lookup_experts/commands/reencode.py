@@ -17,6 +17,7 @@ def reencode(
     encoding: Annotated[str, typer.Option(help="float32, bfloat16, float16, int8, nf4 or nf3.")],
     block_size: options.BlockSize = None,
     evaluate: options.EvaluationText = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
     """Write a table again in another encoding.
@@ -45,7 +46,7 @@ def reencode(
                 f"{folder} is a table without a model, so --eval has nothing that could predict "
                 "a text. Give the inference folder, or leave --eval out."
             )
-        token_ids = read_token_ids(evaluate, load_tokenizer(folder))
+        token_ids = read_token_ids(evaluate, load_tokenizer(folder, trust_remote_code))
     with console.progress_bar("Re-encoding the table") as progress:
         made = write_again(
             folder,
@@ -56,6 +57,8 @@ def reencode(
             notify=console.say,
         )
     with console.progress_bar("Comparing predictions") as progress:
-        model = None if token_ids is None else load(folder, notify=console.say)
+        model = None
+        if token_ids is not None:
+            model = load(folder, trust_remote_code=trust_remote_code, notify=console.say)
         quality = quality_against_table(made, source, model, token_ids, progress)
     report_table(out, made, quality, json)

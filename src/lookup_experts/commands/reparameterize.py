@@ -28,6 +28,7 @@ def reparameterize(
             "keep that with the table: mole serve fills its row cache by it when it starts.",
         ),
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
     """Fold the trained experts into a table on disk.
@@ -50,13 +51,13 @@ def reparameterize(
     keep_freed_memory()  # every expert's activations are as large as the last one's
     token_ids = None
     if evaluate is not None:  # before the long work, so that what can't be read is told at once
-        token_ids = read_token_ids(evaluate, load_tokenizer(folder))
+        token_ids = read_token_ids(evaluate, load_tokenizer(folder, trust_remote_code))
     token_counts = None
     if counts is not None:
         if out.exists():  # as `fold` says, but before the counting
             raise UserError(f"{out} exists already; choose another folder, or delete it.")
         with console.progress_bar("Counting tokens") as progress:
-            token_counts = count_tokens(counts, folder, progress)
+            token_counts = count_tokens(counts, folder, progress, trust_remote_code)
     with console.progress_bar("Folding the experts") as progress:
         table = fold(
             folder,
@@ -64,9 +65,11 @@ def reparameterize(
             encoding=encoding,
             block_size=block_size,
             token_counts=token_counts,
+            trust_remote_code=trust_remote_code,
             progress=progress,
             notify=console.say,
         )
     with console.progress_bar("Comparing predictions") as progress:
-        quality = quality_against_experts(table, load(folder), token_ids, progress)
+        model = load(folder, trust_remote_code=trust_remote_code)
+        quality = quality_against_experts(table, model, token_ids, progress)
     report_table(out, table, quality, json)

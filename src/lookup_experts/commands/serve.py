@@ -30,6 +30,7 @@ def serve(
             help="By which clients ask for the model.", show_default="the folder's last part"
         ),
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     max_batch: Annotated[int, typer.Option(help="Texts that are generated at once.")] = 32,
     max_queue: Annotated[
         int, typer.Option(help="Texts that may wait; beyond, clients get status 429.")
@@ -102,7 +103,7 @@ def serve(
     console.quiet_transformers()
     keys = read_keys(api_key_file)
     template = read_chat_template(chat_template)
-    loaded_tokenizer = load_tokenizer(tokenizer or folder)
+    loaded_tokenizer = load_tokenizer(tokenizer or folder, trust_remote_code)
     check_chat_template(loaded_tokenizer, template)
     listening = open_socket(host, port)  # before the model is loaded, which may take long
     keep_freed_memory()  # prompts of all lengths come: their tensors' pages are not taken anew
@@ -114,6 +115,7 @@ def serve(
         device=device,
         dtype=dtype,
         verify_checksums=checksums,
+        trust_remote_code=trust_remote_code,
         notify=console.say,
     )
     served = ServiceOptions(

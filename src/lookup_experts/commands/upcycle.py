@@ -50,6 +50,7 @@ def upcycle(
     text_field: Annotated[
         str, typer.Option(help="The field of a stream's rows with text.")
     ] = "text",
+    trust_remote_code: options.TrustRemoteCode = False,
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: cut the model over the GPUs (FSDP2).")
     ] = False,
@@ -84,6 +85,7 @@ def upcycle(
         trained=train_backbone,
         learning_rate=backbone_lr,
         save=save,
+        trust_remote_code=trust_remote_code,
     )
     tokenizer = model if any(name.startswith(STREAM) for name in data) else None
     run_training(settled, TrainingData(data, tokenizer, text_field), out, json, shard=shard)

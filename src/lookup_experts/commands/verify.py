@@ -5,7 +5,11 @@ from lookup_experts.commands import options
 from lookup_experts.errors import TableError
 
 
-def verify(folder: options.ModelFolder, json: options.Json = False) -> None:
+def verify(
+    folder: options.ModelFolder,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+) -> None:
     """Check that a table is intact and belongs to its model.
 
     Reads every record once; exit code 2 if anything is wrong.
@@ -17,7 +21,7 @@ def verify(folder: options.ModelFolder, json: options.Json = False) -> None:
 
     console.quiet_transformers()
     with console.progress_bar("Verifying") as progress:
-        found = verify_folder(folder, progress)
+        found = verify_folder(folder, progress, trust_remote_code)
     if json:
         console.json_result(found.to_dict())
     if found.problems:

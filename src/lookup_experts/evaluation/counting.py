@@ -17,13 +17,16 @@ from lookup_experts.training.upcycling import check_tokenizer
 TOKENS_AT_ONCE = 2**22
 
 
-def count_tokens(text: Path, model: str | Path, progress: Progress) -> np.ndarray:
+def count_tokens(
+    text: Path, model: str | Path, progress: Progress, trust_remote_code: bool = False
+) -> np.ndarray:
     """Count the token ids of a text.
 
     Args:
         text: a folder of `mole prepare`, whose training text counts, or a file with text.
         model: the folder, or the name on the hub, of the model, whose tokenizer cuts a text.
         progress: called with (tokens or bytes done, in all).
+        trust_remote_code: let code that the tokenizer brings along run.
 
     Returns:
         int64 [vocab_size of the model].
@@ -45,7 +48,8 @@ def count_tokens(text: Path, model: str | Path, progress: Progress) -> np.ndarra
             progress(start + len(ids), shards.num_tokens)
     else:
         source = find_text(text)
-        for found, position in token_chunks(source, load_tokenizer(folder), len(counts)):
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        for found, position in token_chunks(source, tokenizer, len(counts)):
             np.add.at(counts, np.array(found, np.int64), 1)
             progress(position, source.num_bytes)
     if not counts.any():

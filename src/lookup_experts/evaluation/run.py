@@ -44,7 +44,12 @@ class Request:
     out: Path | None = None
     """Where the harness's results are written; None for nowhere."""
 
-    def check(self, folders: Sequence[str], tokenizer_folder: Path | None = None) -> None:
+    def check(
+        self,
+        folders: Sequence[str],
+        tokenizer_folder: Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         """Raise a `UserError` for what can be known to fail before a model is loaded.
 
         Of the models, headers and tokenizers are read; those on the hub are fetched.
@@ -67,11 +72,10 @@ class Request:
             read_config(local_folder(folder))  # a bare table has none, and can be inspected
             inspect_folder(folder)
         for folder in folders if tokenizer_folder is None else [str(tokenizer_folder)]:
-            self._check_tokenizer(folder)
+            self._check_tokenizer(load_tokenizer(folder, trust_remote_code))
 
-    def _check_tokenizer(self, folder: str) -> None:
+    def _check_tokenizer(self, tokenizer: Any) -> None:
         """Read what the tokenizer is needed for, once before it is needed."""
-        tokenizer = load_tokenizer(folder)
         if self.text is not None:
             read_token_ids(self.text, tokenizer)
         if self.recall:
@@ -95,7 +99,7 @@ def evaluate_folders(
     Raises:
         UserError: no such model; no tokenizer; rows or a text that can't be read.
     """
-    request.check(folders, tokenizer_folder)
+    request.check(folders, tokenizer_folder, loading.get("trust_remote_code", False))
     found = [_evaluate(folder, request, tokenizer_folder, loading) for folder in folders]
     # Kept up to here: interrupted at the last model, the others needn't be asked again.
     for folder in folders:
@@ -107,7 +111,8 @@ def evaluate_folders(
 def _evaluate(
     folder: str, request: Request, tokenizer_folder: Path | None, loading: dict[str, Any]
 ) -> ModelSummary:
-    tokenizer = load_tokenizer(tokenizer_folder or folder)
+    trusted = loading.get("trust_remote_code", False)
+    tokenizer = load_tokenizer(tokenizer_folder or folder, trusted)
     model = load(folder, notify=console.say, **loading)
     found = ModelSummary(
         model=folder,

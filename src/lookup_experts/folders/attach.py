@@ -5,13 +5,22 @@ from dataclasses import replace
 from typing import Any
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.folders.attached_model import SAVES, LookupExpertsMixin, become_attached
+from lookup_experts.folders.attached_model import LookupExpertsMixin
 from lookup_experts.folders.experts_alone import (
     note_backbone,
     refer_to_backbone_of,
     require_reference,
 )
-from lookup_experts.model.blocks import ffn_size, find_ffns
+from lookup_experts.folders.load import become_attached, known_backbones
+from lookup_experts.folders.own_code import has_own_code, require_files
+from lookup_experts.folders.saving import SAVES
+from lookup_experts.model.blocks import (
+    ffn_size,
+    find_ffns,
+    is_multimodal,
+    placeholder_ids,
+    text_config,
+)
 from lookup_experts.model.forms import get_form
 from lookup_experts.model.freezing import (
     allow_training,
@@ -46,7 +55,9 @@ def attach(
     names. Every check happens before the first change.
 
     Args:
-        model: a `PreTrainedModel` with a language-model head whose blocks have one FFN child.
+        model: a `PreTrainedModel` with a language-model head whose blocks have one FFN child. Of
+            one that takes images or sound too the blocks of its text part gain experts, which add
+            nothing where these stand.
         num_experts: N, experts per layer; default: 4 of `mole`. `meki` has none to count.
         form: how a row is made and read: `mole`, the paper's N experts mixed by a router, or
             `meki`, one row beside a gate (arXiv 2602.03359).
@@ -69,8 +80,8 @@ def attach(
             `model.save_pretrained(folder, save=...)` decides anew for once.
 
     Raises:
-        UserError: the model's blocks have no single FFN, an argument makes no sense, or the
-            backbone to refer to isn't the one in memory.
+        UserError: the model is no causal LM that could be loaded again, its blocks have no single
+            FFN, an argument makes no sense, or the backbone to refer to isn't the one in memory.
     """
     if init not in INITS:
         raise unknown_name("init", init, INITS)
@@ -78,6 +89,7 @@ def attach(
         raise unknown_name("value of save", save, SAVES)
     if isinstance(model, LookupExpertsMixin):
         raise UserError(f"This {type(model).__name__} has lookup experts already.")
+    _require_causal_lm(model)
     settings = settings_for(model, num_experts, form, row_size, expert_size, expert_kind, layers)
     require_reference(model, save, train_backbone)
     require_unpacked(model)
@@ -94,6 +106,41 @@ def attach(
     return model
 
 
+def _require_causal_lm(model: Any) -> None:
+    """Refuse a model that experts would have nothing to do in, or whose folder nothing loads."""
+    name, config = type(model).__name__, model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{name} has an encoder and a decoder; lookup experts are for models that go on with "
+            "one text. Give a decoder alone (AutoModelForCausalLM)."
+        )
+    main_input = getattr(model, "main_input_name", "input_ids")
+    if main_input != "input_ids":
+        raise UserError(
+            f"{name} takes {main_input}; lookup experts are looked up by token id, so "
+            "give a model that takes input_ids (AutoModelForCausalLM)."
+        )
+    if is_multimodal(config) and not placeholder_ids(config):
+        raise UserError(
+            f"{name} takes more than text, and its configuration doesn't say which token ids stand "
+            "for that, so experts can't pass them over. Give a model of text alone."
+        )
+    if has_own_code(type(model)) or has_own_code(type(config)):
+        require_files(type(model), type(config))
+        return
+    found = known_backbones(type(config))
+    if not found:
+        raise UserError(
+            f"{name} is no causal LM that transformers knows, so nothing could load what is saved "
+            f"of it: register it (AutoModelForCausalLM.register), in every program that loads it."
+        )
+    if not isinstance(model, found):
+        raise UserError(
+            f"{name} has no language-model head, or another one than a folder of it is loaded "
+            f"with: load the model as {' or '.join(kind.__name__ for kind in found)}."
+        )
+
+
 def settings_for(
     model: Any,
     num_experts: int | None,
@@ -105,6 +152,7 @@ def settings_for(
 ) -> LookupSettings:
     """The settings that `attach` was asked for, checked against the model."""
     num_blocks = len(find_ffns(model))
+    config = text_config(model.config)
     if isinstance(layers, str):
         layers = parse_layers(layers, num_blocks)
     chosen = tuple(range(num_blocks)) if layers is None else tuple(sorted(set(layers)))
@@ -116,13 +164,13 @@ def settings_for(
     width = hidden_size_of(model)
     if form not in ROW_FORMS:
         raise unknown_name("form", form, ROW_FORMS)
-    defaults = get_form(form).defaults(width, ffn_size(model.config, width))
+    defaults = get_form(form).defaults(width, ffn_size(config, width))
     return LookupSettings(
         num_experts=defaults.num_experts if num_experts is None else num_experts,
         expert_size=defaults.expert_size if expert_size is None else expert_size,
         layers=chosen,
         expert_kind=expert_kind or defaults.expert_kind,
-        norm_eps=getattr(model.config, "rms_norm_eps", None) or 1e-6,
+        norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
         row_form=form,
         row_size=None if row_size == width else row_size,
     )

@@ -35,7 +35,10 @@ class LookupConfigMixin:
     def to_json_string(self, use_diff: bool = True) -> str:
         flat = json.loads(super().to_json_string(use_diff=use_diff))  # type: ignore[misc]
         saved = {key: flat.pop(key) for key in _TOP_LEVEL if key in flat}
-        saved["backbone_type"] = flat.pop("model_type")
+        model_type = flat.pop("model_type", None)
+        saved["backbone_type"] = flat.pop("backbone_type", model_type)  # stated by `OwnCodeConfig`
+        if "auto_map" in flat and self.attribute_map:  # type: ignore[attr-defined]
+            flat["attribute_map"] = self.attribute_map  # type: ignore[attr-defined]
         saved["backbone"] = flat
         saved["model_type"] = MODEL_TYPE
         saved["num_hidden_layers"] = LOADING_HINT
@@ -59,6 +62,7 @@ def attached_config_class(backbone: type) -> Any:
         f"LookupExperts{backbone.__name__}",
         (LookupConfigMixin, backbone),
         __doc__=f"{backbone.__name__} with lookup experts.",
+        _auto_class=None,  # where the backbone's has one: that is what its code is saved for
     )
 
 

@@ -290,12 +290,16 @@ def _plain(config: Any) -> Any:
     return plain
 
 
-def load_backbone(place: Path, config: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+def load_backbone(
+    place: Path, config: Any, model_class: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, Any]:
     """The backbone in a folder, and transformers' report on loading it.
 
     Args:
         place: what `backbone_folder` gives.
         config: of the attached model.
+        model_class: of the backbone. Code of its own comes with the experts; what lies beside the
+            backbone may have changed since.
         args, kwargs: of `from_pretrained`: dtype, quantisation, devices ...
     """
     reference = LookupSettings.from_dict(config.lookup_experts).backbone
@@ -309,11 +313,7 @@ def load_backbone(place: Path, config: Any, *args: Any, **kwargs: Any) -> tuple[
             return load_official(place, kind, stored, BACKBONES[kind], dtype), nothing
     else:
         kwargs["gguf_file"] = str(place / reference.file)
-    from transformers import AutoModelForCausalLM
-
     kwargs["output_loading_info"] = True
-    model, report = AutoModelForCausalLM.from_pretrained(
-        place, *args, config=_plain(config), **kwargs
-    )
+    model, report = model_class.from_pretrained(place, *args, config=_plain(config), **kwargs)
     forget_quantizer(model)
     return model, report

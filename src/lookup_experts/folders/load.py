@@ -1,15 +1,43 @@
 """From a folder to a model that is ready to generate."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from lookup_experts.errors import UserError, unknown_name
-from lookup_experts.folders.attached_model import LookupExpertsMixin, attached_class
-from lookup_experts.folders.configuration import MODEL_TYPE
+from lookup_experts.folders.attached_model import LookupExpertsMixin
+from lookup_experts.folders.configuration import (
+    MODEL_TYPE,
+    LookupConfigMixin,
+    attached_config_class,
+    backbone_config_class,
+)
+from lookup_experts.folders.experts_alone import (
+    backbone_folder,
+    load_backbone,
+    load_experts,
+    note_backbone,
+)
 from lookup_experts.folders.model_folder import (
+    find_folder,
     first_line,
     local_folder,
     read_config,
@@ -17,10 +45,28 @@ from lookup_experts.folders.model_folder import (
     weight_files,
 )
 from lookup_experts.folders.official import BACKBONES, load_official, moe_settings, official_kind
+from lookup_experts.folders.own_code import (
+    auto_map,
+    load_classes,
+    needs_own_code,
+    require_trust,
+)
+from lookup_experts.made_classes import made_of, make_class
+from lookup_experts.model.freezing import allow_training, freeze_backbone
 from lookup_experts.model.moe import MoeGatelessLlamaConfig, check_experts_per_token
+from lookup_experts.model.settings import LookupSettings
+from lookup_experts.model.wiring import (
+    hidden_size_of,
+    install,
+)
 from lookup_experts.table.lanes import check_device
+from lookup_experts.table.reader import open_reader
 from lookup_experts.table.store import Notify, log
 
+_PREFIX = "LookupExperts"
+"""What the name of an attached model's class says beside that of its backbone."""
+TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
+"""Keyword arguments of `from_pretrained` that are for the reader of the table."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -33,6 +79,7 @@ def load(
     dtype: str = "auto",
     verify_checksums: bool = False,
     num_experts_per_tok: int | None = None,
+    trust_remote_code: bool = False,
     notify: Notify = log,
 ) -> Any:
     """The model in a folder, in evaluation mode.
@@ -51,6 +98,8 @@ def load(
         verify_checksums: compare every record that is read with its checksum.
         num_experts_per_tok: of the paper's mixture-of-experts baseline, how many experts each token
             selects; default: what the folder says, else 2.
+        trust_remote_code: let code that the folder brings along run; a model of a class that isn't
+            transformers' own needs it.
         notify: told which store was chosen and why, and what could not be had; default: a warning
             of the logger `lookup_experts`.
 
@@ -70,9 +119,13 @@ def load(
         model_class = attached_class(backbone) if kind == "mole" else backbone
         model = load_official(path, kind, config, model_class, _torch_dtype(dtype), **selection)
         return model.to(device).eval()
+    if needs_own_code(config):
+        require_trust(path, trust_remote_code)
+    selection["trust_remote_code"] = trust_remote_code
     if config.get("model_type") == MODEL_TYPE:
         weight_files(path)
         options = {
+            **selection,
             "store": store,
             "cache": cache,
             "verify_checksums": verify_checksums,
@@ -125,3 +178,221 @@ def _load_huggingface(
 
 def _torch_dtype(dtype: str) -> Any:
     return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+# ------------------------------------------------------------------- classes of attached models
+
+
+class FromFolder:
+    """How an attached model comes to be, out of a folder."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        install(self, LookupSettings.from_dict(config.lookup_experts))
+        self.init_weights()  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does; in table form the table beside the weights is opened too.
+
+        Experts that were saved without their backbone come with the backbone that they refer to.
+        Keyword arguments named in `TABLE_OPTIONS` go to the table's reader.
+        """
+        options = {name: kwargs.pop(name) for name in TABLE_OPTIONS if name in kwargs}
+        if _refers_to_backbone(pretrained_model_name_or_path, kwargs):
+            folder = _local_folder(pretrained_model_name_or_path, kwargs)
+            loaded = _load_on_backbone(cls, folder, *args, **kwargs)
+        else:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.lookup_settings.form == "table":
+            folder = _local_folder(pretrained_model_name_or_path, kwargs)
+            settings = model.lookup_settings
+            weight = next(model.get_input_embeddings().parameters())
+            reader = open_reader(
+                folder,
+                num_layers=len(settings.layers),
+                num_experts=settings.num_experts,
+                row_size=settings.row_size or hidden_size_of(model),
+                fingerprint=settings.fingerprint,
+                dtype=weight.dtype,
+                device=weight.device,
+                **options,
+            )
+            model.set_expert_source(reader)
+        return loaded
+
+
+@cache
+def attached_class(backbone: Any) -> Any:
+    """The class of an attached model: a subclass of its backbone's; one for each backbone."""
+    return make_class(
+        attached_class,
+        backbone,
+        _PREFIX + backbone.__name__,
+        (FromFolder, LookupExpertsMixin, backbone),
+        __doc__=f"{backbone.__name__} with lookup experts.",
+        config_class=attached_config_class(backbone.config_class),
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """The class of an attached model by its name, as PEFT writes it down beside adapters."""
+    backbone = getattr(transformers, name.removeprefix(_PREFIX), None)
+    if not name.startswith(_PREFIX) or backbone is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return attached_class(backbone)
+
+
+def become_attached(model: Any, settings: LookupSettings) -> None:
+    """Turn a backbone that has just gained its modules into a model that saves as what it is."""
+    backbone: Any = type(model)
+    model.__class__ = attached_class(backbone)
+    if not isinstance(model.config, LookupConfigMixin):
+        model.config.__class__ = model.config_class
+    model.config.lookup_experts = settings.to_dict()
+    named = auto_map(backbone_config_class(type(model.config)), backbone)
+    if named:
+        model.config.auto_map = named
+    elif hasattr(model.config, "auto_map"):  # transformers' own class was loaded all the same
+        del model.config.auto_map
+
+
+class LookupExpertsConfig(PreTrainedConfig):
+    """The model type `lookup_experts` as `AutoConfig` meets it in a `config.json`.
+
+    It is never the configuration of a model: `from_dict` gives one of the backbone's kind, and
+    tells `AutoModelForCausalLM` which class belongs to it.
+    """
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        for key in ("backbone", "backbone_type", "lookup_experts"):
+            if key not in config_dict:
+                raise UserError(f"The configuration of a model with lookup experts has no {key!r}.")
+        if needs_own_code(config_dict):
+            AutoModelForCausalLM.register(OwnCodeConfig, OwnCodeModel, exist_ok=True)
+            return OwnCodeConfig.from_dict(config_dict, **kwargs)
+        attached = attached_class(_saved_backbone(config_dict))
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+            auto.register(attached.config_class, attached, exist_ok=True)
+        return attached.config_class.from_dict(config_dict, **kwargs)
+
+
+def known_backbones(config_class: Any) -> tuple[Any, ...]:
+    """The classes with a language-model head that transformers has for a configuration's class, the
+    usual one first."""
+    mappings = (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    )
+    found = (mapping[config_class] for mapping in mappings if config_class in mapping)
+    return tuple(dict.fromkeys(found))
+
+
+def _saved_backbone(config_dict: dict[str, Any]) -> Any:
+    """The class of the backbone that the `config.json` of an attached model tells of."""
+    model_type = config_dict["backbone_type"]
+    found = known_backbones(CONFIG_MAPPING[model_type]) if model_type in CONFIG_MAPPING else ()
+    if not found:
+        raise UserError(
+            f"The backbone's model type {model_type!r} is unknown to transformers here: import the "
+            "package that registers it first, or take a newer transformers."
+        )
+    architectures = config_dict.get("architectures") or ()
+    named = [kind for kind in found if _PREFIX + kind.__name__ in architectures]
+    return (named or found)[0]
+
+
+class OwnCodeConfig(LookupConfigMixin, PreTrainedConfig):
+    """What is known of an attached model whose backbone has code of its own, before that was run:
+    what its `config.json` states, names of sizes among them (`attribute_map`). Stands in for a
+    configuration of the backbone's kind."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        backbone = {**config_dict["backbone"], "backbone_type": config_dict["backbone_type"]}
+        return super().from_dict({**config_dict, "backbone": backbone}, **kwargs)
+
+
+class OwnCodeModel:
+    """What `AutoModelForCausalLM` takes for the class of such a model until it loads one."""
+
+    config_class = OwnCodeConfig
+
+    @classmethod
+    def from_pretrained(
+        cls, name: Any, *args: Any, config: Any, trust_remote_code: Any = None, **kwargs: Any
+    ) -> Any:
+        """As `LookupExpertsMixin.from_pretrained`, if the folder's code may be run.
+
+        Raises:
+            UserError: it may not, or can't be.
+        """
+        require_trust(name, trust_remote_code)
+        folder = _local_folder(name, kwargs)
+        stated = config.to_dict()
+        del stated["model_type"]
+        stated.pop("attribute_map", None)
+        model_type = stated.pop("backbone_type")
+        config_class, backbone = load_classes(folder, stated["auto_map"], model_type)
+        config = attached_config_class(config_class).from_dict(stated)
+        return attached_class(backbone).from_pretrained(
+            name, *args, config=config, trust_remote_code=True, **kwargs
+        )
+
+
+def _load_on_backbone(
+    attached: Any,
+    folder: Path,
+    *args: Any,
+    config: Any = None,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """The model of a folder that refers to its backbone.
+
+    Args:
+        attached: the class of the model.
+        folder: what `save_experts` wrote.
+        config: its configuration, as `AutoConfig` gives it; read from the folder if None.
+        output_loading_info: give transformers' report on the backbone too.
+        args, kwargs: of `from_pretrained`, for the backbone: dtype, quantisation, devices ...
+
+    Raises:
+        UserError: the backbone isn't there, or is another one.
+    """
+    if config is None:
+        config = LookupExpertsConfig.from_pretrained(folder)
+    settings = LookupSettings.from_dict(config.lookup_experts)
+    place = backbone_folder(folder, settings)
+    model, report = load_backbone(place, config, made_of(attached), *args, **kwargs)
+    note_backbone(model)
+    if "generation_config" not in kwargs and (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    install(model, settings)
+    become_attached(model, settings)
+    load_experts(model, folder)
+    freeze_backbone(model)
+    allow_training(model)
+    model.eval()
+    return (model, report) if output_loading_info else model
+
+
+def _refers_to_backbone(name: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether `from_pretrained` is given experts without their backbone."""
+    config = kwargs.get("config")
+    if config is None and name is not None:
+        folder = _local_folder(name, kwargs)
+        config = LookupExpertsConfig.from_pretrained(folder)
+    settings = getattr(config, "lookup_experts", None)
+    return settings is not None and settings.get("backbone") is not None
+
+
+def _local_folder(name: Any, kwargs: dict[str, Any]) -> Path:
+    """The folder on this machine that a model name stands for, by what `from_pretrained` got."""
+    hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token") if key in kwargs}
+    return find_folder(name, **hub)

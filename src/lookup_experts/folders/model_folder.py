@@ -1,7 +1,10 @@
 """Where a model folder is, and its files, whoever wrote them: configuration and weights."""
 
 import json
+import os
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +139,76 @@ def refuse_partial_loading(folder: Path, report: dict[str, Any], *kinds: str) ->
                 f"{folder}: the weights don't fit the model ({len(names)} {kind} tensors, the "
                 f"first is {names[0]})."
             )
+
+
+def require_new(out: Path) -> None:
+    """Refuse a folder to be made that is there already, if only as a link that leads nowhere."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already; choose another folder, or delete it.")
+
+
+def unfinished_folder(out: Path, notify: Callable[[str], None]) -> Path:
+    """The folder beside `out` that is filled and then renamed, perhaps begun by an earlier run.
+
+    Args:
+        out: the folder to make.
+        notify: told when an interrupted run is taken up again.
+    """
+    partial = out.with_name(f"{out.name}.partial")
+    for path in (partial, partial / TABLE):
+        if path.is_symlink() and not path.is_dir():
+            raise UserError(f"{path} is a link that leads to no folder; delete it.")
+    if partial.exists():
+        notify(f"Going on with the interrupted run in {partial}.")
+    partial.mkdir(parents=True, exist_ok=True)
+    return partial
+
+
+def begin_inference_folder(out: Path, notify: Callable[[str], None]) -> Path:
+    """As `unfinished_folder`; of an earlier run there is nothing in it but the table.
+
+    The folder of the table is made first and tells a run that was interrupted from what is
+    somebody's. A link in its place is written through: so a table gets to another disk.
+
+    Raises:
+        UserError: there is a folder of that name that no run has begun.
+    """
+    partial = out.with_name(f"{out.name}.partial")
+    names = [path.name for path in partial.iterdir()] if partial.is_dir() else []
+    if names and TABLE not in names:
+        raise UserError(f"{partial} is in the way and no interrupted run; move or delete it.")
+    partial = unfinished_folder(out, notify)
+    (partial / TABLE).mkdir(exist_ok=True)
+    for path in partial.iterdir():  # written in part, or of another model
+        if path.name == TABLE:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return partial
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy what a file says, all of it or none: a file of one's own, whatever the mode of `source`.
+
+    Of a symbolic link (the hub's cache is full of them) the file behind it is meant.
+    """
+    temporary = target.with_name(f"{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
+
+
+def give_usual_mode(folder: Path) -> None:
+    """Let those read a folder's weights who may read its other files.
+
+    safetensors writes files that their owner alone can read, whatever the user's umask says.
+    """
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        if path.stat().st_uid == os.geteuid() and path.stat().st_nlink == 1:
+            path.chmod(mode)
 
 
 def first_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 MODELS = {
     "gateless_llama": ("model.gateless_llama", "GatelessLlamaConfig", "GatelessLlamaForCausalLM"),
     "moe_gateless_llama": ("model.moe", "MoeGatelessLlamaConfig", "MoeGatelessLlamaForCausalLM"),
-    "lookup_experts": ("folders.attached_model", "LookupExpertsConfig", None),
+    "lookup_experts": ("folders.load", "LookupExpertsConfig", None),
 }
 """Model type -> module of this package, class of the configuration, class of the model; which one
 that of an attached model is depends on its backbone."""

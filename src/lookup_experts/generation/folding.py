@@ -7,10 +7,10 @@ same call.
 
 import copy
 import hashlib
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,14 @@ from lookup_experts.folders.adapters import refuse_adapters
 from lookup_experts.folders.attached_model import LookupExpertsMixin
 from lookup_experts.folders.experts_alone import save_experts
 from lookup_experts.folders.load import load
-from lookup_experts.folders.model_folder import local_folder
-from lookup_experts.folders.tokenizer import TOKENIZER_FILES
+from lookup_experts.folders.model_folder import (
+    TABLE,
+    begin_inference_folder,
+    local_folder,
+    require_new,
+)
+from lookup_experts.folders.own_code import copy_custom_generation
+from lookup_experts.folders.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from lookup_experts.model.folded import evaluate_experts, expert_facts
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 from lookup_experts.model.placement import state_with_values
@@ -41,15 +47,6 @@ from lookup_experts.table.opening import Table
 from lookup_experts.table.progress import Progress
 from lookup_experts.table.store import Notify, log
 
-_TOKENIZER_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-)
-
 
 def reparameterize(
     model_or_folder: Any,
@@ -59,6 +56,7 @@ def reparameterize(
     block_size: int | None = None,
     tokenizer: Any = None,
     token_counts: np.ndarray | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     notify: Notify = log,
 ) -> Table:
@@ -73,6 +71,7 @@ def reparameterize(
         tokenizer: saved with the model; default: the one in the folder, if there is one.
         token_counts: int64 [vocab_size], how often each id occurs in text like that to come; kept
             with the table for `TableExperts.fill_cache`.
+        trust_remote_code: let code that a folder brings along run, see `load`.
         progress: called with (ids done, ids in all).
         notify: told when an interrupted run is taken up again; default: a warning of the logger
             `lookup_experts`.
@@ -86,30 +85,31 @@ def reparameterize(
     """
     chosen = get_encoding(encoding, block_size)
     out = Path(out)
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another folder, or delete it.")
+    require_new(out)
     folder = None if isinstance(model_or_folder, nn.Module) else local_folder(model_or_folder)
-    model = model_or_folder if folder is None else load(folder)
+    model = model_or_folder if folder is None else load(folder, trust_remote_code=trust_remote_code)
     _require_experts(model)
+    _require_savable(model)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     if token_counts is not None:
         check_counts(token_counts, vocab_size, "token_counts")
-    partial = out.with_name(f"{out.name}.partial")
-    if partial.exists():
-        notify(f"Going on with the interrupted run in {partial}.")
-    partial.mkdir(parents=True, exist_ok=True)
+    partial = begin_inference_folder(out, notify)
     _save_tokenizer(tokenizer, folder, partial)
+    if folder is not None:
+        copy_custom_generation(folder, partial)
     embedding = model.get_input_embeddings()
     layers = routed_experts(model)
     plan = plan_folding(
         embedding, layers, vocab_size, chosen, tokenizer_hash=tokenizer_hash(partial)
     )
-    build_table(partial / "table", plan, evaluate_experts(embedding, layers), progress)
+    # Before the table, which may take hours: what can't be saved shows at once.
     with full_disk_as_user_error(partial):
-        keep_counts(partial / "table", token_counts, vocab_size)
-    save_without_experts(model, partial, plan.manifest.fingerprint)
+        save_without_experts(model, partial, plan.manifest.fingerprint)
+    build_table(partial / TABLE, plan, evaluate_experts(embedding, layers), progress)
+    with full_disk_as_user_error(partial):
+        keep_counts(partial / TABLE, token_counts, vocab_size)
     partial.rename(out)
-    return Table(out / "table", plan.manifest)
+    return Table(out / TABLE, plan.manifest)
 
 
 def plan_folding(
@@ -171,7 +171,8 @@ def save_without_experts(model: Any, folder: Path, fingerprint: str) -> None:
         if quantised:
             save_experts(model, folder, state_dict=state)
         else:
-            super(LookupExpertsMixin, model).save_pretrained(folder, state_dict=state)
+            model.save_in_full(folder, state_dict=state)
+        model.save_beside_weights(folder)
     finally:
         model.config = training_config
 
@@ -196,10 +197,22 @@ def _require_experts(model: Any) -> None:
         raise UserError("The experts of this model were folded into a table already.")
 
 
+def _require_savable(model: Any) -> None:
+    """Refuse a generation configuration that transformers would refuse to save with the model."""
+    if not model.can_generate():
+        return
+    with TemporaryDirectory() as folder:
+        try:
+            model.generation_config.save_pretrained(folder)
+        except ValueError as error:
+            raise UserError(
+                "The model's generation_config can't be saved, so correct it before you fold: "
+                + " ".join(str(error).split())
+            ) from error
+
+
 def _save_tokenizer(tokenizer: Any, folder: Path | None, target: Path) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
     elif folder is not None:
-        for pattern in _TOKENIZER_PATTERNS:
-            for file in folder.glob(pattern):
-                shutil.copy2(file, target / file.name)
+        copy_tokenizer(folder, target)

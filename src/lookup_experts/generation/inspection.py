@@ -10,12 +10,12 @@ from typing import Any
 from safetensors import safe_open
 
 from lookup_experts.errors import TableError, UserError
-from lookup_experts.folders.attached_model import LookupExpertsConfig
 from lookup_experts.folders.experts_alone import backbone_folder
 from lookup_experts.folders.gguf_file import gguf_tensors
-from lookup_experts.folders.load import load
+from lookup_experts.folders.load import LookupExpertsConfig, load
 from lookup_experts.folders.model_folder import local_folder, read_config, weight_files
 from lookup_experts.folders.official import moe_settings, official_kind, official_settings
+from lookup_experts.folders.own_code import needs_own_code, require_trust
 from lookup_experts.folders.tokenizer import TOKENIZER_FILES
 from lookup_experts.generation.folding import tokenizer_hash
 from lookup_experts.model.fingerprint import embedding_hash
@@ -219,7 +219,7 @@ def text_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder).get_text_config()
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
@@ -266,12 +266,15 @@ class Verification:
         return {**asdict(self), "intact": not self.problems}
 
 
-def verify_folder(folder: str | Path, progress: Progress | None = None) -> Verification:
+def verify_folder(
+    folder: str | Path, progress: Progress | None = None, trust_remote_code: bool = False
+) -> Verification:
     """Read a whole table, check every record, and that it belongs to the model beside it.
 
     Args:
         folder: an inference folder, or the folder of a table alone.
         progress: called with (ids done, ids in all).
+        trust_remote_code: let code that the folder brings along run, which its model may need.
 
     Raises:
         TableError: the table's files are missing, truncated or foreign.
@@ -288,23 +291,25 @@ def verify_folder(folder: str | Path, progress: Progress | None = None) -> Verif
                 f"{path} has no table to verify: its experts are in training form. "
                 "Fold them first: mole reparameterize."
             )
+        if needs_own_code(config):
+            require_trust(path, trust_remote_code)
     table = open_table(path if bare else path / "table")
     read_counts(table)  # damaged, they are an error
     report = verify_table(table, progress)
     problems = [f"record {bad.id} in {bad.file}: {bad.problem}" for bad in report.bad]
     if report.num_bad:
         problems.insert(0, f"{report.num_bad} of {report.num_ids} records are damaged")
-    mismatches = [] if bare else _mismatches(path, table)
+    mismatches = [] if bare else _mismatches(path, table, trust_remote_code)
     return Verification(
         str(path), report, None if bare else not mismatches, tuple(problems + mismatches)
     )
 
 
-def _mismatches(path: Path, table: Table) -> list[str]:
+def _mismatches(path: Path, table: Table, trust_remote_code: bool) -> list[str]:
     """What of the model beside a table isn't what the table was made from."""
     found = []
     try:
-        model = load(path, store="mmap")
+        model = load(path, store="mmap", trust_remote_code=trust_remote_code)
     except TableError as error:
         return [str(error)]
     if table.manifest.embedding_hash != embedding_hash(model.get_input_embeddings()):

@@ -5,12 +5,20 @@ alone. As in `folding.py`, the new folder is made under another name and renamed
 complete; an interrupted run is taken up again by the same call.
 """
 
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from lookup_experts.errors import TableError, UserError
-from lookup_experts.folders.attached_model import LookupExpertsConfig
-from lookup_experts.folders.model_folder import local_folder, read_config
+from lookup_experts.folders.load import LookupExpertsConfig
+from lookup_experts.folders.model_folder import (
+    TABLE,
+    begin_inference_folder,
+    copy_file,
+    local_folder,
+    read_config,
+    require_new,
+    unfinished_folder,
+)
 from lookup_experts.generation.inspection import attached_settings
 from lookup_experts.table.build import (
     build_table,
@@ -27,9 +35,6 @@ from lookup_experts.table.opening import Table, open_table
 from lookup_experts.table.progress import Progress
 from lookup_experts.table.store import Notify, log
 from lookup_experts.table.store_choice import open_store
-
-_TABLE = "table"
-"""The folder of the table within an inference folder."""
 
 
 def reencode(
@@ -68,28 +73,27 @@ def reencode(
     path, out = local_folder(folder), Path(out)
     source, is_bare = open_source(path)
     _require_other_encoding(source, chosen)
-    _require_new_folder(path, out)
+    _require_new_folder([path, source.folder], out)
     counts = read_counts(source)
     if source.layout.encoding.name != "float32":
         notify(
             f"The source is in {source.layout.encoding.name}: what that rounded away is not "
             "brought back. Fold the experts anew where you have them."
         )
-    partial = out.with_name(f"{out.name}.partial")
-    if partial.exists():
-        notify(f"Going on with the interrupted run in {partial}.")
-    partial.mkdir(parents=True, exist_ok=True)
-    if not is_bare:
+    if is_bare:
+        partial = unfinished_folder(out, notify)
+    else:
+        partial = begin_inference_folder(out, notify)
         with full_disk_as_user_error(partial):
             copy_beside_table(path, partial)
     plan = plan_reencoding(source, chosen)
     with open_store(source, "direct", verify_checksums=True, notify=notify) as store:
-        made = partial if is_bare else partial / _TABLE
+        made = partial if is_bare else partial / TABLE
         build_table(made, plan, decode_records(store), progress)
     with full_disk_as_user_error(partial):
         keep_counts(made, counts, source.layout.shape.vocab_size)
     partial.rename(out)
-    return Table(out if is_bare else out / _TABLE, plan.manifest)
+    return Table(out if is_bare else out / TABLE, plan.manifest)
 
 
 def open_source(path: Path) -> tuple[Table, bool]:
@@ -110,7 +114,7 @@ def open_source(path: Path) -> tuple[Table, bool]:
             f"{path} has no table to re-encode: its experts are in training form. "
             "Fold them with the encoding that you want: mole reparameterize."
         )
-    table = open_table(path / _TABLE)
+    table = open_table(path / TABLE)
     if table.manifest.fingerprint != settings.fingerprint:
         raise TableError(f"{table.folder}: this is the table of another model than {path}.")
     return table, False
@@ -129,28 +133,35 @@ def in_words(encoding: Encoding) -> str:
     return f"{encoding.name}{blocks}"
 
 
-def _require_new_folder(folder: Path, out: Path) -> None:
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another folder, or delete it.")
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{out} lies in {folder}, which is read; choose a folder outside of it.")
+def _require_new_folder(read: Sequence[Path], out: Path) -> None:
+    require_new(out)
+    for folder in read:  # where the table is a link, it lies in another place than the rest
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{out} lies in {folder}, which is read; choose a folder outside of it."
+            )
 
 
 def copy_beside_table(folder: Path, target: Path) -> None:
-    """Bring all but the table of an inference folder to `target`, over what is there."""
+    """Bring all but the table of an inference folder to the new folder `target`.
 
+    A link to a folder stays one, to the same folder.
+    """
     for source in sorted(folder.rglob("*")):
         relative = source.relative_to(folder)
-        if source.is_file() and relative.parts[0] != _TABLE:
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        if relative.parts[0] == TABLE:
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir() and source.is_symlink():
+            (target / relative).symlink_to(source.resolve())
+        elif source.is_file():
             _bring_file(source, target / relative)
 
 
 def _bring_file(source: Path, target: Path) -> None:
     """Weights are linked, since they are large and are replaced, never written to. The rest may
     be edited by hand in one of the folders, so each gets its own."""
-    target.unlink(missing_ok=True)  # left behind, perhaps in part, by an interrupted run
     if source.suffix == ".safetensors":
         link_or_copy(source, target)
     else:
-        shutil.copy2(source, target)
+        copy_file(source, target)

@@ -1,12 +1,14 @@
 """Where the FFN of each block is, in any Hugging Face causal LM.
 
-Nothing here changes a model. A model qualifies when its base model holds one list of blocks and
+Nothing here changes a model. A model qualifies when its base model, or the part of it that deals
+with text where it takes images or sound too, holds one list of blocks and
 each block has exactly one child that goes by one of `FFN_NAMES`; the probe behind that list
 covered 30 of 31 common families. The child's inputs and outputs are all that matters then:
 whatever it adds to the residual stream, the experts add beside it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +17,12 @@ from lookup_experts.errors import UserError
 FFN_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "feedforward", "ff")
 # The sizes of a block's FFN go by several names in the configurations of the library.
 FFN_SIZE_NAMES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff")
+
+_PLACEHOLDER_NAMES = tuple(
+    f"{medium}_token_{suffix}"
+    for medium in ("image", "video", "audio")
+    for suffix in ("id", "index")
+)
 
 
 def find_ffns(model: nn.Module) -> list[nn.Module]:
@@ -49,8 +57,10 @@ def find_ffns(model: nn.Module) -> list[nn.Module]:
 
 def _find_blocks(model: nn.Module, model_type: str) -> Sequence[nn.Module]:
     """The base model's one list of blocks that have an FFN."""
-    base = getattr(model, "base_model", model)
+    base: Any = getattr(model, "base_model", model)
     config = getattr(model, "config", None)
+    if is_multimodal(config):
+        base, config = base.get_decoder(), text_config(config)
     num_layers = getattr(config, "num_hidden_layers", None)
     lists = [
         module
@@ -66,6 +76,24 @@ def _find_blocks(model: nn.Module, model_type: str) -> Sequence[nn.Module]:
             f"{len(lists) or 'none'}."
         )
     return list(lists[0])
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's configuration that deals with text; often all of it."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether a model takes more than text, and deals with text in a part of its own."""
+    return text_config(config) is not config
+
+
+def placeholder_ids(config: Any) -> tuple[int, ...]:
+    """The token ids in whose places a multi-modal model puts images or sound; sorted."""
+    if not is_multimodal(config):
+        return ()
+    found = {getattr(config, name, None) for name in _PLACEHOLDER_NAMES}
+    return tuple(sorted(token_id for token_id in found if isinstance(token_id, int)))
 
 
 def ffn_size(config: object, hidden_size: int) -> int:

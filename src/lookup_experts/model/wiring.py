@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.blocks import find_ffns
+from lookup_experts.model.blocks import find_ffns, placeholder_ids, text_config
 from lookup_experts.model.computed_rows import FFNExperts
 from lookup_experts.model.forms import (
     LookupBlock,
@@ -54,7 +54,8 @@ def install(model: Any, settings: LookupSettings) -> None:
         ffn.add_module("lookup_experts", lookup)
         ffn.register_forward_hook(add_lookup_output, with_kwargs=True)
     base = model.base_model
-    base.lookup_entrance = Entrance(FFNExperts(settings) if settings.form == "experts" else None)
+    source = FFNExperts(settings) if settings.form == "experts" else None
+    base.lookup_entrance = Entrance(source, placeholder_ids(model.config))
     base.register_forward_pre_hook(enter_forward_pass, with_kwargs=True)
     base.register_forward_hook(leave_forward_pass, always_call=True)
 
@@ -73,7 +74,7 @@ def _new_block(place: int, model: Any, settings: LookupSettings) -> LookupBlock:
 
 def hidden_size_of(model: Any) -> int:
     """d, the width of the residual stream."""
-    size = getattr(model.config.get_text_config(), "hidden_size", None)
+    size = getattr(text_config(model.config), "hidden_size", None)
     if not isinstance(size, int):
         raise UserError(
             f"Can't attach lookup experts to model type {model.config.model_type!r}: its "
@@ -103,15 +104,18 @@ class Entrance:
 
     Attributes:
         source: where rows come from; None: nothing has been opened yet.
+        placeholders: ids in whose places the model puts something else than text. Experts are of
+            text, and add nothing there.
         observe: a `RowObserver`, or None. A copy of the model is observed by nobody.
     """
 
-    def __init__(self, source: ExpertSource | None) -> None:
+    def __init__(self, source: ExpertSource | None, placeholders: tuple[int, ...] = ()) -> None:
         self.source = source
+        self.placeholders = placeholders
         self.observe: RowObserver | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source, "observe": None}
+        return {"source": self.source, "placeholders": self.placeholders, "observe": None}
 
 
 class ForwardPass:
@@ -119,12 +123,20 @@ class ForwardPass:
 
     Attributes:
         rows: of its batch.
+        is_text: bool [B·T, 1], False at placeholders; None: text is everywhere.
         entrance: of its model.
         outer: the forward pass, of another model, within which it runs; None: there is none.
     """
 
-    def __init__(self, rows: TokenRows, entrance: Entrance, outer: "ForwardPass | None") -> None:
+    def __init__(
+        self,
+        rows: TokenRows,
+        is_text: Tensor | None,
+        entrance: Entrance,
+        outer: "ForwardPass | None",
+    ) -> None:
         self.rows = rows
+        self.is_text = is_text
         self.entrance = entrance
         self.outer = outer
 
@@ -149,8 +161,30 @@ def enter_forward_pass(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     entrance = module.lookup_entrance
     if entrance.source is None:
         raise RuntimeError("The model has routers but no expert source; use set_expert_source.")
+    is_text = None
+    if entrance.placeholders:
+        is_text = _find_text(token_ids, entrance.placeholders)
+        if entrance.placeholders[-1] >= module.get_input_embeddings().weight.shape[0]:
+            token_ids = token_ids.where(is_text, 0)  # an id without a row
+        is_text = _unless_everywhere(is_text)
     rows = entrance.source.rows(token_ids, torch.compiler.is_compiling(), module)
-    _of_thread.innermost = ForwardPass(rows, entrance, forward_pass())
+    _of_thread.innermost = ForwardPass(rows, is_text, entrance, forward_pass())
+
+
+def _find_text(token_ids: Tensor, placeholders: tuple[int, ...]) -> Tensor:
+    """Token ids [B, T] -> bool [B, T], False where a placeholder stands."""
+    is_text = token_ids != placeholders[0]
+    for placeholder in placeholders[1:]:
+        is_text = is_text & (token_ids != placeholder)
+    return is_text
+
+
+def _unless_everywhere(is_text: Tensor) -> Tensor | None:
+    """bool [B, T] -> [B·T, 1]; None where it is known without waiting for a device that all is
+    text, as in every step of decoding."""
+    if not torch.compiler.is_compiling() and is_text.device.type == "cpu" and is_text.all():
+        return None
+    return is_text.reshape(-1, 1)
 
 
 def leave_forward_pass(module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -199,6 +233,10 @@ def _add(lookup: Any, hidden_states: Tensor, output: Tensor) -> Tensor:
             f"Hidden states of shape {tuple(hidden_states.shape)} don't belong to the "
             f"token ids of shape {tuple(rows.index.shape)} that entered the model."
         )
-    if torch.is_grad_enabled() or not (isinstance(lookup, LookupBlock) and is_unhooked(lookup)):
-        return output + lookup(hidden_states, rows, observe).view(output.shape)
-    return lookup.add_to(output, hidden_states, rows, observe)
+    is_plain = isinstance(lookup, LookupBlock) and is_unhooked(lookup)
+    if is_plain and forward.is_text is None and not torch.is_grad_enabled():
+        return lookup.add_to(output, hidden_states, rows, observe)
+    added = lookup(hidden_states, rows, observe).view(output.shape)
+    if forward.is_text is not None:
+        added = added * forward.is_text.view(*output.shape[:-1], 1)
+    return output + added

@@ -399,15 +399,21 @@ def check_sample(table: Table, rows_of: RowsOf, num_ids: int = SAMPLE_IDS) -> No
 
 
 def copy_table(source: Path, target: Path) -> None:
-    """Put the table folder `source` at `target` too: linked where possible, else copied."""
+    """Put the table folder `source` at `target` too: linked where possible, else copied.
+
+    A link at `target` to another table's folder gives way; that folder stays as it is.
+    """
     if target.exists() and target.samefile(source):
         return
     temporary = target.with_name(f"{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for file in sorted(source.iterdir()):
-        link_or_copy(file, temporary / file.name)
-    if target.exists():
+        if file.is_file():
+            link_or_copy(file, temporary / file.name)
+    if target.is_symlink():
+        target.unlink()
+    elif target.exists():
         shutil.rmtree(target)
     temporary.rename(target)
 
@@ -420,4 +426,4 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source.resolve())
     except OSError:
-        shutil.copy2(source, target)
+        shutil.copyfile(source, target)  # not its mode: the copy of a read-only file is one's own

@@ -2,7 +2,7 @@
 
 import errno
 import os
-import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,12 @@ UNFINISHED = ".unfinished-"
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file, all of it or none: to a temporary one, then renamed."""
-    with tempfile.NamedTemporaryFile(
-        "wb", dir=path.parent, prefix=UNFINISHED, delete=False
-    ) as file:
-        temporary = Path(file.name)
+    temporary = path.with_name(f"{UNFINISHED}{path.name}.{os.getpid()}.{threading.get_ident()}")
+    with temporary.open("wb") as file:  # not by `tempfile`, whose files are their owner's alone
         try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            temporary.chmod(0o644)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

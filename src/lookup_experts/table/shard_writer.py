@@ -44,7 +44,7 @@ class ShardWriter:
     ) -> None:
         self.path, self.layout, self.shard = Path(path), layout, shard
         content = shard_content(layout, shard, fingerprint)
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._lock()
             self.resumed = self._was_begun(content)

@@ -11,6 +11,7 @@ summary.json           what came out; written last, so a folder that has one is 
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -108,7 +109,10 @@ class RunFolder:
         """
         save_tokenizer(self.unfinished_model)
         for path in sorted(self.unfinished_model.iterdir(), key=lambda p: p.name == "config.json"):
-            path.replace(self.path / path.name)
+            place = self.path / path.name
+            if place.is_dir():  # of a run that was killed here; a folder replaces none
+                shutil.rmtree(place)
+            path.replace(place)
         self.unfinished_model.rmdir()
 
 

@@ -51,7 +51,8 @@ def _load(name: str) -> "PreTrainedTokenizerFast":
         if path.is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
         else:
-            tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+            found = str(path) if path.is_dir() else name
+            tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=False)
     # tokenizers raises plain Exception for a file that it can't parse.
     except Exception as error:
         raise UserError(

@@ -13,10 +13,12 @@ import torch
 
 from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.folders.attach import attach
-from lookup_experts.folders.attached_model import SAVES, LookupExpertsMixin
+from lookup_experts.folders.attached_model import LookupExpertsMixin
 from lookup_experts.folders.experts_alone import refer_to, set_backbone_reference
 from lookup_experts.folders.load import load
 from lookup_experts.folders.model_folder import local_folder, read_config
+from lookup_experts.folders.own_code import needs_own_code, require_trust
+from lookup_experts.folders.saving import SAVES
 from lookup_experts.model.blocks import find_ffns
 from lookup_experts.model.freezing import is_attached
 from lookup_experts.model.settings import parse_layers
@@ -50,6 +52,8 @@ class BackboneRecipe:
     """The folder, or the name on the hub, that it is loaded from; the command's argument."""
     fingerprint: str | None = None
     """Of its weights, as the run began with them."""
+    trust_remote_code: bool = False
+    """Whether code that its folder brings along may run."""
 
     def __post_init__(self) -> None:
         if self.trained not in TRAINED:
@@ -104,6 +108,7 @@ def for_backbone(
     trained: str | None = None,
     learning_rate: float | None = None,
     save: str | None = None,
+    trust_remote_code: bool = False,
 ) -> UpcycleRecipe:
     """The recipe with its backbone settled, and with what was chosen beside it.
 
@@ -117,19 +122,27 @@ def for_backbone(
         trained: of the backbone, see `BackboneRecipe`.
         learning_rate: the backbone's.
         save: see `UpcycleRecipe`.
+        trust_remote_code: let code that the backbone's folder brings along run.
 
     Raises:
         UserError: there is no such model, or the choices contradict each other.
     """
     config = read_config(local_folder(name))
+    if needs_own_code(config):
+        require_trust(name, trust_remote_code)
     reference = refer_to(name)
-    backbone = replace(recipe.backbone, name=reference.name, fingerprint=reference.fingerprint)
+    backbone = replace(
+        recipe.backbone,
+        name=reference.name,
+        fingerprint=reference.fingerprint,
+        trust_remote_code=trust_remote_code,
+    )
     backbone = _replace_given(backbone, trained=trained, learning_rate=learning_rate)
     experts = _chosen_experts(recipe.experts, num_experts, form, row_size)
     if layers is not None:
         if experts is None:
             raise UserError(f"--layers {layers} says where experts go, but there are none.")
-        experts = replace(experts, layers=parse_layers(layers, config["num_hidden_layers"]))
+        experts = replace(experts, layers=parse_layers(layers, _num_blocks(backbone)))
     # In one step: each choice alone might contradict what it replaces.
     settled = replace(recipe, backbone=backbone, experts=experts, save=save or recipe.save)
     if settled.save == "full" and "quantization_config" in config:
@@ -137,6 +150,18 @@ def for_backbone(
             f"{name} is quantised, so its experts are saved without it: --save experts."
         )
     return settled
+
+
+def _num_blocks(backbone: BackboneRecipe) -> int:
+    """By the configuration of a backbone that is settled, as transformers reads it."""
+    from transformers import AutoConfig
+
+    assert backbone.name is not None
+    config = AutoConfig.from_pretrained(
+        local_folder(backbone.name), trust_remote_code=backbone.trust_remote_code
+    )
+    number: int = config.get_text_config().num_hidden_layers
+    return number
 
 
 def _chosen_experts(
@@ -175,7 +200,8 @@ def check_data(recipe: UpcycleRecipe, data: TrainingData) -> None:
     check_tokenizer(folder, data.vocabulary)
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+    trusted = recipe.backbone.trust_remote_code
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted).get_text_config()
     data.require_rows(config.vocab_size)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and recipe.training.context_length > longest:
@@ -221,16 +247,15 @@ def check_tokenizer(folder: Path, manifest: Vocabulary) -> None:
 
 def _token(folder: Path, token_id: int) -> str | None:
     """The token of an id in a model folder's tokenizer; None where it has none."""
-    from transformers import AutoTokenizer
-
     from lookup_experts.folders.tokenizer import TOKENIZER_FILES
+    from lookup_experts.folders.tokenizer import load_tokenizer as load_beside_model
 
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise UserError(
             f"{folder} has no tokenizer, so it can't be told whether the text was prepared with "
             "the model's own. Put the tokenizer's files there."
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_beside_model(folder)
     return tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
 
 
@@ -244,7 +269,11 @@ def upcycled_model(recipe: UpcycleRecipe) -> Any:
     frozen = recipe.backbone.trained == "nothing"
     quantised = "quantization_config" in read_config(folder)
     own_dtype = quantised or (frozen and recipe.training.precision == "bf16")
-    model = load(folder, dtype="auto" if own_dtype else "float32")
+    model = load(
+        folder,
+        dtype="auto" if own_dtype else "float32",
+        trust_remote_code=recipe.backbone.trust_remote_code,
+    )
     if isinstance(model, LookupExpertsMixin):
         raise UserError(f"{folder} has lookup experts already; give a model without.")
     model.name_or_path = recipe.backbone.name
