@@ -1,10 +1,12 @@
 """Every form of rows in the benchmarks that make tables up or build them."""
 
+import json
+
 import numpy as np
 import pytest
 from benches import bench
 from result_rows import result_rows
-from tiny_runs import tiny_recipe
+from tiny_runs import make_data, tiny_recipe
 from typer.testing import CliRunner
 
 import lookup_experts as le
@@ -119,6 +121,28 @@ def test_systems_of_the_quality_benchmark(name, experts):
     recipe = System.parse(name).recipe(tiny_recipe(), tokens=1000, seed=0, points=2)
     assert recipe.model.experts == tiny_recipe(experts).model.experts
     assert costs(recipe, 300).table_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # starts a process for each run
+def test_quality_trains_and_folds_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "recipe.yaml").write_text(tiny_recipe().to_yaml())
+    names = ["meki:row_size=8", "mole-2e:row_size=8"]
+    options = {
+        "--data": make_data(tmp_path / "text"),
+        "--recipe": tmp_path / "recipe.yaml",
+        "--work": tmp_path / "runs",
+        "--json": tmp_path / "out.json",
+        "--tokens": "1e3",
+        "--seeds": "0",
+    }
+    words = [str(word) for option in options.items() for word in option]
+    done = CliRunner().invoke(cli.app, ["bench", "quality", *names, *words])
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [result["system"] for result in results] == names
+    assert all(result["table_difference"] < 1e-6 for result in results)
 
 
 @pytest.mark.parametrize("name", ["meki-4e", "meki:form=mole", "meki:num_experts=4"])
