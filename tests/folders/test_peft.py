@@ -1,5 +1,6 @@
 """PEFT on attached models: adapters and copies compute, learn, merge, and come back from disk."""
 
+import copy
 import json
 import logging
 from contextlib import nullcontext
@@ -538,6 +539,20 @@ def test_the_warning_names_the_weights_that_there_are(caplog):
         (message,) = frozen_warnings(caplog)
         assert f"target_parameters={names}" in message
         assert 'modules_to_save=["lookup_experts"]' in message
+
+
+def test_the_warning_names_the_modules_of_a_form_that_has_some(caplog, tmp_path):
+    model = attached_model(form="meki", num_experts=1, expert_size=None, row_size=6)
+    config = LoraConfig(target_modules=["q_proj"], **NOISY)
+    get_peft_model(copy.deepcopy(model), config).train()
+    (message,) = frozen_warnings(caplog)
+    named = ["routed.gate_proj", "routed.up_proj", "routed.down_proj"]
+    assert f"target_modules={named}" in message
+    caplog.clear()
+    adapted = get_peft_model(model, LoraConfig(target_modules=named, **NOISY))
+    adapted.train()
+    assert frozen_warnings(caplog) == []
+    assert_merges(adapted.eval(), tmp_path, IDS)
 
 
 def test_nobody_else_is_told(caplog, tmp_path):

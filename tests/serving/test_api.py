@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import greedy, tiny_model
+from tiny_models import attached_model, greedy, tiny_model
 
 import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
@@ -497,6 +497,7 @@ def test_what_the_server_tells_of_itself(client):
     stats = client.get("/v1/stats").json()
     assert (stats["model"], stats["kind"]) == ("tiny", "mole-table")
     assert (stats["layers"], stats["experts"], stats["store"]) == (3, 4, "direct")
+    assert (stats["router"], stats["row_size"], stats["record_bytes"]) == (True, 32, 1536)
     assert stats["tokens_per_second"] == pytest.approx(9 / 5)
     assert stats["bytes_read"] > 0 and 0 <= stats["hit_rate"] <= 1
     assert stats["ids_asked"] >= stats["ids_unique"] >= 9 > 0 <= stats["cache_hits"]
@@ -515,6 +516,7 @@ def test_a_dense_model_has_no_table_to_tell_of(make_client):
     client = make_client(model=tiny_model("llama"))
     stats = client.get("/v1/stats").json()
     assert (stats["kind"], stats["experts"], stats["store"]) == ("dense", 0, None)
+    assert (stats["router"], stats["row_size"], stats["record_bytes"]) == (False, None, None)
     counted = ("ids_asked", "ids_unique", "cache_hits", "read_seconds")
     assert [stats[name] for name in counted] == [0, 0, 0, 0]
     chunks = events_of(
@@ -522,6 +524,29 @@ def test_a_dense_model_has_no_table_to_tell_of(make_client):
     )
     assert chunks[0]["lookup"]["weights"] is None
     assert "mole_table_read" not in client.get("/metrics").text
+
+
+def test_a_form_without_a_router_tells_of_its_records(make_client, tmp_path):
+    model = attached_model(form="meki", num_experts=1, expert_size=None, row_size=5)
+    le.reparameterize(model, tmp_path / "folded", encoding="float32")
+    loaded = le.load(tmp_path / "folded", store="direct", cache="2kB")
+    told = []
+    for served in (model, loaded):
+        client = make_client(model=served)
+        stats = client.get("/v1/stats").json()
+        assert (stats["experts"], stats["router"], stats["row_size"]) == (1, False, 5)
+        asked = {"prompt": "the fox", "max_tokens": 12, "temperature": 0}
+        chunks = events_of(complete(client, **asked, stream=True, lookup_details=True))
+        lookups = [chunk["lookup"] for chunk in chunks[:-1]]
+        assert [lookup["weights"] for lookup in lookups] == [None] * 12
+        told.append((stats["kind"], stats["record_bytes"], lookups))
+    assert told[0][:2] == ("meki-experts", None)
+    assert told[1][:2] == ("meki-table", 3 * 5 * 4)
+    assert {lookup["cache_hit"] for lookup in told[0][2]} == {None}
+    assert [x["token_id"] for x in told[0][2]] == [x["token_id"] for x in told[1][2]]
+    for lookup in told[1][2]:
+        assert (lookup["bytes_read"] == 0) is lookup["cache_hit"]
+    assert any(lookup["cache_hit"] is False for lookup in told[1][2])
 
 
 @pytest.mark.parametrize(("family", "kind"), [("mixtral", "moe"), ("llama", "dense")])

@@ -20,6 +20,7 @@ from served_here import served_here
 from server_process import Server
 from tiny_models import attached_model, tiny_model
 
+import lookup_experts as le
 from lookup_experts.serving.guard import ApiKeys
 from lookup_experts.serving.templates import PLAIN_TEMPLATE
 
@@ -441,6 +442,37 @@ def test_a_reload_while_a_text_is_written_keeps_what_had_come(page):
     assert find(page, "#send").is_enabled()
     if num_tokens(page) < 100:
         assert "Stopped." in find(page, ".turn .end").text
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_form_without_a_router_shows_its_records(tab, tokenizer, tmp_path, folded):
+    model = attached_model("llama", form="meki", num_experts=1, expert_size=None, row_size=5)
+    if folded:
+        le.reparameterize(model, tmp_path / "folded", encoding="float32")
+        model = le.load(tmp_path / "folded", store="direct", cache="1kB")
+    with page_of(tab, model, tokenizer):
+        wait_for(lambda: "layers" in find(tab, "#model").text)
+        form = "table: direct" if folded else "training form"
+        assert f"one row of 5 per layer, {form}" in find(tab, "#model").text
+        generated(tab, "the fox", 12)
+        assert num_tokens(tab) == 12
+        assert find(tab, "#details").is_displayed()
+        assert not find(tab, "#heat").is_displayed()
+        assert find(tab, "#legend").is_displayed() is folded
+        about = find(tab, "#detail-rows").text
+        assert "one row of 5 numbers in each layer" in about and "no router" in about
+        assert ("a record of 60 B" in about) is folded
+        find_all(tab, ".turn .token")[-1].click()
+        record = find(tab, "#detail-record").text
+        assert record in (("In the cache", "From disk") if folded else ("In memory",))
+        classes = {name for token in find_all(tab, ".turn .token") for name in class_names(token)}
+        assert bool({"hit", "miss"} & classes) is folded
+        assert faint_texts(tab) == []
+
+
+def class_names(token) -> list[str]:
+    return token.get_attribute("class").split()
 
 
 @pytest.mark.timeout(120)

@@ -50,9 +50,13 @@ def tell_of_frozen_experts(model: Any) -> bool:
         return False
     gated = model.lookup_settings.expert_kind == "swiglu"
     products = [*(["gate_proj"] if gated else []), "up_proj", "down_proj"]
+    # Weights of several experts in one are no modules.
+    names = (name for name, _ in model.named_modules())
+    are_modules = any(".routed." in name and name.endswith(".down_proj") for name in names)
     logging.getLogger("lookup_experts").warning(
         "The adapters train nothing of this model's routed experts, which stay as they are. To "
-        'train them too, give PEFT modules_to_save=["lookup_experts"], or target_parameters=%s.',
+        'train them too, give PEFT modules_to_save=["lookup_experts"], or %s=%s.',
+        "target_modules" if are_modules else "target_parameters",
         [f"routed.{name}" for name in products],
     )
     return True
