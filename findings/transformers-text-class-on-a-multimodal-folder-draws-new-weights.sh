@@ -6,7 +6,7 @@
 # Llava's text part (LlamaForCausalLM). What gives the text part: its configuration and its modules.
 #
 # Output seen:
-#   Gemma3ForCausalLM.from_pretrained: 29 of 29 tensors drawn anew, logits differ by 7.1
+#   Gemma3ForCausalLM.from_pretrained: 29 of 29 tensors drawn anew, logits differ by 7.4
 #   AutoModelForCausalLM.from_pretrained: Gemma3ForConditionalGeneration
 #   text configuration and modules: logits differ by 0.0
 set -euo pipefail

@@ -376,7 +376,7 @@ MEMORY = """
 import sys, torch
 from pathlib import Path
 from torch import nn
-from lookup_experts.model.experts import LayerExperts
+from lookup_experts.model.forms.mole import LayerExperts
 from lookup_experts.generation.folding import plan_folding
 from lookup_experts.model.folded import evaluate_experts
 from lookup_experts.table.build import build_table

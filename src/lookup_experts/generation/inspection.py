@@ -215,9 +215,15 @@ def future_table_parameters(folder: Path, settings: LookupSettings) -> dict[str,
 
 
 def text_config(folder: Path) -> Any:
-    """What transformers makes of a folder's `config.json`, of the part that deals with text."""
-    from transformers import AutoConfig
+    """What transformers makes of a folder's `config.json`, of the part that deals with text.
 
+    Of a model with code of its own, which isn't run, only what the file states.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    config = read_config(folder)
+    if needs_own_code(config) and "backbone" not in config:
+        return PreTrainedConfig.from_dict(config)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError) as error:
