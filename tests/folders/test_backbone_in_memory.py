@@ -47,10 +47,10 @@ def merge_an_adapter(model: Any) -> Any:
     return peft.get_peft_model(model, settings).merge_and_unload()
 
 
-def put_an_adapter_in(model: Any) -> Any:
-    peft = pytest.importorskip("peft")
-    peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"]))
-    return model.requires_grad_(False)
+def add_a_bias(model: Any) -> Any:
+    bias = torch.nn.Parameter(torch.ones(32), requires_grad=False)
+    model.model.layers[2].self_attn.q_proj.bias = bias
+    return model
 
 
 def give_embedding_rows(model: Any) -> Any:
@@ -88,7 +88,7 @@ def round_and_widen(model: Any) -> Any:
 
 CHANGES = {
     merge_an_adapter: r"layers\.0\.self_attn\.q_proj\.weight has other values",
-    put_an_adapter_in: "with adapters that aren't merged",
+    add_a_bias: r"layers\.2\.self_attn\.q_proj\.bias is new",
     give_embedding_rows: r"embed_tokens\.weight is of shape \(120, 32\), it was \(97, 32\)",
     train_and_freeze_again: r"layers\.1\.self_attn\.k_proj\.weight has other values",
     load_other_weights: "has other values",
@@ -112,6 +112,14 @@ def test_experts_of_a_backbone_that_changed_are_not_saved_alone(change, came_fro
     assert str(tmp_path / "backbone") in said
     assert 'model.save_pretrained(folder, save="full")' in said
     assert not (tmp_path / "experts").exists()
+
+
+def test_an_adapter_that_isnt_merged_is_not_left_out(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"]))
+    model.requires_grad_(False)
+    with pytest.raises(UserError, match="with adapters that aren't merged"):
+        model.save_pretrained(tmp_path / "experts")
 
 
 @pytest.mark.parametrize(

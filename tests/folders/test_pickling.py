@@ -400,7 +400,7 @@ dist.destroy_process_group()
 
 
 def test_the_class_that_fsdp_makes_of_ours(run_python, tmp_path):
-    code, _, errors = run_python(SHARDED, tmp_path)
+    code, _, errors = run_python(SHARDED, tmp_path, timeout=110)
     assert code == 0, errors
     loaded = le.load(tmp_path / "saved")
     assert type(loaded).__name__ == "LookupExpertsLlamaForCausalLM"

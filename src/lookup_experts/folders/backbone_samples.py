@@ -48,11 +48,7 @@ class BackboneSamples:
         Args:
             state: the model's state dict.
         """
-        # Beside an adapter the weight itself goes by another name.
-        weights = {
-            name.replace(".base_layer.", "."): weight
-            for name, weight in _backbone_weights(state).items()
-        }
+        weights = _backbone_weights(state)
         for name, sample in self._samples.items():
             if name not in weights:
                 return f"{name} is gone"
@@ -64,7 +60,7 @@ class BackboneSamples:
             if not _are_equal(sample, _sample(weight)):
                 return f"{name} has other values"
         added = weights.keys() - self._names
-        return f"{min(added)} is new; an adapter has to be merged first" if added else None
+        return f"{min(added)} is new" if added else None
 
 
 def require_backbone_of_files(model: Any, folder: Path) -> None:
