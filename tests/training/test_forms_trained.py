@@ -3,7 +3,6 @@ to train it, which agree."""
 
 import json
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,15 +116,16 @@ def test_upcycled_and_folded(
     ("options", "words"),
     [
         (("--form", "meki", "--experts", 4), "num_experts is 4, but the form 'meki' has one row"),
-        (("--form", "meki", "--experts", 0), "--form meki says how experts are, but there are no"),
+        (("--form", "meki", "--experts", 0), "--form meki says how experts are, but --experts 0"),
         (("--row-size", 0), "row_size is 0; expected a number above 0"),
         (("--form", "mekki"), "Did you mean 'meki'"),
-        (("--form", "meki", "--set", "experts.kind=gelu"), None),
+        (("--form", "meki", "--set", "experts.kind=gelu"), "kind is 'gelu', but the form 'meki'"),
+        (("--form", "meki", "--set", "experts.num_experts=2"), "num_experts is 2, but the form"),
     ],
 )
 def test_what_upcycling_refuses(
     options: tuple[Any, ...],
-    words: str | None,
+    words: str,
     dense: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -135,24 +135,32 @@ def test_what_upcycling_refuses(
         capsys, "upcycle", dense, "--data", tmp_path / "none", "--out", out, *options
     )
     assert code == 2 and len(err.splitlines()) == 1, err
-    if words is not None:
-        assert words in err
+    assert words in err
     assert not out.exists()
 
 
-def test_a_chosen_form_settles_what_the_recipe_says_of_another(dense: Path) -> None:
-    recipe = load_recipe("upcycle", kind=UpcycleRecipe)
-    chosen = for_backbone(recipe, str(dense), form="meki", row_size=8, layers="1").experts
-    assert chosen is not None
-    assert (chosen.form, chosen.row_size, chosen.num_experts) == ("meki", 8, None)
-    assert (chosen.kind, chosen.layers) == ("swiglu", (1,))
-    back = for_backbone(replace(recipe, experts=chosen), str(dense), num_experts=2, form="mole")
+def test_a_chosen_form_settles_what_the_recipe_says_of_another() -> None:
+    def chosen(recipe: str | Path, *overrides: str) -> Any:
+        return load_recipe(recipe, [f"experts.{o}" for o in overrides], kind=UpcycleRecipe).experts
+
+    meki = chosen("upcycle", "row_size=8", "form=meki", "layers=[1]")
+    assert (meki.form, meki.row_size, meki.num_experts) == ("meki", 8, None)
+    assert (meki.kind, meki.layers) == ("swiglu", (1,))
+    same = chosen("upcycle", "form=mole", "row_size=8")
+    assert (same.num_experts, same.row_size) == (4, 8)
+
+
+def test_from_the_one_form_back_to_the_other(dense: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("upcycle", ["experts.form=meki"], kind=UpcycleRecipe)
+    (tmp_path / "meki.yaml").write_text(recipe.to_yaml())
+    overrides = ["experts.num_experts=2", "experts.form=mole"]
+    back = load_recipe(tmp_path / "meki.yaml", overrides, kind=UpcycleRecipe)
     assert back.experts is not None
     assert (back.experts.num_experts, back.experts.kind) == (2, "gelu")
     with pytest.raises(UserError, match="num_experts is missing"):
-        for_backbone(replace(recipe, experts=chosen), str(dense), form="mole")
-    same = for_backbone(recipe, str(dense), form="mole", row_size=8).experts
-    assert same is not None and (same.num_experts, same.row_size) == (4, 8)
+        load_recipe(tmp_path / "meki.yaml", overrides[1:], kind=UpcycleRecipe)
+    with pytest.raises(UserError, match="num_experts is 4, but the form 'meki'"):
+        for_backbone(recipe, str(dense), num_experts=4)
 
 
 # --- the ways to train it --------------------------------------------------------------------

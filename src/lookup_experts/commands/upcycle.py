@@ -76,11 +76,13 @@ def upcycle(
 
     console.quiet_transformers()
     settled = for_backbone(
-        load_recipe(recipe, overrides or (), kind=UpcycleRecipe),
+        load_recipe(
+            recipe,
+            [*(overrides or ()), *_of_experts(experts, form, row_size)],
+            kind=UpcycleRecipe,
+        ),
         model,
-        num_experts=experts,
-        form=form,
-        row_size=row_size,
+        num_experts=0 if experts == 0 else None,
         layers=layers,
         trained=train_backbone,
         learning_rate=backbone_lr,
@@ -89,3 +91,19 @@ def upcycle(
     )
     tokenizer = model if any(name.startswith(STREAM) for name in data) else None
     run_training(settled, TrainingData(data, tokenizer, text_field), out, json, shard=shard)
+
+
+def _of_experts(number: int | None, form: str | None, row_size: int | None) -> list[str]:
+    """The options on experts as `--set` has them."""
+    from lookup_experts.errors import UserError
+
+    given = {"num_experts": number, "form": form, "row_size": row_size}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    if number != 0:
+        return [f"experts.{key}={value}" for key, value in chosen.items()]
+    for option, value in (("--form", form), ("--row-size", row_size)):
+        if value is not None:
+            raise UserError(
+                f"{option} {value} says how experts are, but --experts 0 adds none; leave one out."
+            )
+    return []

@@ -23,7 +23,6 @@ from lookup_experts.model.blocks import find_ffns
 from lookup_experts.model.freezing import is_attached
 from lookup_experts.model.settings import parse_layers
 from lookup_experts.training.recipe import (
-    OF_FORM,
     ExpertsRecipe,
     RecipeFile,
     TrainingRecipe,
@@ -102,8 +101,6 @@ def for_backbone(
     name: str,
     *,
     num_experts: int | None = None,
-    form: str | None = None,
-    row_size: int | None = None,
     layers: str | None = None,
     trained: str | None = None,
     learning_rate: float | None = None,
@@ -116,8 +113,6 @@ def for_backbone(
         recipe: what is trained and how.
         name: a folder with a causal LM, or its name on the hub.
         num_experts: per layer; 0 adds none. None in these arguments leaves the recipe as it is.
-        form: of rows; another than the recipe's settles number, kind and size of experts anew.
-        row_size: numbers of a row.
         layers: the blocks that gain experts, in words, see `parse_layers`.
         trained: of the backbone, see `BackboneRecipe`.
         learning_rate: the backbone's.
@@ -138,7 +133,11 @@ def for_backbone(
         trust_remote_code=trust_remote_code,
     )
     backbone = _replace_given(backbone, trained=trained, learning_rate=learning_rate)
-    experts = _chosen_experts(recipe.experts, num_experts, form, row_size)
+    experts = recipe.experts
+    if num_experts == 0:
+        experts = None
+    elif num_experts is not None:
+        experts = replace(experts or ExpertsRecipe(num_experts), num_experts=num_experts)
     if layers is not None:
         if experts is None:
             raise UserError(f"--layers {layers} says where experts go, but there are none.")
@@ -162,27 +161,6 @@ def _num_blocks(backbone: BackboneRecipe) -> int:
     )
     number: int = config.get_text_config().num_hidden_layers
     return number
-
-
-def _chosen_experts(
-    experts: ExpertsRecipe | None, num_experts: int | None, form: str | None, row_size: int | None
-) -> ExpertsRecipe | None:
-    """The recipe's experts with what was chosen beside them; see `for_backbone`."""
-    if num_experts == 0:
-        for option, given in (("--form", form), ("--row-size", row_size)):
-            if given is not None:
-                raise UserError(f"{option} {given} says how experts are, but there are none.")
-        return None
-    changes: dict[str, Any] = {}
-    if num_experts is not None:
-        changes["num_experts"] = num_experts
-    if row_size is not None:
-        changes["row_size"] = row_size
-    if form is not None and (experts is None or form != experts.form):
-        changes = dict.fromkeys(OF_FORM) | changes | {"form": form}
-    if not changes:
-        return experts
-    return ExpertsRecipe(**changes) if experts is None else replace(experts, **changes)
 
 
 def _replace_given(recipe: BackboneRecipe, **values: Any) -> BackboneRecipe:
