@@ -611,8 +611,6 @@ def test_what_does_not_fit_together_takes_the_ways_that_say_so(on_device):
         assert rows.route_mix_add(0, states, router.bfloat16(), states) is None
         assert rows.route_mix_add(0, states, router[:1], states) is None
         assert rows.route_mix_add(0, states, router, states.to("meta")) is None
-        with pytest.raises(RuntimeError, match="don't belong to the token ids"):
-            module(states[:, :2])
         seen.append(rows)
 
     handle = on_device.model.layers[0].mlp.register_forward_hook(try_them)
