@@ -1,6 +1,7 @@
 """From a folder to a model that is ready to generate."""
 
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from lookup_experts.folders.experts_alone import (
     note_backbone,
 )
 from lookup_experts.folders.model_folder import (
+    TABLE,
     find_folder,
     first_line,
     local_folder,
@@ -45,13 +47,16 @@ from lookup_experts.folders.model_folder import (
     weight_files,
 )
 from lookup_experts.folders.official import BACKBONES, load_official, moe_settings, official_kind
+from lookup_experts.folders.offloaded_model import OffloadedEmbeddingsMixin, offloaded_class
 from lookup_experts.folders.own_code import (
     auto_map,
     load_classes,
     needs_own_code,
     require_trust,
 )
+from lookup_experts.folders.tables import TABLE_OPTIONS, one_store, share_cache
 from lookup_experts.made_classes import made_of, make_class
+from lookup_experts.model.embedding_settings import KEY as OFFLOADED_EMBEDDINGS
 from lookup_experts.model.freezing import allow_training, freeze_backbone
 from lookup_experts.model.moe import MoeGatelessLlamaConfig, check_experts_per_token
 from lookup_experts.model.settings import LookupSettings
@@ -65,8 +70,8 @@ from lookup_experts.table.store import Notify, log
 
 _PREFIX = "LookupExperts"
 """What the name of an attached model's class says beside that of its backbone."""
-TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
-"""Keyword arguments of `from_pretrained` that are for the reader of the table."""
+_KINDS = ("lookup_experts", OFFLOADED_EMBEDDINGS)
+"""What a configuration of ours tells of, one of them or both."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -170,6 +175,8 @@ def _load_huggingface(
         raise UserError(f"{path} can't be loaded as a causal LM: {first_line(error)}") from error
     refuse_partial_loading(path, report, "missing", "mismatched")
     model = model.to(device)
+    for reader in getattr(model, "embedding_readers", {}).values():
+        reader.move_to(device)
     if isinstance(model, LookupExpertsMixin) and model.lookup_settings.form == "table":
         source: Any = model.expert_source
         source.move_to(device)
@@ -199,6 +206,11 @@ class FromFolder:
         Keyword arguments named in `TABLE_OPTIONS` go to the table's reader.
         """
         options = {name: kwargs.pop(name) for name in TABLE_OPTIONS if name in kwargs}
+        has_more_tables = issubclass(cls, OffloadedEmbeddingsMixin)
+        if has_more_tables:
+            folder = _local_folder(pretrained_model_name_or_path, kwargs)
+            options = one_store(folder, options)
+            kwargs |= options
         if _refers_to_backbone(pretrained_model_name_or_path, kwargs):
             folder = _local_folder(pretrained_model_name_or_path, kwargs)
             loaded = _load_on_backbone(cls, folder, *args, **kwargs)
@@ -208,9 +220,11 @@ class FromFolder:
         if model.lookup_settings.form == "table":
             folder = _local_folder(pretrained_model_name_or_path, kwargs)
             settings = model.lookup_settings
-            weight = next(model.get_input_embeddings().parameters())
+            weight = next(chain(model.get_input_embeddings().parameters(), model.parameters()))
+            if has_more_tables:
+                options["cache"] = share_cache(folder, options.get("cache", 0), model.config)[TABLE]
             reader = open_reader(
-                folder,
+                folder / TABLE,
                 num_layers=len(settings.layers),
                 num_experts=settings.num_experts,
                 row_size=settings.row_size or hidden_size_of(model),
@@ -269,13 +283,16 @@ class LookupExpertsConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        for key in ("backbone", "backbone_type", "lookup_experts"):
+        for key in ("backbone", "backbone_type"):
             if key not in config_dict:
                 raise UserError(f"The configuration of a model with lookup experts has no {key!r}.")
+        if not any(key in config_dict for key in _KINDS):
+            kinds = " or ".join(map(repr, _KINDS))
+            raise UserError(f"The configuration of a model with lookup experts has no {kinds}.")
         if needs_own_code(config_dict):
             AutoModelForCausalLM.register(OwnCodeConfig, OwnCodeModel, exist_ok=True)
             return OwnCodeConfig.from_dict(config_dict, **kwargs)
-        attached = attached_class(_saved_backbone(config_dict))
+        attached = saved_class(config_dict)
         for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
             auto.register(attached.config_class, attached, exist_ok=True)
         return attached.config_class.from_dict(config_dict, **kwargs)
@@ -303,8 +320,16 @@ def _saved_backbone(config_dict: dict[str, Any]) -> Any:
             "package that registers it first, or take a newer transformers."
         )
     architectures = config_dict.get("architectures") or ()
-    named = [kind for kind in found if _PREFIX + kind.__name__ in architectures]
+    named = [kind for kind in found if any(name.endswith(kind.__name__) for name in architectures)]
     return (named or found)[0]
+
+
+def saved_class(config_dict: dict[str, Any]) -> Any:
+    """The class of the model that a `config.json` of ours tells of."""
+    model_class = _saved_backbone(config_dict)
+    if OFFLOADED_EMBEDDINGS in config_dict:
+        model_class = offloaded_class(model_class)
+    return attached_class(model_class) if "lookup_experts" in config_dict else model_class
 
 
 class OwnCodeConfig(LookupConfigMixin, PreTrainedConfig):

@@ -13,7 +13,7 @@ from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.folders.adapters import refuse_adapters
 from lookup_experts.folders.configuration import backbone_config_class
 from lookup_experts.folders.experts_alone import save_experts
-from lookup_experts.folders.model_folder import CONFIG, give_usual_mode
+from lookup_experts.folders.model_folder import CONFIG, TABLE, give_usual_mode
 from lookup_experts.folders.own_code import save_code
 from lookup_experts.folders.replacing import replaced_model
 from lookup_experts.made_classes import made_of
@@ -77,8 +77,8 @@ class SavingMixin:
             return
         model: Any = self
         in_table_form = model.lookup_settings.form == "table"
-        table = model.expert_source.folder if in_table_form else None
-        with replaced_model(Path(save_directory), variant, table) as folder:
+        tables = {TABLE: model.expert_source.folder} if in_table_form else {}
+        with replaced_model(Path(save_directory), variant, tables) as folder:
             write(folder, **options)
             self.save_beside_weights(folder)
 

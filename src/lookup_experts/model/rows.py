@@ -62,6 +62,39 @@ class FusedRows(TokenRows, Protocol):
         ...
 
 
+class EmbeddingRows(Protocol):
+    """The rows of one batch as an embedding gives them: one per id and layer, not mixed."""
+
+    in_parts: bool
+    """Whether layers are read one after the other, so that asking for all costs memory."""
+
+    @property
+    def index(self) -> Tensor:
+        """See `TokenRows.index`; of ids of any shape."""
+        ...
+
+    @property
+    def row_size(self) -> int:
+        """r, the numbers of one id in one layer."""
+        ...
+
+    def layer(self, layer: int) -> Tensor:
+        """[U, 1, r]: of the given layer, waited for."""
+        ...
+
+    def every_layer(self) -> Tensor:
+        """[U, L, 1, r]: of all layers, waited for; not `in_parts`."""
+        ...
+
+
+class EmbeddingSource(Protocol):
+    """Where the rows of an embedding come from."""
+
+    def rows(self, token_ids: Tensor) -> EmbeddingRows:
+        """Of ids int64 [...]; reading has begun when this returns."""
+        ...
+
+
 class ExpertSource(Protocol):
     """Where expert outputs come from."""
 

@@ -58,6 +58,8 @@ class DeviceRows:
         is_step: whether positions are so few that each may compute its router's product anew.
     """
 
+    in_parts = False
+
     def __init__(
         self,
         decoding: Decoding,
@@ -79,6 +81,11 @@ class DeviceRows:
         return self._numbers[1].view(self._shape)
 
     @property
+    def row_size(self) -> int:
+        """See `EmbeddingRows.row_size`."""
+        return self._decoding.layout.shape.row_size
+
+    @property
     def num_positions(self) -> int:
         """See `TokenRows.num_positions`."""
         return self._record_of_position.numel()
@@ -97,6 +104,13 @@ class DeviceRows:
         record_of_id = self._numbers[2, : self._num_ids]
         codes = self._memory[:, layout.layer_slice(layer)].index_select(0, record_of_id)
         return self._decoding.decode(codes)
+
+    def every_layer(self) -> Tensor:
+        """See `EmbeddingRows.every_layer`."""
+        self.wait()
+        return self._decoding.decode_records(
+            self._memory.index_select(0, self._numbers[2, : self._num_ids])
+        )
 
     def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.mix`."""

@@ -37,6 +37,8 @@ class PromptRows:
         lane: to the device.
     """
 
+    in_parts = True
+
     def __init__(
         self,
         decoding: Decoding,
@@ -98,6 +100,11 @@ class PromptRows:
         """Where the layer begins in its group."""
         group = self._groups[self._group_of[layer]]
         return self._decoding.layout.layer_slice(layer).start - group.start
+
+    @property
+    def row_size(self) -> int:
+        """See `EmbeddingRows.row_size`."""
+        return self._decoding.layout.shape.row_size
 
     @property
     def num_positions(self) -> int:

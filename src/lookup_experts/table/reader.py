@@ -89,6 +89,7 @@ class TableExperts:
         device: where rows are needed.
         cache_bytes: budget of the row cache, in the device's memory; 0 is off. Where the whole
             table is in the same memory it needs none.
+        rows_per_token: how many ids a token of text stands for, as with hashed n-grams.
     """
 
     def __init__(
@@ -98,8 +99,11 @@ class TableExperts:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         cache_bytes: int = 0,
+        rows_per_token: int = 1,
     ) -> None:
         self.table = table
+        self._rows_per_token = rows_per_token
+        self._slot_batch = SLOT_BATCH * rows_per_token
         self._store = store
         self._dtype = dtype
         self._clock = WaitClock()
@@ -110,7 +114,7 @@ class TableExperts:
         self._budget = cache_bytes
         in_memory = 0 if whole is not None else cache_bytes
         useful_bytes = min(in_memory, table.layout.table_bytes)
-        self._cache = RowCache(table.layout.stride, useful_bytes, SLOT_BATCH)
+        self._cache = RowCache(table.layout.stride, useful_bytes, self._slot_batch)
         self._filling = FillingFromStore(store, self._cache.memory)
         self._slots = torch.from_numpy(self._cache.memory)
         self._prompt_buffers = PromptBuffers(KEPT_BYTES)
@@ -200,7 +204,7 @@ class TableExperts:
                 rows.prepare()
             return rows
         rows_in_slots = None
-        if token_ids.numel() <= 4 * SLOT_BATCH:
+        if token_ids.numel() <= 4 * self._slot_batch:
             rows_in_slots = self._rows_in_slots(token_ids)
         return rows_in_slots or self._streamed_rows(token_ids)
 
@@ -211,7 +215,7 @@ class TableExperts:
         """
         ids = token_ids.flatten().tolist()
         unique_ids, places = unique_in_order(ids)
-        if not ids or len(unique_ids) > SLOT_BATCH:
+        if not ids or len(unique_ids) > self._slot_batch:
             return None
         self._check_bounds(min(unique_ids), max(unique_ids))
         self._release_dropped()
@@ -329,7 +333,7 @@ class TableExperts:
             lane,
             self._count_on_device,
             self._budget,
-            SLOT_BATCH,
+            self._slot_batch,
             GROUP_BYTES,
         )
 
@@ -380,7 +384,12 @@ class TableExperts:
         leaves the other as it is. A table in RAM is there once, since nobody writes to it."""
         self._require_open()
         return TableExperts(
-            self.table, self._store.reopened(), self._dtype, self.device, self._budget
+            self.table,
+            self._store.reopened(),
+            self._dtype,
+            self.device,
+            self._budget,
+            self._rows_per_token,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -388,7 +397,8 @@ class TableExperts:
         self._require_open()
         table = replace(self.table, folder=self.folder.absolute())
         store = (self._store.name, self._store.verify_checksums)
-        return _reopen_reader, (table, *store, self._dtype, self.device, self._budget)
+        options = (self._dtype, self.device, self._budget, self._rows_per_token)
+        return _reopen_reader, (table, *store, *options)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -402,6 +412,7 @@ def _reopen_reader(
     dtype: torch.dtype,
     device: torch.device,
     cache_bytes: int,
+    rows_per_token: int,
 ) -> TableExperts:
     """A reader that was pickled, in whatever process.
 
@@ -414,7 +425,7 @@ def _reopen_reader(
     opened = open_store(table, store, verify_checksums=verify_checksums, notify=log)
     if device.type == "cuda" and not torch.cuda.is_available():
         device = torch.device("cpu")
-    return TableExperts(table, opened, dtype, device, cache_bytes)
+    return TableExperts(table, opened, dtype, device, cache_bytes, rows_per_token)
 
 
 def open_reader(
@@ -425,25 +436,29 @@ def open_reader(
     row_size: int,
     fingerprint: str,
     dtype: torch.dtype,
+    vocab_size: int | None = None,
+    rows_per_token: int = 1,
     device: torch.device | str = "cpu",
     store: str = "auto",
     cache: int | str = 0,
     verify_checksums: bool = False,
     notify: Notify = log,
 ) -> TableExperts:
-    """Open the table of an inference folder for the model that was loaded from it.
+    """Open a table for the model that was loaded from the folder around it.
 
     Args:
-        folder: the inference folder; the table is in its folder `table`.
+        folder: of the table.
         num_layers, num_experts, row_size: of the model: layers with lookup experts, experts of
             each, numbers in a row.
-        fingerprint: of what was folded, as the model knows it.
+        fingerprint: of what the rows were made from, as the model knows it.
         dtype: what rows are decoded to; the model's.
+        vocab_size: of the model; None: whatever the table has.
+        rows_per_token: see `TableExperts`.
         device: where rows are needed.
         store: `memory`, `mmap`, `direct`, `auto` or `auto:8GB`, see `open_store`.
         cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off. It is
             memory of the device that the model runs on: RAM, with the records of the batch under
-            way (up to `SLOT_BATCH`) beside it, or the GPU's.
+            way (up to `SLOT_BATCH` tokens) beside it, or the GPU's.
         verify_checksums: compare every record that is read with its checksum.
         notify: told which store was chosen and why, and what could not be had; default: a warning
             of the logger `lookup_experts`.
@@ -452,23 +467,22 @@ def open_reader(
         TableError: the table is missing, damaged, or of another model.
     """
     cache_bytes = parse_bytes(cache)
-    table = open_table(folder / "table")
-    check_match(table, num_layers, num_experts, row_size, fingerprint)
+    table = open_table(folder)
+    vocab_size = vocab_size or table.layout.shape.vocab_size
+    expected = TableShape(vocab_size, num_layers, num_experts, row_size)
+    _check_match(table, expected, fingerprint)
     opened = open_store(table, store, verify_checksums=verify_checksums, notify=notify)
-    return TableExperts(table, opened, dtype, device, cache_bytes)
+    return TableExperts(table, opened, dtype, device, cache_bytes, rows_per_token)
 
 
-def check_match(
-    table: Table, num_layers: int, num_experts: int, row_size: int, fingerprint: str
-) -> None:
-    """Raise a `TableError` unless the table was folded from this very model."""
+def _check_match(table: Table, expected: TableShape, fingerprint: str) -> None:
+    """Raise a `TableError` unless the table was made from this very model."""
     shape = table.layout.shape
-    expected = TableShape(shape.vocab_size, num_layers, num_experts, row_size)
     if shape != expected:
         raise TableError(f"{table.folder}: made for {shape}, the model needs {expected}.")
     if table.manifest.fingerprint != fingerprint:
         raise TableError(
             f"{table.folder}: this is the table of another model (fingerprint "
             f"{table.manifest.fingerprint[:12]}, the model's is {str(fingerprint)[:12]}). "
-            "Put the table that was built with this model beside it, or fold the model again."
+            "Put the table that was made with this model beside it, or make it anew."
         )

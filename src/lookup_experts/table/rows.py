@@ -86,6 +86,12 @@ class Decoding:
         """One layer of records, uint8 [U, layer_bytes] -> [U, N, r]."""
         return self.layout.encoding.decode(*self._of_layer(codes))
 
+    def decode_records(self, records: Tensor) -> Tensor:
+        """All layers of records, uint8 [U, stride] -> [U, L, N, r]."""
+        shape = self.layout.shape
+        codes = records[:, : self.layout.record_bytes].reshape(-1, self.layout.layer_bytes)
+        return self.decode(codes).view(-1, shape.num_layers, shape.num_experts, shape.row_size)
+
     def decode_unscaled(self, codes: Tensor) -> tuple[Tensor, Tensor] | None:
         """See `Encoding.decode_unscaled`; of one layer of records, uint8 [U, layer_bytes]."""
         return self.layout.encoding.decode_unscaled(*self._of_layer(codes))
@@ -128,6 +134,8 @@ class MemoryRows:
             overwritten.
     """
 
+    in_parts = False
+
     def __init__(
         self,
         decoding: Decoding,
@@ -156,6 +164,11 @@ class MemoryRows:
         """The rows [N, r] of each layer, for one position in bfloat16."""
         if matrices is not None:
             self._lay_out(matrices, _select(slots, places), decoding.rows_per_record)
+
+    @property
+    def row_size(self) -> int:
+        """See `EmbeddingRows.row_size`."""
+        return self._decoding.layout.shape.row_size
 
     @property
     def num_positions(self) -> int:
@@ -221,6 +234,12 @@ class MemoryRows:
         self.wait()
         codes = self._memory[:, self._decoding.layout.layer_slice(layer)]
         return self._decoding.decode(codes.index_select(0, torch.as_tensor(self._slots)))
+
+    def every_layer(self) -> Tensor:
+        """See `EmbeddingRows.every_layer`."""
+        self.wait()
+        records = self._memory.index_select(0, torch.as_tensor(self._slots))
+        return self._decoding.decode_records(records)
 
     def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
         """See `TokenRows.mix`."""
@@ -364,6 +383,8 @@ class StreamedRows:
         buffers: where they come from, and go when nobody holds the rows any more.
     """
 
+    in_parts = True
+
     def __init__(
         self,
         decoding: Decoding,
@@ -414,6 +435,11 @@ class StreamedRows:
         out = self._buffers[number % 2][: len(self._ids) * width].reshape(-1, width)
         self._store.read(self._ids, out, group.start)
         return out
+
+    @property
+    def row_size(self) -> int:
+        """See `EmbeddingRows.row_size`."""
+        return self._decoding.layout.shape.row_size
 
     @property
     def num_positions(self) -> int:

@@ -27,6 +27,21 @@ from lookup_experts.units import format_bytes, parse_bytes
 STORES = ("memory", "mmap", "direct")
 
 
+def choose_store(kind: str, table_bytes: int, notify: Notify) -> str:
+    """The store that `kind` stands for, of tables of so many bytes together; see `open_store`.
+
+    Raises:
+        UserError: unknown kind, or a size that can't be read.
+    """
+    given = kind
+    kind, colon, budget = kind.partition(":")
+    if kind not in (*STORES, "auto") or (colon and kind != "auto"):
+        raise unknown_name("store", given, (*STORES, "auto"))
+    if kind == "auto":
+        return _choose(table_bytes, parse_bytes(budget) if colon else None, notify)
+    return kind
+
+
 def open_store(
     table: Table,
     kind: str = "auto",
@@ -46,12 +61,7 @@ def open_store(
         UserError: unknown kind, or not enough memory, or too many open files.
         TableError: a shard can't be read, or (with `verify_checksums`) is damaged.
     """
-    given = kind
-    kind, colon, budget = kind.partition(":")
-    if kind not in (*STORES, "auto") or (colon and kind != "auto"):
-        raise unknown_name("store", given, (*STORES, "auto"))
-    if kind == "auto":
-        kind = _choose(table.layout.table_bytes, parse_bytes(budget) if colon else None, notify)
+    kind = choose_store(kind, table.layout.table_bytes, notify)
     if kind == "memory":
         return MemoryStore(table, verify_checksums)
     if kind == "mmap":

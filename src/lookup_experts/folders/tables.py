@@ -1,0 +1,90 @@
+"""The tables of a model folder: where they are, and how they share one budget.
+
+A model can have a table of lookup experts, in the folder `table`, and one for each embedding whose
+rows lie on disk, in `embeddings/NAME of the module`.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lookup_experts.folders.model_folder import TABLE
+from lookup_experts.model.embedding_settings import embedding_settings
+from lookup_experts.table.format import MANIFEST_NAME
+from lookup_experts.table.layout import RecordLayout
+from lookup_experts.table.manifest import read_manifest
+from lookup_experts.table.store import Notify, log
+from lookup_experts.table.store_choice import choose_store
+from lookup_experts.units import parse_bytes
+
+EMBEDDINGS = "embeddings"
+"""The folder of the tables of embeddings, one folder for each."""
+TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
+"""Keyword arguments of `from_pretrained` that are for the readers of tables."""
+
+
+def embedding_place(module: str) -> str:
+    """Where in a model folder the table of an embedding is."""
+    return f"{EMBEDDINGS}/{module}"
+
+
+def tables_of(folder: Path) -> Iterator[str]:
+    """The places of the tables in a model folder."""
+    inner = folder / EMBEDDINGS
+    for place in [folder / TABLE, *(sorted(inner.iterdir()) if inner.is_dir() else ())]:
+        if (place / MANIFEST_NAME).exists():
+            yield str(place.relative_to(folder))
+
+
+def one_store(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with `auto` decided: for all tables of a folder together.
+
+    Raises:
+        UserError: there is no such store.
+        TableError: a table is damaged.
+    """
+    total = sum(read_manifest(folder / place).layout.table_bytes for place in tables_of(folder))
+    notify: Notify = options.get("notify", log)
+    return {**options, "store": choose_store(options.get("store", "auto"), total, notify)}
+
+
+def share_cache(folder: Path, cache: int | str, config: Any) -> dict[str, int]:
+    """Bytes of each table's row cache, together no more than `cache`.
+
+    As many tokens of each: a table gets what their records take of it; of several tables none
+    gets more than it has.
+
+    Args:
+        folder: of the model.
+        cache: a budget in bytes, or in words like `256MB`.
+        config: of the model.
+
+    Raises:
+        UserError: the budget can't be read.
+        TableError: a table is damaged.
+    """
+    layouts = {place: read_manifest(folder / place).layout for place in tables_of(folder)}
+    rows_per_token = {
+        embedding_place(name): one.rows_per_token
+        for name, one in embedding_settings(config).items()
+    }
+    per_token = {
+        place: layout.stride * rows_per_token.get(place, 1) for place, layout in layouts.items()
+    }
+    return _shares(parse_bytes(cache), layouts, per_token)
+
+
+def _shares(
+    budget: int, layouts: Mapping[str, RecordLayout], per_token: Mapping[str, int]
+) -> dict[str, int]:
+    if len(layouts) == 1:
+        return dict.fromkeys(layouts, budget)
+    shares: dict[str, int] = {}
+    # From those that are full soonest, so that what they leave goes to the others.
+    order = sorted(layouts, key=lambda place: layouts[place].table_bytes / per_token[place])
+    for number, place in enumerate(order):
+        rest = sum(per_token[other] for other in order[number:])
+        share = min(layouts[place].table_bytes, budget * per_token[place] // rest)
+        shares[place] = share
+        budget -= share
+    return shares
