@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "Train a recipe from scratch; resumes where it stopped.",
     "upcycle": "Train lookup experts on an existing model; resumes where it stopped.",
     "reparameterize": "Fold the trained experts into a table on disk.",
+    "offload": "Put the embeddings of a released model into tables on disk.",
     "reencode": "Write a table again in another encoding.",
     "inspect": "Tell what is in a model folder or a table.",
     "verify": "Check that a table is intact and belongs to its model.",

@@ -155,3 +155,417 @@ def test_layers_wait_for_their_own_part_alone(tmp_path):
     assert rows.shape == (*MANY.shape, 16)
     with torch.no_grad(), torch.enable_grad():
         assert isinstance(model.model.embed_tokens_per_layer(MANY), torch.Tensor)
+
+
+# ------------------------------------------------------------------- what models do with ids
+
+
+def test_ids_beyond_gemma_3n_s_table_read_row_0(tmp_path):
+    """As its text model does it with ids of images, whose embeddings are in another place."""
+    model = embedding_model("gemma3n_text", vocab_size=VOCAB + 8)
+    assert model.model.embed_tokens_per_layer.num_embeddings == VOCAB
+    model.save_pretrained(tmp_path / "plain")
+    le.offload(tmp_path / "plain", tmp_path / "out", notify=lambda message: None)
+    ids = FEW.clone()
+    ids[0, 2:5] = torch.tensor([VOCAB, VOCAB + 3, VOCAB + 7])
+    resident, offloaded = load_plain(tmp_path / "plain"), le.load(tmp_path / "out")
+    with torch.inference_mode():
+        assert torch.equal(logits_of(offloaded, ids), logits_of(resident, ids))
+
+
+@pytest.mark.parametrize("store", ["memory", "direct"])
+def test_ids_outside_are_an_error(tmp_path, store):
+    """Where transformers ends with an error too."""
+    _, out = saved_and_offloaded("llama", tmp_path)
+    model = le.load(out, store=store)
+    for wrong in (VOCAB, -1):
+        with pytest.raises(TableError, match=f"id {wrong} is outside"), torch.inference_mode():
+            model(torch.tensor([[3, wrong]]))
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text", "qwen4_exp_text"])
+def test_inputs_embeds(family, tmp_path):
+    """Gemma 4 and Qwen4Exp find the ids by comparing with their input embeddings, which stay."""
+    plain, out = saved_and_offloaded(family, tmp_path)
+    resident, offloaded = load_plain(plain), le.load(out, store="direct")
+    with torch.inference_mode():
+        embeds = resident.get_input_embeddings()(FEW)
+        found = [
+            model(inputs_embeds=embeds, use_cache=False).logits for model in (resident, offloaded)
+        ]
+        assert torch.equal(*found)
+        generated = [
+            model.generate(inputs_embeds=embeds, max_new_tokens=6, do_sample=False)
+            for model in (resident, offloaded)
+        ]
+    assert torch.equal(*generated)
+
+
+def test_per_layer_inputs_that_are_given(tmp_path):
+    plain, out = saved_and_offloaded("gemma3n_text", tmp_path)
+    found = []
+    with torch.inference_mode():
+        for model in (load_plain(plain), le.load(out, store="direct")):
+            rows = model.model.get_per_layer_inputs(FEW)
+            embeds = model.get_input_embeddings()(FEW)
+            found.append(model(inputs_embeds=embeds, per_layer_inputs=rows, use_cache=False).logits)
+    assert torch.equal(*found)
+
+
+def test_resized_before(tmp_path):
+    model = embedding_model("gemma4_text")
+    model.resize_token_embeddings(VOCAB + 7)
+    model.save_pretrained(tmp_path / "plain")
+    le.offload(tmp_path / "plain", tmp_path / "out", notify=lambda message: None)
+    offloaded = le.load(tmp_path / "out", store="direct")
+    ids = FEW.clone()
+    ids[0, 3] = VOCAB + 6
+    with torch.inference_mode():
+        assert torch.equal(
+            logits_of(offloaded, ids), logits_of(load_plain(tmp_path / "plain"), ids)
+        )
+    with pytest.raises(UserError, match="can't be resized"):
+        offloaded.resize_token_embeddings(VOCAB)
+    assert offloaded.resize_token_embeddings() is offloaded.get_input_embeddings()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled(family, tmp_path):
+    """Beside the same model compiled: what a compiler makes of the rest may round otherwise."""
+    plain, out = saved_and_offloaded(family, tmp_path)
+    found = []
+    for model in (load_plain(plain), le.load(out, store="direct")):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")
+        with torch.inference_mode():
+            found.append(compiled(FEW, use_cache=False).logits)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_other_dtypes(dtype, tmp_path):
+    """A bfloat16 table gives the model's own dtype the numbers that its weights would have."""
+    plain, out = saved_and_offloaded("gemma4_text", tmp_path)
+    resident = AutoModelForCausalLM.from_pretrained(plain, dtype=dtype).eval()
+    with torch.inference_mode():
+        assert torch.equal(logits_of(le.load(out, dtype=dtype), MANY), logits_of(resident, MANY))
+        moved = le.load(out, store="direct").to(getattr(torch, dtype))
+        assert torch.equal(logits_of(moved, MANY), logits_of(resident, MANY))
+
+
+def test_float32_tables_are_exact(tmp_path):
+    embedding_model("llama", torch.float32).save_pretrained(tmp_path / "plain")
+    le.offload(tmp_path / "plain", tmp_path / "out", MODULES["llama"], encoding="float32")
+    with torch.inference_mode():
+        found = [
+            logits_of(model, MANY)
+            for model in (load_plain(tmp_path / "plain"), le.load(tmp_path / "out"))
+        ]
+    assert torch.equal(*found)
+
+
+def test_encodings_that_round_say_so(tmp_path):
+    said = []
+    embedding_model("llama").save_pretrained(tmp_path / "plain")
+    le.offload(tmp_path / "plain", tmp_path / "out", MODULES["llama"], "int8", notify=said.append)
+    assert said == ["The rows of model.embed_tokens are bfloat16, so int8 rounds them."]
+    resident, offloaded = load_plain(tmp_path / "plain"), le.load(tmp_path / "out", store="direct")
+    with torch.inference_mode():
+        rows = [model.get_input_embeddings()(FEW).float() for model in (resident, offloaded)]
+    assert not torch.equal(*rows)
+    assert (rows[0] - rows[1]).norm() < 0.02 * rows[0].norm()
+
+
+def test_a_model_in_memory(tmp_path):
+    model = embedding_model("gemma4_text")
+    tables = le.offload(model, tmp_path / "out", notify=lambda message: None)
+    assert list(tables) == list(MODULES["gemma4_text"])
+    with torch.inference_mode():
+        assert torch.equal(logits_of(le.load(tmp_path / "out"), FEW), logits_of(model, FEW))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---------------------------------------------------------------------------- beside experts
+
+
+def _attached(folder: Path) -> Path:
+    """A Gemma with lookup experts, in training form."""
+    model = embedding_model("gemma4_text", torch.float32)
+    le.attach(model, num_experts=2, expert_size=8, init="normal")
+    randomize_experts(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_two_tables_in_one_model(tmp_path):
+    """Lookup experts folded into one, and Gemma's own rows in another; in either order."""
+    attached = _attached(tmp_path / "attached")
+    expected = le.load(attached)
+    le.reparameterize(attached, tmp_path / "folded", encoding="float32")
+    le.offload(tmp_path / "folded", tmp_path / "both", encoding="float32", notify=lambda m: None)
+    le.offload(attached, tmp_path / "first", encoding="float32", notify=lambda m: None)
+    le.reparameterize(tmp_path / "first", tmp_path / "then", encoding="float32")
+    for folder in ("both", "then"):
+        model = le.load(tmp_path / folder, store="direct", cache="30kB")
+        readers = [model.expert_source, *model.embedding_readers.values()]
+        assert sum(reader.cache_bytes for reader in readers) <= 30_000
+        strides = [reader.table.layout.stride for reader in readers]
+        slots = [reader.cache_bytes // reader.table.layout.stride for reader in readers]
+        assert strides[0] > strides[1]
+        assert abs(slots[0] - slots[1]) <= 1  # as many tokens of each
+        with torch.inference_mode():
+            for ids in (FEW, MANY):
+                torch.testing.assert_close(logits_of(model, ids), logits_of(expected, ids))
+        model.save_pretrained(tmp_path / f"{folder}-saved")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / f"{folder}-saved").eval()
+        with torch.inference_mode():
+            torch.testing.assert_close(logits_of(again, FEW), logits_of(expected, FEW))
+        assert verify_folder(tmp_path / folder).problems == ()
+        described = inspect_folder(tmp_path / folder)
+        assert described["form"] == "table"
+        assert list(described["embeddings"]) == list(MODULES["gemma4_text"])
+
+
+def test_attaching_beside_a_table(tmp_path):
+    """Experts are trained on a model whose own rows lie on disk."""
+    plain, out = saved_and_offloaded("gemma4_text", tmp_path)
+    model = le.load(out, store="direct")
+    le.attach(model, num_experts=2, expert_size=8)
+    with torch.inference_mode():
+        assert torch.equal(logits_of(model, FEW), logits_of(load_plain(plain), FEW))
+    loss = model.train()(input_ids=FEW, labels=FEW, use_cache=False).loss
+    loss.backward()
+    assert any(weight.grad is not None for weight in model.lookup_blocks[0].parameters())
+    model.eval().save_pretrained(tmp_path / "trained")
+    again = le.load(tmp_path / "trained")
+    with torch.inference_mode():
+        assert torch.equal(logits_of(again, FEW), logits_of(model, FEW))
+    pickled = pickle.loads(pickle.dumps(again))
+    with torch.inference_mode():
+        assert torch.equal(logits_of(pickled, FEW), logits_of(model, FEW))
+        assert torch.equal(logits_of(copy.deepcopy(again), FEW), logits_of(model, FEW))
+
+
+# ------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    embedding_model("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (None, "Name the module: its embeddings are model.embed_tokens"),
+        (["model.norm"], "model.norm is a LlamaRMSNorm; only embeddings"),
+        (["model.embed"], r"no module 'model.embed'. Its embeddings: model.embed_tokens"),
+    ],
+)
+def test_modules_that_are_none(llama, tmp_path, names, message):
+    with pytest.raises(UserError, match=message):
+        le.offload(llama, tmp_path / "out", names)
+    assert not any(tmp_path.iterdir())
+
+
+def test_tied_weights_are_refused(tmp_path):
+    embedding_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    with pytest.raises(UserError, match=r"is that of lm_head too \(tied\).* would save nothing"):
+        le.offload(tmp_path / "tied", tmp_path / "out", MODULES["llama"])
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "qwen4_exp_text"])
+def test_input_embeddings_that_ids_are_found_by(family, tmp_path):
+    embedding_model(family, tie_word_embeddings=False).save_pretrained(tmp_path / "plain")
+    with pytest.raises(UserError, match="compares with every row of model.embed_tokens"):
+        le.offload(tmp_path / "plain", tmp_path / "out", ["model.embed_tokens"])
+
+
+def test_a_checkpoint_without_the_tensor(llama, tmp_path):
+    folder = tmp_path / "lacking"
+    shutil.copytree(llama, folder)
+    state = load_file(folder / "model.safetensors")
+    del state["model.embed_tokens.weight"]
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(UserError, match="no tensor for the weight of model.embed_tokens"):
+        le.offload(folder, tmp_path / "out", MODULES["llama"])
+
+
+def test_a_checkpoint_of_another_size(llama, tmp_path):
+    folder = tmp_path / "larger"
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB + 1}))
+    with pytest.raises(UserError, match=r"is 97 x 32 in the checkpoint, and 98 x 32 by config"):
+        le.offload(folder, tmp_path / "out", MODULES["llama"])
+
+
+@pytest.mark.parametrize("kept", [20, 3_000])
+def test_a_truncated_checkpoint(llama, tmp_path, kept):
+    folder = tmp_path / "cut"
+    shutil.copytree(llama, folder)
+    whole = (llama / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:kept])
+    with pytest.raises(UserError, match=r"can't be read as safetensors|is incomplete"):
+        le.offload(folder, tmp_path / "out", MODULES["llama"])
+
+
+def test_a_table_of_another_model(tmp_path):
+    _, out = saved_and_offloaded("gemma4_text", tmp_path)
+    embedding_model("gemma4_text", initializer_range=0.2).save_pretrained(tmp_path / "other")
+    le.offload(tmp_path / "other", tmp_path / "others", notify=lambda message: None)
+    shutil.rmtree(out / "embeddings")
+    shutil.copytree(tmp_path / "others" / "embeddings", out / "embeddings")
+    with pytest.raises(TableError, match="is the table of another model"):
+        le.load(out)
+    with pytest.raises(TableError, match="is the table of another model"):
+        inspect_folder(out)
+    assert "another model" in str(verify_folder(out).problems)
+    shutil.rmtree(out / "embeddings")
+    with pytest.raises(TableError, match="no such folder"):
+        le.load(out)
+
+
+def test_a_damaged_record(tmp_path):
+    _, out = saved_and_offloaded("gemma4_text", tmp_path)
+    shard = next((out / "embeddings").rglob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[4096 + 5 * 32] ^= 1
+    shard.write_bytes(content)
+    assert "1 of 97 records are damaged" in str(verify_folder(out).problems)
+    model = le.load(out, store="direct", verify_checksums=True)
+    with pytest.raises(TableError, match="record of id 5 is damaged"), torch.inference_mode():
+        model(torch.tensor([[4, 5]]))
+
+
+@pytest.mark.parametrize("settings", [[], {"model..x": {}}, {"model.embed_tokens": {"layers": 0}}])
+def test_a_configuration_that_makes_no_sense(tmp_path, settings):
+    _, out = saved_and_offloaded("llama", tmp_path)
+    config = json.loads((out / "config.json").read_text())
+    config["offloaded_embeddings"] = settings
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="configuration"):
+        le.load(out)
+
+
+# --------------------------------------------------------- interruption, memory, other files
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    plain, expected = saved_and_offloaded("qwen4_exp_text", tmp_path)
+    calls = []
+
+    def stop(done: int, total: int) -> None:
+        calls.append((done, total))
+        if len(calls) == 6:  # after the first table
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        le.offload(plain, tmp_path / "out", progress=stop, notify=lambda message: None)
+    assert not (tmp_path / "out").exists()
+    said = []
+    le.offload(plain, tmp_path / "out", notify=said.append)
+    assert any("Going on with the interrupted run" in message for message in said)
+    for file in sorted(expected.rglob("*")):
+        if file.is_file():
+            other = tmp_path / "out" / file.relative_to(expected)
+            assert file.read_bytes() == other.read_bytes(), file
+
+
+def test_somebodys_folder_is_left_alone(llama, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("mine")
+    with pytest.raises(UserError, match="in the way and no interrupted run"):
+        le.offload(llama, tmp_path / "out", MODULES["llama"])
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        le.offload(llama, tmp_path / "there", MODULES["llama"])
+
+
+def test_shards_without_the_embedding_are_linked(tmp_path):
+    embedding_model("llama").save_pretrained(tmp_path / "plain", max_shard_size="8kB")
+    (tmp_path / "plain" / "tokenizer.json").write_text("{}")
+    le.offload(tmp_path / "plain", tmp_path / "out", MODULES["llama"])
+    linked = {
+        file.name
+        for file in (tmp_path / "out").glob("*.safetensors")
+        if file.samefile(tmp_path / "plain" / file.name)
+    }
+    all_files = {file.name for file in (tmp_path / "plain").glob("*.safetensors")}
+    assert len(all_files) > 2
+    assert len(all_files - linked) == 1
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert "model.embed_tokens.weight" not in index["weight_map"]
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    with torch.inference_mode():
+        assert torch.equal(
+            logits_of(le.load(tmp_path / "out"), FEW),
+            logits_of(load_plain(tmp_path / "plain"), FEW),
+        )
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+import lookup_experts as le
+from lookup_experts.benchmarks.processes import high_water_mark, reset_high_water_mark
+from lookup_experts.generation.offload import offload
+before = reset_high_water_mark()
+offload(sys.argv[1], sys.argv[2], ["model.embed_tokens"], notify=print)
+print(high_water_mark() - before)
+"""
+
+
+@pytest.mark.slow
+def test_an_embedding_is_never_whole_in_memory(tmp_path):
+    """1 GB of rows, and one file with everything else in it."""
+    config = tiny_config("llama", tie_word_embeddings=False, vocab_size=500_000, hidden_size=1024)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    state = {
+        name: torch.zeros(value.shape, dtype=value.dtype)
+        for name, value in model.state_dict().items()
+    }
+    (tmp_path / "plain").mkdir()
+    save_file(state, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
+    del state
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "plain")
+    ran = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(tmp_path / "plain"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(ran.stdout.split()[-1]) < 512 * 2**20
+
+
+# ------------------------------------------------------------------------------ the commands
+
+
+def test_the_commands_take_it(tmp_path, capsys):
+    def run(*arguments: object) -> tuple[str, str]:
+        code, out, err = run_command(capsys, *arguments)
+        assert code == 0, err
+        return out, err
+
+    plain, folder = saved_and_offloaded("gemma3n_text", tmp_path)
+    told, _ = run("offload", plain, tmp_path / "made", "--encoding", "int8", "--json")
+    said = json.loads(told)
+    assert said["embeddings"]["model.embed_tokens_per_layer"]["records"] == VOCAB
+    prompt = ("--prompt-ids", "4 5 6", "-n", "6")
+    expected, _ = run("generate", plain, *prompt)
+    reading = ("--store", "direct", "--cache", "10kB", "--stats")
+    generated, stats = run("generate", folder, *prompt, *reading)
+    assert generated == expected
+    assert "8 ids asked" in stats
+    assert "model.embed_tokens_per_layer: 97 records" in run("inspect", folder)[0]
+    assert "all 97 records are intact" in run("verify", folder)[0]
+    assert "nf4" in run("reencode", folder, tmp_path / "smaller", "--encoding", "nf4")[0]
+    assert inspect_folder(tmp_path / "smaller")["embeddings"]["model.embed_tokens_per_layer"]
+    run("generate", tmp_path / "smaller", *prompt)
+    code, _, err = run_command(capsys, "offload", plain, tmp_path / "x", "--module", "lm_head")
+    assert code == 2
+    assert len(err.splitlines()) == 1

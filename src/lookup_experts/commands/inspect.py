@@ -80,4 +80,10 @@ def format_description(described: dict[str, Any]) -> str:
         ]
         if table["tokens_counted"] is not None:
             lines.append(f"  counted         {table['tokens_counted']:,} tokens, for row caches")
+    for name, table in (described.get("embeddings") or {}).items():
+        lines.append(
+            f"  {name}: {table['shape']['vocab_size']:,} records of "
+            f"{format_bytes(table['record_bytes'])}, {format_bytes(table['table_bytes'])}, "
+            f"{table['encoding']}"
+        )
     return "\n".join(lines)

@@ -31,20 +31,25 @@ def reencode(
     from lookup_experts.evaluation.quality import quality_against_table
     from lookup_experts.evaluation.text import read_token_ids
     from lookup_experts.folders.load import load
-    from lookup_experts.folders.model_folder import local_folder
+    from lookup_experts.folders.model_folder import TABLE, local_folder
     from lookup_experts.folders.tokenizer import load_tokenizer
-    from lookup_experts.generation.reencoding import open_source
+    from lookup_experts.generation.reencoding import BARE, open_sources
     from lookup_experts.generation.reencoding import reencode as write_again
 
     console.quiet_transformers()
     folder = local_folder(table)
-    source, is_bare = open_source(folder)
+    place, source = next(iter(open_sources(folder).items()))
     token_ids = None
     if evaluate is not None:  # before the long work, so that what can't be read is told at once
-        if is_bare:
+        if place == BARE:
             raise UserError(
                 f"{folder} is a table without a model, so --eval has nothing that could predict "
                 "a text. Give the inference folder, or leave --eval out."
+            )
+        if place != TABLE:
+            raise UserError(
+                f"{folder} has no lookup experts, whose predictions --eval compares. Leave it out, "
+                "and compare by mole eval."
             )
         token_ids = read_token_ids(evaluate, load_tokenizer(folder, trust_remote_code))
     with console.progress_bar("Re-encoding the table") as progress:

@@ -23,9 +23,9 @@ from lookup_experts.evaluation.tasks import EvaluationTask, local_file
 from lookup_experts.evaluation.text import find_text, read_token_ids
 from lookup_experts.folders.load import load
 from lookup_experts.folders.model_folder import local_folder, read_config
+from lookup_experts.folders.readers import table_readers
 from lookup_experts.folders.tokenizer import load_tokenizer
 from lookup_experts.generation.inspection import inspect_folder
-from lookup_experts.table.reader import TableExperts
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,10 @@ def _evaluate(
         perplexity=_perplexity(model, tokenizer, request) if request.text else None,
         recall=_recall(model, tokenizer, request) if request.recall else None,
     )
-    source = getattr(model, "expert_source", None)
-    if isinstance(source, TableExperts):
-        found = replace(found, reader=source.stats())
-        source.close()
+    tables = table_readers(model)
+    if tables is not None:
+        found = replace(found, reader=tables.stats())
+        tables.close()
     return found
 
 

@@ -164,23 +164,26 @@ def unfinished_folder(out: Path, notify: Callable[[str], None]) -> Path:
     return partial
 
 
-def begin_inference_folder(out: Path, notify: Callable[[str], None], tables: str = TABLE) -> Path:
+def begin_inference_folder(out: Path, notify: Callable[[str], None], *tables: str) -> Path:
     """As `unfinished_folder`; of an earlier run there is nothing in it but what was built.
 
-    The folder of what is built, `tables`, is made first and tells a run that was interrupted from
-    what is somebody's. A link in its place is written through: so a table gets to another disk.
+    The folders of what is built, `tables` (default: the one of the table), are made first and tell
+    a run that was interrupted from what is somebody's. A link in the place of one is written
+    through: so a table gets to another disk.
 
     Raises:
         UserError: there is a folder of that name that no run has begun.
     """
     partial = out.with_name(f"{out.name}.partial")
     names = [path.name for path in partial.iterdir()] if partial.is_dir() else []
-    if names and tables not in names:
+    tables = tables or (TABLE,)
+    if names and not set(tables) & set(names):
         raise UserError(f"{partial} is in the way and no interrupted run; move or delete it.")
     partial = unfinished_folder(out, notify)
-    (partial / tables).mkdir(exist_ok=True)
+    for name in tables:
+        (partial / name).mkdir(exist_ok=True)
     for path in partial.iterdir():  # written in part, or of another model
-        if path.name == tables:
+        if path.name in tables:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

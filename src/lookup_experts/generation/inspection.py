@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,19 @@ from lookup_experts.errors import TableError, UserError
 from lookup_experts.folders.experts_alone import backbone_folder
 from lookup_experts.folders.gguf_file import gguf_tensors
 from lookup_experts.folders.load import LookupExpertsConfig, load
-from lookup_experts.folders.model_folder import local_folder, read_config, weight_files
+from lookup_experts.folders.model_folder import TABLE, local_folder, read_config, weight_files
 from lookup_experts.folders.official import moe_settings, official_kind, official_settings
 from lookup_experts.folders.own_code import needs_own_code, require_trust
+from lookup_experts.folders.readers import table_readers
+from lookup_experts.folders.tables import embedding_place
 from lookup_experts.folders.tokenizer import TOKENIZER_FILES
 from lookup_experts.generation.folding import tokenizer_hash
+from lookup_experts.model.embedding_settings import embedding_settings
 from lookup_experts.model.fingerprint import embedding_hash
 from lookup_experts.model.moe import MoeGatelessLlamaConfig
 from lookup_experts.model.offloaded import offloaded_mixture, offloaded_table
 from lookup_experts.model.settings import LookupSettings
+from lookup_experts.model.table_embedding import TableEmbedding
 from lookup_experts.table.counts import read_counts
 from lookup_experts.table.format import MANIFEST_NAME
 from lookup_experts.table.opening import Table, open_table
@@ -42,12 +47,14 @@ MOE_MARKS: dict[str, tuple[str, ...]] = {"experts": (".experts.",)}
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
     """What a folder holds, as plain JSON values; no weights and no records are read.
 
-    Keys: `folder`, `form` (`experts`, `table`, `dense`, `moe`, or `bare table`), `format`
-    (`lookup-experts`, `official` or `huggingface`), `backbone`, `context` (tokens; null where the
-    configuration doesn't say), `dtypes` (of the weights, the most frequent first), `chat_template`
+    Keys: `folder`, `form` (`experts`, `table`, `dense`, `offloaded`, `moe`, or `bare table`),
+    `format` (`lookup-experts`, `official` or `huggingface`), `backbone`, `context` (tokens; null
+    where the configuration doesn't say), `dtypes` (of the weights, the most frequent first),
+    `chat_template`
     (whether there is one; null without a tokenizer), `lookup_experts` (the settings), `rows`
     (`form`, and `size`, the numbers of one; null without lookup experts), `parameters`, `table`,
-    and `moe` (the settings) for the paper's mixture of experts.
+    `embeddings` (the tables of embeddings by the modules' names; null without any), and `moe` (the
+    settings) for the paper's mixture of experts.
 
     Of `parameters`, `resident` is what a running model holds, in table form or as a mixture;
     `readers`: what of it reads the rows of lookup experts; `experts`: routed experts in training
@@ -65,6 +72,7 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         }
     config = read_config(path)
     official = official_kind(path, config)
+    embeddings = embedding_tables(path, config)
     described: dict[str, Any] = {"folder": str(path)}
     settings: LookupSettings | None = None
     if official is not None:
@@ -73,9 +81,10 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         if official == "mole":
             settings = official_settings(path, config)
     elif config.get("model_type") == LookupExpertsConfig.model_type:
-        settings = attached_settings(path, config)
+        if "lookup_experts" in config or not embeddings:
+            settings = attached_settings(path, config)
         described |= {
-            "form": settings.form,
+            "form": settings.form if settings else "offloaded",
             "format": "lookup-experts",
             "backbone": config.get("backbone_type"),
         }
@@ -93,6 +102,9 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     described["lookup_experts"] = settings.to_dict() if settings else None
     described["rows"] = rows_of(path, settings) if settings else None
     described["table"] = None
+    described["embeddings"] = {
+        name: describe_table(table) for name, table in embeddings.items()
+    } or None
     if described["form"] == "moe":
         described["moe"] = moe_settings(path, config)
         described["parameters"] = moe_parameters(path, described["moe"])
@@ -106,7 +118,27 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         table = open_table(path / "table")
         described["table"] = describe_table(table)
         described["parameters"] |= table_parameters(table)
+    for name, table in embeddings.items():
+        of_table = table_parameters(table)
+        of_table["loaded_per_token"] *= embedding_settings(config)[name].rows_per_token
+        for key, number in of_table.items():
+            described["parameters"][key] = described["parameters"].get(key, 0) + number
     return described
+
+
+def embedding_tables(path: Path, config: dict[str, Any]) -> dict[str, Table]:
+    """The tables of a folder's embeddings, by the names of the modules.
+
+    Raises:
+        TableError: one is missing, damaged, or of another model.
+    """
+    tables = {}
+    for name, settings in embedding_settings(config).items():
+        table = open_table(path / embedding_place(name))
+        if table.manifest.fingerprint != settings.fingerprint:
+            raise TableError(f"{table.folder}: this is the table of another model than {path}.")
+        tables[name] = table
+    return tables
 
 
 def attached_settings(path: Path, config: dict[str, Any]) -> LookupSettings:
@@ -288,40 +320,73 @@ def verify_folder(
     """
     path = local_folder(folder)
     bare = (path / MANIFEST_NAME).exists()
-    if not bare:
+    if bare:
+        tables = {"": open_table(path)}
+    else:
         config = read_config(path)
-        if config.get("model_type") != LookupExpertsConfig.model_type:
-            raise UserError(f"{path} has no table to verify: it is no model in table form.")
-        if attached_settings(path, config).form != "table":
+        tables = _tables_to_verify(path, config)
+        if needs_own_code(config):
+            require_trust(path, trust_remote_code)
+    reports, problems = [], []
+    for place, table in tables.items():
+        read_counts(table)  # damaged, they are an error
+        report = verify_table(table, progress)
+        reports.append(report)
+        where = f"{place}: " if len(tables) > 1 else ""
+        if report.num_bad:
+            problems.append(f"{where}{report.num_bad} of {report.num_ids} records are damaged")
+        problems += [f"{where}record {bad.id} in {bad.file}: {bad.problem}" for bad in report.bad]
+    mismatches = [] if bare else _mismatches(path, tables, trust_remote_code)
+    return Verification(
+        str(path),
+        _together(reports),
+        None if bare else not mismatches,
+        tuple(problems + mismatches),
+    )
+
+
+def _tables_to_verify(path: Path, config: dict[str, Any]) -> dict[str, Table]:
+    """The tables of a model folder, by their places; at least one."""
+    if config.get("model_type") != LookupExpertsConfig.model_type:
+        raise UserError(f"{path} has no table to verify: it is no model in table form.")
+    places = [embedding_place(name) for name in embedding_settings(config)]
+    if "lookup_experts" in config or not places:
+        if attached_settings(path, config).form == "table":
+            places.append(TABLE)
+        elif not places:
             raise UserError(
                 f"{path} has no table to verify: its experts are in training form. "
                 "Fold them first: mole reparameterize."
             )
-        if needs_own_code(config):
-            require_trust(path, trust_remote_code)
-    table = open_table(path if bare else path / "table")
-    read_counts(table)  # damaged, they are an error
-    report = verify_table(table, progress)
-    problems = [f"record {bad.id} in {bad.file}: {bad.problem}" for bad in report.bad]
-    if report.num_bad:
-        problems.insert(0, f"{report.num_bad} of {report.num_ids} records are damaged")
-    mismatches = [] if bare else _mismatches(path, table, trust_remote_code)
-    return Verification(
-        str(path), report, None if bare else not mismatches, tuple(problems + mismatches)
+    return {place: open_table(path / place) for place in places}
+
+
+def _together(reports: Sequence[VerifyReport]) -> VerifyReport:
+    return VerifyReport(
+        num_ids=sum(report.num_ids for report in reports),
+        num_bad=sum(report.num_bad for report in reports),
+        bad=tuple(bad for report in reports for bad in report.bad),
+        num_bytes=sum(report.num_bytes for report in reports),
+        seconds=sum(report.seconds for report in reports),
     )
 
 
-def _mismatches(path: Path, table: Table, trust_remote_code: bool) -> list[str]:
-    """What of the model beside a table isn't what the table was made from."""
+def _mismatches(path: Path, tables: dict[str, Table], trust_remote_code: bool) -> list[str]:
+    """What of the model beside its tables isn't what they were made from."""
     found = []
     try:
         model = load(path, store="mmap", trust_remote_code=trust_remote_code)
     except TableError as error:
         return [str(error)]
-    if table.manifest.embedding_hash != embedding_hash(model.get_input_embeddings()):
+    embedding = model.get_input_embeddings()
+    in_table = isinstance(embedding, TableEmbedding)  # whose own fingerprint was compared
+    made_from = tables[TABLE].manifest.embedding_hash if TABLE in tables else None
+    if TABLE in tables and not in_table and made_from != embedding_hash(embedding):
         found.append("the model's embedding isn't the one that the table was made from")
-    made_with = table.manifest.tokenizer_hash
-    if made_with is not None and tokenizer_hash(path) != made_with:
+    made_with = {table.manifest.tokenizer_hash for table in tables.values()} - {None}
+    if made_with - {tokenizer_hash(path)}:
         found.append("the tokenizer isn't the one that the table was made with")
-    model.expert_source.close()
+    readers = table_readers(model)
+    assert readers is not None
+    readers.close()
     return found

@@ -134,7 +134,8 @@ def _offload(
     for name in found:
         layers, per_token = _layers_of(model, name), _rows_per_token(model, name)
         if not _keeps(encoding, rows[name].dtype):
-            notify(f"The rows of {name} are {rows[name].dtype}, so {encoding.name} rounds them.")
+            dtype = str(rows[name].dtype).removeprefix("torch.")
+            notify(f"The rows of {name} are {dtype}, so {encoding.name} rounds them.")
         fingerprint = rows[name].fingerprint(progress)
         plan = plan_table(
             TableShape(rows[name].num_rows, layers, 1, rows[name].width // layers),

@@ -19,7 +19,8 @@ from lookup_experts.folders.model_folder import (
     require_new,
     unfinished_folder,
 )
-from lookup_experts.generation.inspection import attached_settings
+from lookup_experts.folders.tables import EMBEDDINGS, embedding_place
+from lookup_experts.generation.inspection import attached_settings, embedding_tables
 from lookup_experts.table.build import (
     build_table,
     decode_records,
@@ -36,6 +37,9 @@ from lookup_experts.table.progress import Progress
 from lookup_experts.table.store import Notify, log
 from lookup_experts.table.store_choice import open_store
 
+BARE = ""
+"""The place of a table without a model around it."""
+
 
 def reencode(
     folder: str | Path,
@@ -46,10 +50,10 @@ def reencode(
     progress: Progress | None = None,
     notify: Notify = log,
 ) -> Table:
-    """Write a table again in another encoding.
+    """Write a table again in another encoding, of a model folder with several all of them.
 
     Every record that is read is compared with its checksum. The table stays that of the same
-    experts: fingerprint and hashes are those of the source.
+    rows: fingerprint and hashes are those of the source.
 
     Args:
         folder: an inference folder, or the folder of a table alone.
@@ -62,7 +66,7 @@ def reencode(
             `lookup_experts`.
 
     Returns:
-        The finished table.
+        The finished table; of several the first, lookup experts' if there is one.
 
     Raises:
         UserError: `out` exists, or there is nothing to re-encode.
@@ -71,45 +75,52 @@ def reencode(
     """
     chosen = get_encoding(encoding, block_size)
     path, out = local_folder(folder), Path(out)
-    source, is_bare = open_source(path)
-    _require_other_encoding(source, chosen)
-    _require_new_folder([path, source.folder], out)
-    counts = read_counts(source)
-    if source.layout.encoding.name != "float32":
-        notify(
-            f"The source is in {source.layout.encoding.name}: what that rounded away is not "
-            "brought back. Fold the experts anew where you have them."
-        )
-    if is_bare:
+    sources = open_sources(path)
+    _require_other_encoding(sources, chosen)
+    _require_new_folder([path, *(source.folder for source in sources.values())], out)
+    _tell_of_rounding(sources, notify)
+    first = next(iter(sources))
+    if first == BARE:
         partial = unfinished_folder(out, notify)
     else:
-        partial = begin_inference_folder(out, notify)
+        partial = begin_inference_folder(out, notify, *{Path(place).parts[0] for place in sources})
         with full_disk_as_user_error(partial):
-            copy_beside_table(path, partial)
-    plan = plan_reencoding(source, chosen)
-    with open_store(source, "direct", verify_checksums=True, notify=notify) as store:
-        made = partial if is_bare else partial / TABLE
-        build_table(made, plan, decode_records(store), progress)
-    with full_disk_as_user_error(partial):
-        keep_counts(made, counts, source.layout.shape.vocab_size)
+            copy_beside_tables(path, partial)
+    made = {}
+    for place, source in sources.items():
+        plan = plan_reencoding(source, chosen)
+        counts = read_counts(source)
+        with open_store(source, "direct", verify_checksums=True, notify=notify) as store:
+            build_table(partial / place, plan, decode_records(store), progress)
+        with full_disk_as_user_error(partial):
+            keep_counts(partial / place, counts, source.layout.shape.vocab_size)
+        made[place] = Table(out / place, plan.manifest)
     partial.rename(out)
-    return Table(out if is_bare else out / TABLE, plan.manifest)
+    return made[first]
 
 
-def open_source(path: Path) -> tuple[Table, bool]:
-    """The table of a folder, and whether the folder is that of a table alone.
+def open_sources(path: Path) -> dict[str, Table]:
+    """The tables of a folder by their places in it, that of lookup experts first; `BARE` for the
+    folder of a table alone.
 
     Raises:
         UserError: the folder has no table.
         TableError: its files are missing, truncated or foreign, or of another model.
     """
     if (path / MANIFEST_NAME).exists():
-        return open_table(path), True
+        return {BARE: open_table(path)}
     config = read_config(path)
     if config.get("model_type") != LookupExpertsConfig.model_type:
         raise UserError(f"{path} has no table to re-encode: it is no model in table form.")
+    embeddings = {
+        embedding_place(name): table for name, table in embedding_tables(path, config).items()
+    }
+    if embeddings and "lookup_experts" not in config:
+        return embeddings
     settings = attached_settings(path, config)
     if settings.form != "table":
+        if embeddings:
+            return embeddings
         raise UserError(
             f"{path} has no table to re-encode: its experts are in training form. "
             "Fold them with the encoding that you want: mole reparameterize."
@@ -117,13 +128,26 @@ def open_source(path: Path) -> tuple[Table, bool]:
     table = open_table(path / TABLE)
     if table.manifest.fingerprint != settings.fingerprint:
         raise TableError(f"{table.folder}: this is the table of another model than {path}.")
-    return table, False
+    return {TABLE: table, **embeddings}
 
 
-def _require_other_encoding(source: Table, chosen: Encoding) -> None:
-    if source.layout == RecordLayout(source.layout.shape, chosen):  # an older version's is another
+def _tell_of_rounding(sources: dict[str, Table], notify: Notify) -> None:
+    encodings = {source.layout.encoding.name for source in sources.values()} - {"float32"}
+    if encodings:
+        anew = "Fold the experts" if set(sources) <= {BARE, TABLE} else "Make the tables"
+        notify(
+            f"The source is in {', '.join(sorted(encodings))}: what that rounded away is not "
+            f"brought back. {anew} anew where you have {'them' if 'Fold' in anew else 'the model'}."
+        )
+
+
+def _require_other_encoding(sources: dict[str, Table], chosen: Encoding) -> None:
+    # An older version's layout is another.
+    layouts = [(one.layout, RecordLayout(one.layout.shape, chosen)) for one in sources.values()]
+    if all(layout == wanted for layout, wanted in layouts):
+        first = next(iter(sources.values()))
         raise UserError(
-            f"{source.folder} is in {in_words(chosen)} already; choose another encoding."
+            f"{first.folder} is in {in_words(chosen)} already; choose another encoding."
         )
 
 
@@ -142,14 +166,14 @@ def _require_new_folder(read: Sequence[Path], out: Path) -> None:
             )
 
 
-def copy_beside_table(folder: Path, target: Path) -> None:
-    """Bring all but the table of an inference folder to the new folder `target`.
+def copy_beside_tables(folder: Path, target: Path) -> None:
+    """Bring all but the tables of an inference folder to the new folder `target`.
 
     A link to a folder stays one, to the same folder.
     """
     for source in sorted(folder.rglob("*")):
         relative = source.relative_to(folder)
-        if relative.parts[0] == TABLE:
+        if relative.parts[0] in (TABLE, EMBEDDINGS):
             continue
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir() and source.is_symlink():

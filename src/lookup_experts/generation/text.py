@@ -15,8 +15,9 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from lookup_experts.errors import UserError
+from lookup_experts.folders.readers import table_readers
 from lookup_experts.model.placement import execution_device
-from lookup_experts.table.reader import ReaderStatistics, TableExperts
+from lookup_experts.table.reader import ReaderStatistics
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,7 @@ def generate_ids(
         torch.manual_seed(sampling.seed)
     streamer = _CallbackStreamer(tokenizer, on_text) if tokenizer and on_text else None
     clock = _Clock(streamer)
-    source = getattr(model, "expert_source", None)
-    table = source if isinstance(source, TableExperts) else None
+    table = table_readers(model)
     if table is not None:
         table.reset_stats()
     inputs = torch.tensor([ids], device=execution_device(model))

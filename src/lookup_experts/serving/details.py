@@ -25,6 +25,11 @@ class LookupWatch:
         self._device = model.device
         source = getattr(model, "expert_source", None)
         self.table: TableExperts | None = source if isinstance(source, TableExperts) else None
+        self._embeddings: list[Any] = [
+            reader
+            for reader in getattr(model, "embedding_readers", {}).values()
+            if reader.rows_per_token == 1
+        ]
         self._reads = self.table is not None and self.table.stats().store != "memory"
 
     def were_cached(self, token_ids: Sequence[int]) -> list[bool] | None:
@@ -40,10 +45,13 @@ class LookupWatch:
     def read_error(self, token_id: int) -> TableError | None:
         """Why the record of a token can't be read, or None if it can."""
         source = self._entrance.source if self._entrance is not None else None
-        if source is None or isinstance(source, FFNExperts):  # which reads nothing
-            return None
+        reading = list(self._embeddings)
+        if source is not None and not isinstance(source, FFNExperts):  # which reads nothing
+            reading.append(source)
+        ids = torch.tensor([[token_id]], device=self._device)
         try:
-            source.rows(torch.tensor([[token_id]], device=self._device)).layer(0)
+            for reader in reading:
+                reader.rows(ids).layer(0)
         except TableError as error:
             return error
         return None

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from lookup_experts.table.reader import TableExperts
+from lookup_experts.folders.readers import TableReaders
 
 RECENT_SECONDS = 5.0
 _LONG = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -20,10 +20,10 @@ class ServingMetrics:
     """Counters of one server.
 
     Args:
-        table: the model's table, or None.
+        table: what reads the model's tables, or None.
     """
 
-    def __init__(self, table: TableExperts | None) -> None:
+    def __init__(self, table: TableReaders | None) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "mole_requests", "Requests by route and status.", ["route", "status"], registry=registry
@@ -89,7 +89,7 @@ class ServingMetrics:
 class _TableCollector(Collector):
     """The reader's own counts, read when they are asked for."""
 
-    def __init__(self, table: TableExperts) -> None:
+    def __init__(self, table: TableReaders) -> None:
         self._table = table
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lookup_experts.folders.readers import table_readers
 from lookup_experts.model.forms import get_form
 from lookup_experts.serving.calls import Call, deliver_on
 from lookup_experts.serving.constraints import Constraints
@@ -19,7 +20,6 @@ from lookup_experts.serving.reports import Outbox
 from lookup_experts.serving.requests import RequestMaker
 from lookup_experts.serving.vocabulary import Vocabulary
 from lookup_experts.serving.waiting import Limits
-from lookup_experts.table.reader import TableExperts
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,8 @@ class Service:
         self.options = options
         self.started_at = time.time()
         self._model = model
-        source = getattr(model, "expert_source", None)
-        self._table = source if isinstance(source, TableExperts) else None
-        self.metrics = ServingMetrics(self._table)
+        self._tables = table_readers(model)
+        self.metrics = ServingMetrics(self._tables)
         end_ids = end_ids_of(model, tokenizer)
         self.prompter = Prompter(model, tokenizer, options.chat_template, end_ids)
         self.vocabulary = Vocabulary(tokenizer)
@@ -79,9 +78,9 @@ class Service:
         Raises:
             TableError: see `TableExperts.fill_cache`.
         """
-        if self._table is not None:
-            self._table.take_cache_memory()
-            self._table.fill_cache()
+        if self._tables is not None:
+            self._tables.take_cache_memory()
+            self._tables.fill_cache()
 
     def start(self) -> None:
         """Begin to work; events are heard on the running event loop."""
@@ -127,7 +126,7 @@ class Service:
 
     def stats(self) -> dict[str, Any]:
         """As `protocol.Stats`."""
-        reader = self._table.stats() if self._table is not None else None
+        reader = self._tables.stats() if self._tables is not None else None
         settings = getattr(self._model, "lookup_settings", None)
         config = self._model.config.get_text_config(decoder=True)
         return {
@@ -136,7 +135,7 @@ class Service:
             "layers": config.num_hidden_layers,
             "experts": settings.num_experts if settings else num_routed(config),
             "row_size": (settings.row_size or config.hidden_size) if settings else None,
-            "record_bytes": self._table.table.layout.record_bytes if self._table else None,
+            "record_bytes": self._tables.bytes_per_token if self._tables else None,
             "router": settings is not None and get_form(settings.row_form).HAS_ROUTER,
             "context": self.prompter.context,
             "chat": self.prompter.has_chat_template,

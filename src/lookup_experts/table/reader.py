@@ -102,7 +102,7 @@ class TableExperts:
         rows_per_token: int = 1,
     ) -> None:
         self.table = table
-        self._rows_per_token = rows_per_token
+        self.rows_per_token = rows_per_token
         self._slot_batch = SLOT_BATCH * rows_per_token
         self._store = store
         self._dtype = dtype
@@ -161,7 +161,7 @@ class TableExperts:
         ids = most_frequent(counts, self.cache_bytes // self.table.layout.stride)
         with late_progress("Filling the row cache", len(ids) * self.table.layout.stride) as advance:
             # The most frequent batch comes last, since the least recently used go first.
-            for batch in torch.from_numpy(ids).flip(0).split(SLOT_BATCH):
+            for batch in torch.from_numpy(ids).flip(0).split(self._slot_batch):
                 rows: Any = self.rows(batch.unsqueeze(0).to(self.device))
                 rows.wait()
                 del rows  # gives its slots back before the next batch takes some
@@ -389,7 +389,7 @@ class TableExperts:
             self._dtype,
             self.device,
             self._budget,
-            self._rows_per_token,
+            self.rows_per_token,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -397,7 +397,7 @@ class TableExperts:
         self._require_open()
         table = replace(self.table, folder=self.folder.absolute())
         store = (self._store.name, self._store.verify_checksums)
-        options = (self._dtype, self.device, self._budget, self._rows_per_token)
+        options = (self._dtype, self.device, self._budget, self.rows_per_token)
         return _reopen_reader, (table, *store, *options)
 
     def _require_open(self) -> None:

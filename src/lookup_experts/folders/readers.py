@@ -1,0 +1,71 @@
+"""The readers of all tables of a model, as one: lookup experts' and embeddings'."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+from lookup_experts.folders.model_folder import TABLE
+from lookup_experts.folders.tables import embedding_place
+from lookup_experts.table.reader import ReaderStatistics, TableExperts
+
+
+class TableReaders:
+    """What reads a model's tables.
+
+    Args:
+        by_place: the readers, by the places of their tables in the model's folder; at least one.
+    """
+
+    def __init__(self, by_place: dict[str, TableExperts]) -> None:
+        self.by_place = by_place
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What the records that a token needs take."""
+        readers = self.by_place.values()
+        return sum(reader.table.layout.record_bytes * reader.rows_per_token for reader in readers)
+
+    def stats(self) -> ReaderStatistics:
+        """The counts of all, added up; `batches` is of one, since each is asked once per forward
+        pass."""
+        first, *others = (reader.stats() for reader in self.by_place.values())
+        for other in others:
+            first = _sum(first, other)
+        return first
+
+    def reset_stats(self) -> None:
+        """Count from zero."""
+        for reader in self.by_place.values():
+            reader.reset_stats()
+
+    def take_cache_memory(self) -> None:
+        """See `TableExperts.take_cache_memory`."""
+        for reader in self.by_place.values():
+            reader.take_cache_memory()
+
+    def fill_cache(self) -> None:
+        """See `TableExperts.fill_cache`."""
+        for reader in self.by_place.values():
+            reader.fill_cache()
+
+    def close(self) -> None:
+        """See `TableExperts.close`."""
+        for reader in self.by_place.values():
+            reader.close()
+
+
+def table_readers(model: Any) -> TableReaders | None:
+    """Those of a model; None where it reads no table."""
+    source = getattr(model, "expert_source", None)
+    found = {TABLE: source} if isinstance(source, TableExperts) else {}
+    embeddings: dict[str, TableExperts] = getattr(model, "embedding_readers", {})
+    found |= {embedding_place(name): reader for name, reader in embeddings.items()}
+    return TableReaders(found) if found else None
+
+
+def _sum(first: ReaderStatistics, second: ReaderStatistics) -> ReaderStatistics:
+    counts = {
+        field.name: getattr(first, field.name) + getattr(second, field.name)
+        for field in fields(first)
+        if field.name not in ("store", "backend", "batches")
+    }
+    return replace(first, batches=max(first.batches, second.batches), **counts)
