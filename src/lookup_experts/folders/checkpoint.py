@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,21 +263,38 @@ def _copy_without(source: Path, target: Path, left_out: set[str]) -> None:
         (name for name in header if name not in left_out),
         key=lambda name: header[name]["data_offsets"],
     )
-    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in kept:
-        first, end = header[name]["data_offsets"]
-        content[name] = {**header[name], "data_offsets": [offset, offset + end - first]}
-        offset += end - first
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
+    shapes = {name: (header[name]["dtype"], header[name]["shape"]) for name in kept}
+    sizes = {
+        name: header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in kept
+    }
     with source.open("rb") as read, target.open("wb") as written:
-        written.write(len(text).to_bytes(8, "little") + text)
+        written.write(safetensors_header(shapes, sizes))
         for name in kept:
             first, end = header[name]["data_offsets"]
             _copy_bytes(read, written, start + first, end - first)
         written.flush()
         os.fsync(written.fileno())
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], sizes: Mapping[str, int] | None = None
+) -> bytes:
+    """What a file of these tensors begins with; their bytes follow in this order.
+
+    Args:
+        tensors: dtype, as safetensors names it, and shape, by name.
+        sizes: in bytes; needed for dtypes that torch doesn't have.
+    """
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        size = sizes[name] if sizes else math.prod(shape) * _DTYPES[dtype].itemsize
+        offsets = [offset, offset + size]
+        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        offset += size
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _copy_bytes(source: Any, target: Any, start: int, count: int) -> None:

@@ -13,6 +13,8 @@ def decode(
     experts: bench_options.Experts = None,
     form: bench_options.Form = "mole",
     row_size: bench_options.RowSize = None,
+    model: bench_options.OffloadedModel = None,
+    resident: bench_options.ResidentModel = None,
     encoding: bench_options.Encoding = "bfloat16",
     dtype: bench_options.Dtype = "bfloat16",
     store: options.Store = "direct",
@@ -23,6 +25,7 @@ def decode(
     graphs: Annotated[
         bool, typer.Option("--graphs", help="On a GPU: static caches and CUDA graphs.")
     ] = False,
+    limit: bench_options.Limit = None,
     ids: bench_options.Ids = None,
     work: bench_options.Work = bench_options.WORK,
     json: bench_options.JsonFile = None,
@@ -34,9 +37,18 @@ def decode(
     """
     from lookup_experts.benchmarks.beside_dense import Comparison
     from lookup_experts.benchmarks.decode import bench_decode
+    from lookup_experts.benchmarks.offloaded import bench_decode as bench_offloaded
     from lookup_experts.benchmarks.results import Results
     from lookup_experts.units import parse_bytes
 
+    subjects = bench_options.subjects_of(
+        shape, model, resident, encoding, store, cache, ids, work, device
+    )
+    if subjects is not None:
+        bench_offloaded(
+            subjects, bench_options.counts(batch), pairs, limit, Results("decode", json)
+        )
+        return
     case = bench_options.case_of(shape, experts, encoding, dtype, form, row_size)
     comparison = Comparison(case, store, parse_bytes(cache), ids, work, device)
     sizes = bench_options.counts(batch)

@@ -32,6 +32,27 @@ JsonFile = Annotated[
 Plot = Annotated[Path | None, typer.Option(help="Also draw the results into this PNG.")]
 Counts = Annotated[str, typer.Option(help="Which sizes to measure, e.g. 1,8,32.")]
 
+OffloadedModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        help="Instead of a shape: a folder of `mole offload`, measured beside --resident. The "
+        "shapes gemma-3n-e2b, gemma-3n-e2b-cut and qwen4-exp-cut are such models with random "
+        "numbers.",
+    ),
+]
+ResidentModel = Annotated[
+    Path | None,
+    typer.Option("--resident", help="Of --model: the folder that it was made from."),
+]
+Limit = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a model with embeddings in tables: run each system in a control group that "
+        "leaves so much memory beside the other weights, e.g. 300MB; for superusers."
+    ),
+]
+
 WORK = Path("runs/bench")
 """The default of `Work`."""
 DTYPES = ("float32", "bfloat16")
@@ -86,3 +107,28 @@ def case_of(
             "count; leave it out."
         )
     return Case(shape, experts, encoding, dtype_of(dtype), form, row_size)
+
+
+def subjects_of(
+    shape: str,
+    model: Path | None,
+    resident: Path | None,
+    encoding: str,
+    store: str,
+    cache: str,
+    ids: Path | None,
+    work: Path,
+    device: str = "cpu",
+) -> Any:
+    """The `Subjects` of the options of these names; None where lookup experts are measured."""
+    from lookup_experts.benchmarks.offloaded import Subjects
+    from lookup_experts.benchmarks.released import SHAPES, released_folders
+    from lookup_experts.errors import UserError
+
+    if (model is None) != (resident is None):
+        raise UserError("--model and --resident belong together; give both or none.")
+    if model is None and shape in SHAPES:
+        resident, model = released_folders(shape, encoding, work)
+    if model is None or resident is None:
+        return None
+    return Subjects(model, resident, store, cache, ids, work, device)
