@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lookup_experts.model.rows import TokenRows, mix_reference
@@ -26,6 +27,9 @@ from lookup_experts.table.uring import Ring
 
 WAYS = ("memory", "mmap", "io_uring", "threads", "page cache")
 """The stores, `direct` in each way that it may read."""
+
+ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "row_size": 512, "encoding": "float16"}
+"""A record of 4096 bytes."""
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -197,3 +201,13 @@ class RowsInTraining:
 
     def layer(self, layer: int) -> Tensor:
         return self._rows.layer(layer, self._experts[layer])
+
+
+@st.composite
+def batches(draw, vocab_size: int):
+    """Token ids [B, T], around the sizes where the way changes; some with few unique ones."""
+    length = draw(st.sampled_from([0, 1, 2, 63, 64, 65, 255, 256, 257]))
+    most = draw(st.sampled_from([1, min(vocab_size, 5), vocab_size]))
+    random = np.random.default_rng(draw(st.integers(0, 99)))
+    ids = torch.from_numpy(random.integers(0, most, length))
+    return ids.view(-1, 3) if length % 3 == 0 else ids.view(1, -1)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lanes import LateLane, NotingLane
 from random_tables import make_table
-from reading import Expected, open_on, ways_here
+from reading import ONE_BLOCK, Expected, batches, open_on, ways_here
 from tiny_models import greedy, logits_of, token_ids
 
 import lookup_experts as le
@@ -40,24 +40,10 @@ from lookup_experts.table.transfer import PinnedRing, copy_groups
 
 pytestmark = pytest.mark.timeout(60)
 
-ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "row_size": 512, "encoding": "float16"}
-"""A record of 4096 bytes."""
-
-
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """(table, its records) of 300 ids."""
     return make_table(tmp_path_factory.mktemp("wide"), vocab_size=300, **ONE_BLOCK)
-
-
-@st.composite
-def batches(draw, vocab_size: int):
-    """Token ids [B, T], around the sizes where the way changes; some with few unique ones."""
-    length = draw(st.sampled_from([0, 1, 2, 63, 64, 65, 255, 256, 257]))
-    most = draw(st.sampled_from([1, min(vocab_size, 5), vocab_size]))
-    random = np.random.default_rng(draw(st.integers(0, 99)))
-    ids = torch.from_numpy(random.integers(0, most, length))
-    return ids.view(-1, 3) if length % 3 == 0 else ids.view(1, -1)
 
 
 # -------------------------------------------------------------------------------- right rows

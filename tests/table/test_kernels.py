@@ -4,19 +4,10 @@ The interpreter is switched on by an environment variable that Triton reads when
 so both run in processes of their own. On a GPU the kernels are compared in `test_cuda.py`.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
+from triton_here import needs_triton, run
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-    ),
-    pytest.mark.timeout(120),
-]
+pytestmark = [needs_triton, pytest.mark.timeout(120)]
 
 INTERPRETED = """
 import torch
@@ -87,18 +78,6 @@ for architecture in (80, 90):
         constants["padded_experts"] = 4
         compile_for(architecture, kernels._route_mix_add, types, constants)
 """
-
-
-def run(code: str, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_kernels_give_what_their_references_give():

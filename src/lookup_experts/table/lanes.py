@@ -1,7 +1,8 @@
 """The way of bytes from the host to where the model runs, beside the model's own work.
 
 A `Lane` is a queue of copies: a CUDA stream of its own, whose copies run while the model's stream
-computes. Both queues are asked for work by the host and do it later, so they are ordered by marks:
+computes. What the device brings by itself (`device_rows.py`) runs beside as well, on another
+stream (`Lane.beside`). Both queues are asked for work by the host and do it later, so they are ordered by marks:
 a mark is reached when everything that was queued before it is done. The model's queue waits for a
 mark of the lane before it reads what was copied, the lane waits for the model's queue before it
 overwrites what was read. The host waits in one place only, for token ids (`Lane.to_host`).
@@ -9,7 +10,7 @@ overwrites what was read. The host waits in one place only, for token ids (`Lane
 `HostLane` is the reference: the same in order, without a device and at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,6 +70,18 @@ class Lane(Protocol):
         """Queue copies of contiguous bytes; `sources` are parts of `host_memory`."""
         ...
 
+    def beside(self, work: Callable[[], None], tensors: Sequence[Tensor]) -> Mark:
+        """Call `work`, which queues something, to be done after all that the model's queue was
+        told so far, and beside what it is told from now on.
+
+        Captured in a CUDA graph with the model's queue if that is, so each mark must be waited
+        for.
+
+        Args:
+            tensors: of the model's queue, that `work` reads and writes.
+        """
+        ...
+
     def lead(self, mark: Mark) -> None:
         """Let the model's queue wait for a mark of this lane; the host doesn't."""
         ...
@@ -109,6 +122,10 @@ class HostLane:
             target.copy_(source)
         return _Reached()
 
+    def beside(self, work: Callable[[], None], tensors: Sequence[Tensor]) -> Mark:
+        work()
+        return _Reached()
+
     def lead(self, mark: Mark) -> None:
         pass
 
@@ -138,6 +155,8 @@ class CudaLane:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
         self._stream = torch.cuda.Stream(self.device)
+        self._beside: dict[int, torch.cuda.Stream] = {}
+        """By the model's queue, so that no thread's work is captured in another's graph."""
 
     def host_memory(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
@@ -171,6 +190,20 @@ class CudaLane:
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source, non_blocking=True)
             return _CudaMark(self._stream)
+
+    def beside(self, work: Callable[[], None], tensors: Sequence[Tensor]) -> Mark:
+        model_queue = self.model_queue()
+        stream = self._beside.get(model_queue.cuda_stream)
+        if stream is None:
+            stream = self._beside[model_queue.cuda_stream] = torch.cuda.Stream(self.device)
+        stream.wait_stream(model_queue)
+        with torch.cuda.stream(stream):
+            work()
+            mark = _CudaMark(stream)
+        if not torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
+            for tensor in tensors:
+                tensor.record_stream(stream)
+        return mark
 
     def lead(self, mark: Mark) -> None:
         assert isinstance(mark, _CudaMark)

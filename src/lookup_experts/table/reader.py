@@ -27,6 +27,7 @@ from lookup_experts.table.batch import (
 from lookup_experts.table.cache import RowCache
 from lookup_experts.table.counts import most_frequent, read_counts
 from lookup_experts.table.device import DeviceReader
+from lookup_experts.table.device_records import DeviceRecords, HostRecords, RecordsOfPrompts
 from lookup_experts.table.host_memory import aligned_buffer
 from lookup_experts.table.lanes import Lane, open_lane
 from lookup_experts.table.layout import TableShape
@@ -324,14 +325,18 @@ class TableExperts:
         return DeviceReader(
             self._decoding,
             self._store,
+            self._records_on_device(lane),
             self._thread,
             self._clock,
             lane,
             self._count_on_device,
-            self._budget,
-            SLOT_BATCH,
             GROUP_BYTES,
         )
+
+    def _records_on_device(self, lane: Lane) -> DeviceRecords:
+        if self._whole is not None:
+            return HostRecords(self._whole.numpy(), lane.device)
+        return RecordsOfPrompts()
 
     def stats(self) -> ReaderStatistics:
         """The counts since the reader was opened, or since `reset_stats`."""
