@@ -111,7 +111,7 @@ def speeds(
         "encoding": reader.table.layout.encoding.name,
         "cache_bytes": read.cache_bytes,
         "bytes_per_step": bytes_per_step,
-        "hit_rate": read.cache_hits / max(1, read.ids_unique),
+        "hit_rate": read.cache_hits / read.ids_unique if read.ids_unique else None,
         "wait_ms": read.wait_seconds / batches * 1e3,
         "page_cache_bypassed": from_disk >= read.bytes_read if past_page_cache else None,
         "share_of_disk_bandwidth": (

@@ -1,18 +1,25 @@
-"""Serving: `mole serve` in a process of its own, loaded by concurrent streams of OpenAI's client;
-dense and MoLE from disk in turn on the same machine, or MoLE alone under steady load."""
+"""Serving: `mole serve` in a process of its own, loaded by concurrent streams; dense and MoLE in turn
+on the same machine, or MoLE alone under steady load.
+
+The client is a few lines over a socket: OpenAI's own takes longer for each token than a GPU does
+for those of all streams, and would be what is measured. That it understands the server is a matter
+of tests.
+"""
 
 import asyncio
 import itertools
+import json
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lookup_experts import console
 from lookup_experts.benchmarks.models import (
@@ -164,50 +171,78 @@ class Stream:
 class Client:
     """Sends requests of a fixed size to one server, the prompts in turn.
 
-    Raises:
-        UserError: openai is not installed.
+    Args:
+        model: the served name.
+        url: the server's, `http://host:port`.
+        prompts: token ids of each.
+        tokens: that are generated after each.
     """
 
     def __init__(self, model: str, url: str, prompts: Sequence[list[int]], tokens: int) -> None:
-        try:
-            import openai
-        except ImportError as error:
-            raise UserError(
-                "mole bench serve loads the server with OpenAI's client: pip install openai."
-            ) from error
-        self._client = openai.AsyncOpenAI(
-            base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=REQUEST_SECONDS
-        )
+        address = urlsplit(url)
+        self._host, self._port = address.hostname or "", address.port or 80
         self.prompts = prompts
         self._model, self._tokens = model, tokens
         self._in_turn = itertools.cycle(prompts)
 
     async def resident_bytes(self) -> int:
         """Of the server."""
-        told: Any = await self._client.get("/stats", cast_to=object)
-        return int(told["resident_bytes"])
+        async with self._answer("GET", "/v1/stats") as lines:
+            told = [line async for line in lines if line.startswith(b"{")]
+        return int(json.loads(told[0])["resident_bytes"])
 
     async def request(self, prompt: list[int] | None = None, tokens: int | None = None) -> Stream:
         """Generate after the next prompt as many tokens as are usual, or as it is said."""
+        body = {
+            "model": self._model,
+            "prompt": prompt or next(self._in_turn),
+            "max_tokens": tokens or self._tokens,
+            "temperature": 0,
+            "stream": True,
+        }
         stream, ended = Stream(time.perf_counter()), False
         try:
-            chunks = await self._client.completions.create(
-                model=self._model,
-                prompt=prompt or next(self._in_turn),
-                max_tokens=tokens or self._tokens,
-                temperature=0,
-                stream=True,
-            )
-            async for chunk in chunks:
-                if chunk.choices[0].finish_reason is None:
-                    stream.token_times.append(time.perf_counter())
-                else:
-                    ended = True
-        except Exception as error:  # of the client, or of what it is built on: the request is lost
+            async with asyncio.timeout(REQUEST_SECONDS):
+                async with self._answer("POST", "/v1/completions", body) as lines:
+                    async for line in lines:
+                        if not line.startswith(b"data: {"):  # the size of a chunk, or blank
+                            continue
+                        event = json.loads(line[len(b"data: ") :])
+                        if "error" in event:
+                            raise UserError(event["error"]["message"])
+                        if event["choices"][0]["finish_reason"] is None:
+                            stream.token_times.append(time.perf_counter())
+                        else:
+                            ended = True
+        except (OSError, EOFError, ValueError, UserError) as error:  # the request is lost
             stream.error = f"{type(error).__name__}: {error}"
             return stream
         stream.complete = ended and len(stream.token_times) == (tokens or self._tokens)
         return stream
+
+    @asynccontextmanager
+    async def _answer(
+        self, method: str, path: str, body: Any = None
+    ) -> AsyncIterator[asyncio.StreamReader]:
+        """The lines of an answer, its head read.
+
+        Raises:
+            OSError, EOFError, ValueError: the connection failed, or the request.
+        """
+        reader, writer = await asyncio.open_connection(self._host, self._port)
+        try:
+            content = b"" if body is None else json.dumps(body).encode()
+            head = (
+                f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+            )
+            writer.write(head.encode() + content)
+            status = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[0].decode()
+            if " 200 " not in status:
+                raise ValueError(f"{status}: {(await reader.read()).decode(errors='replace')}")
+            yield reader
+        finally:
+            writer.close()
 
 
 # ------------------------------------------------------------------------------------ figures
