@@ -40,6 +40,7 @@ from lookup_experts.table.transfer import PinnedRing, copy_groups
 
 pytestmark = pytest.mark.timeout(60)
 
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """(table, its records) of 300 ids."""

@@ -1,5 +1,5 @@
-"""Serving: `mole serve` in a process of its own, loaded by concurrent streams; dense and MoLE in turn
-on the same machine, or MoLE alone under steady load.
+"""Serving: `mole serve` in a process of its own, loaded by concurrent streams; dense and MoLE in
+turn on the same machine, or MoLE alone under steady load.
 
 The client is a few lines over a socket: OpenAI's own takes longer for each token than a GPU does
 for those of all streams, and would be what is measured. That it understands the server is a matter
@@ -63,6 +63,29 @@ def bench_serve(
         options: of `mole serve`, for each system that is measured.
         rounds: loads of each system, in turn.
     """
+    with (
+        loaded(case, options, prompt, tokens, ids, work) as clients,
+        console.progress_bar("Serving") as progress,
+    ):
+        if soak:
+            (name,) = clients
+            found = [asyncio.run(_soak(name, clients[name], max(streams), soak, progress))]
+        else:
+            found = asyncio.run(take_turns(clients, streams, rounds, progress))
+    results.add(*(result | {"dtype": case.dtype_name} for result in found))
+    results.finish(draw)
+
+
+@contextmanager
+def loaded(
+    case: Case,
+    options: Mapping[str, Sequence[object]],
+    prompt: int,
+    tokens: int,
+    ids: Path | None,
+    work: Path,
+) -> Iterator[dict[str, "Client"]]:
+    """A running server of each system and its client; see `bench_serve`."""
     console.quiet_transformers()
     table = random_table(case, work)
     text = id_stream(ids, case.layout.shape.vocab_size, work)
@@ -76,14 +99,7 @@ def bench_serve(
             folder = save_folder(name, case, table, work)
             served = servers.enter_context(_server(folder, *words))
             clients[name] = Client(*served, prompts, tokens)
-        with console.progress_bar("Serving") as progress:
-            if soak:
-                (name,) = clients
-                found = [asyncio.run(_soak(name, clients[name], max(streams), soak, progress))]
-            else:
-                found = asyncio.run(_take_turns(clients, streams, rounds, progress))
-    results.add(*(result | {"dtype": case.dtype_name} for result in found))
-    results.finish(draw)
+        yield clients
 
 
 # ------------------------------------------------------------------------------------ servers
@@ -248,7 +264,7 @@ class Client:
 # ------------------------------------------------------------------------------------ figures
 
 
-async def _take_turns(
+async def take_turns(
     clients: Mapping[str, Client], counts: Sequence[int], rounds: int, progress: Advance
 ) -> list[Result]:
     """For each number of streams: a round that isn't counted, and rounds in which each system is

@@ -19,10 +19,15 @@ from lookup_experts.table.page_locked import lock_pages
 class DeviceRecords(Protocol):
     """Where a device finds records. What it queues, it queues on the current stream."""
 
-    most_positions: int | None
-    """Of a batch that `locate` takes; None: any number."""
-    device_bytes: int
-    """What it holds in the device's memory."""
+    @property
+    def most_positions(self) -> int | None:
+        """Of a batch that `locate` takes; None: any number."""
+        ...
+
+    @property
+    def device_bytes(self) -> int:
+        """What it holds in the device's memory."""
+        ...
 
     def locate(self, ids: Tensor) -> Tensor:
         """Token ids int64 [P] on the device -> places int64 [P] there, for `gather`; valid until
@@ -137,8 +142,14 @@ class RecordsOfPrompts:
     most_positions = 0
     device_bytes = 0
 
-    def check(self):
+    def locate(self, ids: Tensor) -> Tensor:
+        return ids
+
+    def gather(self, places: Tensor, start: int, out: Tensor) -> None:
         pass
 
-    def close(self):
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass

@@ -7,6 +7,7 @@ groups of layers take in turn, so that memory stays bounded.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def stage_groups(layout: RecordLayout, num_rows: int, group_bytes: int) -> tuple
             begin * layer_bytes // QUAD * QUAD,
             -(-end * layer_bytes // QUAD) * QUAD,
         )
-        for begin, end in zip(bounds, bounds[1:], strict=False)
+        for begin, end in pairwise(bounds)
     )
 
 
@@ -104,9 +105,7 @@ class StagedRows:
         """Fill a buffer with a group, once all that the model's queue was told so far is done."""
         if number < len(self._groups):
             buffer = self._stages[number % 2]
-            self._marks[number] = self._lane.beside(
-                lambda: self._fill(number), [buffer, self._ids]
-            )
+            self._marks[number] = self._lane.beside(lambda: self._fill(number), [buffer, self._ids])
 
     def _fill(self, number: int) -> None:
         if self._places is None:

@@ -2,10 +2,11 @@
 
 A `Lane` is a queue of copies: a CUDA stream of its own, whose copies run while the model's stream
 computes. What the device brings by itself (`device_rows.py`) runs beside as well, on another
-stream (`Lane.beside`). Both queues are asked for work by the host and do it later, so they are ordered by marks:
-a mark is reached when everything that was queued before it is done. The model's queue waits for a
-mark of the lane before it reads what was copied, the lane waits for the model's queue before it
-overwrites what was read. The host waits in one place only, for token ids (`Lane.to_host`).
+stream (`Lane.beside`). Both queues are asked for work by the host and do it later, so they are
+ordered by marks: a mark is reached when everything that was queued before it is done. The model's
+queue waits for a mark of the lane before it reads what was copied, the lane waits for the model's
+queue before it overwrites what was read. The host waits in one place only, for the token ids of
+prompts that are on disk (`Lane.to_host`).
 
 `HostLane` is the reference: the same in order, without a device and at once.
 """
