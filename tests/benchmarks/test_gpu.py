@@ -61,7 +61,7 @@ def test_every_section_runs(tmp_path, ids, tiny_sections):
 @pytest.mark.timeout(300)
 def test_the_servers_are_measured(tmp_path, ids, tiny_sections):
     results = run(tmp_path, ids, "serve")
-    assert [each["system"] for each in results] == ["dense", "mole", "mole-eager"]
+    assert [each["system"] for each in results] == ["dense", "mole", "mole eager"]
     assert all(each["lost"] == 0 for each in results)
 
 

@@ -25,7 +25,7 @@ from lookup_experts.benchmarks.decode import CONTEXT, SEQUENCE_STEPS, measure_de
 from lookup_experts.benchmarks.models import Case, dense_model, random_table, table_model
 from lookup_experts.benchmarks.prefill import measure_prefill
 from lookup_experts.benchmarks.results import Result, Results
-from lookup_experts.benchmarks.serve import loaded, take_turns
+from lookup_experts.benchmarks.serve import EAGER, loaded, take_turns
 from lookup_experts.benchmarks.text import TextWindows, id_stream
 from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.generation.captured import Decoding
@@ -167,9 +167,11 @@ def _prefill(case: Case, store: str, setting: Setting) -> Iterator[Result]:
 def _serve(case: Case, setting: Setting) -> Iterator[Result]:
     common = ("--device", setting.device, "--max-batch", max(SERVED_STREAMS))
     mole = ("--store", "memory", *common)
-    servers = {"dense": common, "mole": mole, "mole-eager": (*mole, "--no-graphs")}
+    servers = {"dense": common, "mole": mole, f"mole{EAGER}": (*mole, "--no-graphs")}
+    found: list[Result] = []
     with loaded(case, servers, CONTEXT, SERVED_TOKENS, setting.ids, setting.work) as clients:
-        yield from asyncio.run(take_turns(clients, SERVED_STREAMS, 2, lambda done, of: None))
+        asyncio.run(take_turns(clients, SERVED_STREAMS, 2, lambda done, of: None, found.append))
+    yield from found
 
 
 def _tests(setting: Setting) -> Iterator[Result]:

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -40,6 +40,8 @@ from lookup_experts.table.opening import Table
 MOST_PROMPTS = 512
 REQUEST_SECONDS = 300.0
 SAMPLE_SECONDS = 5.0
+EAGER = " eager"
+"""Behind a system's name: without CUDA graphs."""
 WARM_UP_SHARE = 0.2
 """Of a soak; the memory after it is compared with that to its end."""
 
@@ -60,19 +62,23 @@ def bench_serve(
     generated for; or with `soak`, the largest for so many minutes.
 
     Args:
-        options: of `mole serve`, for each system that is measured.
+        options: of `mole serve`, for each system that is measured: `dense`, `mole`, and with
+            `EAGER` behind the name the same without CUDA graphs.
         rounds: loads of each system, in turn.
     """
     with (
         loaded(case, options, prompt, tokens, ids, work) as clients,
         console.progress_bar("Serving") as progress,
     ):
+
+        def add(*found: Result) -> None:
+            results.add(*(result | {"dtype": case.dtype_name} for result in found))
+
         if soak:
             (name,) = clients
-            found = [asyncio.run(_soak(name, clients[name], max(streams), soak, progress))]
+            add(asyncio.run(_soak(name, clients[name], max(streams), soak, progress)))
         else:
-            found = asyncio.run(take_turns(clients, streams, rounds, progress))
-    results.add(*(result | {"dtype": case.dtype_name} for result in found))
+            asyncio.run(take_turns(clients, streams, rounds, progress, add))
     results.finish(draw)
 
 
@@ -95,10 +101,17 @@ def loaded(
     prompts = [text[start : start + prompt].tolist() for start in starts]
     with ExitStack() as servers:
         clients = {}
-        for name, words in options.items():
-            folder = save_folder(name, case, table, work)
-            served = servers.enter_context(_server(folder, *words))
-            clients[name] = Client(*served, prompts, tokens)
+        kinds = sorted({name.removesuffix(EAGER) for name in options})
+        folders = {kind: save_folder(kind, case, table, work) for kind in kinds}
+        processes = {
+            name: servers.enter_context(_server(folders[name.removesuffix(EAGER)], *words))
+            for name, words in options.items()
+        }
+        for name, process in processes.items():  # all of them start at once
+            model, url, said = _when_it_serves(process)
+            for warning in re.findall(r"Steps run without .*", said):
+                console.say(f"{name}: {warning}")
+            clients[name] = Client(model, url, prompts, tokens)
         yield clients
 
 
@@ -141,8 +154,8 @@ def _counting_tokenizer(vocab_size: int) -> Any:
 
 
 @contextmanager
-def _server(folder: Path, *options: object) -> Iterator[tuple[str, str]]:
-    """A running server, which ends with the `with` block: the model's name, and its address."""
+def _server(folder: Path, *options: object) -> Iterator["subprocess.Popen[str]"]:
+    """A server that starts, and ends with the `with` block."""
     program = (sys.executable, "-u", "-c", "from lookup_experts.cli import main; main()")
     process = subprocess.Popen(
         [*program, "serve", str(folder), "--port", "0", *map(str, options)],
@@ -151,7 +164,7 @@ def _server(folder: Path, *options: object) -> Iterator[tuple[str, str]]:
         text=True,
     )
     try:
-        yield _when_it_serves(process)
+        yield process
     finally:
         process.terminate()
         try:
@@ -161,13 +174,14 @@ def _server(folder: Path, *options: object) -> Iterator[tuple[str, str]]:
             process.communicate()
 
 
-def _when_it_serves(process: "subprocess.Popen[str]") -> tuple[str, str]:
+def _when_it_serves(process: "subprocess.Popen[str]") -> tuple[str, str, str]:
+    """The model's name, its address, and all that was said before."""
     assert process.stderr is not None
     said = ""
     for line in process.stderr:
         said += line
         if match := re.search(r"Serving (\S+) at (http://\S+)", line):
-            return match[1], match[2]
+            return match[1], match[2], said
     raise UserError(f"mole serve did not start: {said.strip() or 'it said nothing'}")
 
 
@@ -265,11 +279,18 @@ class Client:
 
 
 async def take_turns(
-    clients: Mapping[str, Client], counts: Sequence[int], rounds: int, progress: Advance
-) -> list[Result]:
+    clients: Mapping[str, Client],
+    counts: Sequence[int],
+    rounds: int,
+    progress: Advance,
+    add: Callable[..., None],
+) -> None:
     """For each number of streams: a round that isn't counted, and rounds in which each system is
-    loaded once, the other idle."""
-    results: list[Result] = []
+    loaded once, the others idle.
+
+    Each system's result is given to `add`. `ratio_to_dense` of tokens per second is to the dense
+    system served alike, `ratio_to_eager` to the same one without CUDA graphs.
+    """
     done, total = 0, len(counts) * (rounds + 1) * len(clients)
     for streams in counts:
         requests: dict[str, list[Stream]] = {name: [] for name in clients}
@@ -283,18 +304,17 @@ async def take_turns(
                     speeds[name].append(_num_tokens(load) / (time.perf_counter() - started_at))
                 done += 1
                 progress(done, total)
-        results += [
-            {
+        for name in clients:
+            result: Result = {
                 "system": name,
                 "streams": streams,
                 "tokens_per_second": median(speeds[name]),
-                "ratio_to_dense": median(pair_ratios(speeds[name], speeds["dense"])),
-                **_latencies(requests[name]),
-                **_losses(requests[name]),
             }
-            for name in clients
-        ]
-    return results
+            dense, eager = f"dense{EAGER if name.endswith(EAGER) else ''}", f"{name}{EAGER}"
+            for key, other in (("ratio_to_dense", dense), ("ratio_to_eager", eager)):
+                if other in speeds:
+                    result[key] = median(pair_ratios(speeds[name], speeds[other]))
+            add(result | _latencies(requests[name]) | _losses(requests[name]))
 
 
 async def _soak(

@@ -341,9 +341,8 @@ class Engine:
     ) -> None:
         """Choose a token for each of these rows from logits [len(rows), V], and tell it."""
         sequences = [self._running[row] for row in rows]
-        chosen = choose(logits, [sequence.request.chooser for sequence in sequences])
-        picked = torch.tensor(chosen, device=logits.device)
-        finite = _finite_rows(logits, picked).tolist()
+        picked = choose(logits, [sequence.request.chooser for sequence in sequences])
+        chosen, finite = torch.stack((picked, _finite_rows(logits, picked))).tolist()
         scored = _scores(sequences, logits, picked)
         for place, row in reversed(list(enumerate(rows))):  # a row's end moves only later ones
             sequence = sequences[place]
