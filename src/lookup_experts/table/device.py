@@ -22,21 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lookup_experts.model.rows import TokenRows, mix
+from lookup_experts.model.rows import Addition, TokenRows, mix
+from lookup_experts.table.additions import StepRecords
 from lookup_experts.table.batch import SlotBatch, check_bounds, unique_in_order
 from lookup_experts.table.cache import SlotCache
 from lookup_experts.table.device_prompt import PromptRows
 from lookup_experts.table.lanes import Lane, Mark
-from lookup_experts.table.layout import TableShape
-from lookup_experts.table.mixing import decode_and_mix, prepare, route_mix_add
+from lookup_experts.table.mixing import decode_and_mix, prepare
 from lookup_experts.table.rows import Decoding, WaitClock
 from lookup_experts.table.store import Store
 from lookup_experts.table.transfer import PinnedRing, Transfer, Transfers
-
-MOST_EXPERTS = 32
-MOST_ROUTER_WEIGHTS = 2**14
-"""N and N·d of a layer whose router's product each program of `route_mix_add` computes anew: so
-many weights are a few kilobytes of the GPU's cache, and so many experts fit into registers."""
 
 Count = Callable[[int, int, frozenset[int] | None], None]
 """Told (ids asked, unique ids, those among them that the cache didn't have) of every batch; None
@@ -55,7 +50,7 @@ class DeviceRows:
         num_ids: how many unique ids there are.
         shape: (B, T).
         arrival: what brings the records; None if they are there.
-        is_step: whether positions are so few that each may compute its router's product anew.
+        is_step: whether positions are so few that a block's part is best done by `StepRecords`.
     """
 
     def __init__(
@@ -68,10 +63,14 @@ class DeviceRows:
         arrival: "SlotArrival | None",
         is_step: bool,
     ) -> None:
-        self._fuses = is_step and _is_small(decoding.layout.shape)
         self._decoding, self._memory, self._arrival = decoding, memory, arrival
         self._numbers, self._num_ids, self._shape = numbers, num_ids, shape
         self._record_of_position = numbers[0]
+        self._step = None
+        if is_step:
+            self._step = StepRecords(
+                decoding.layout, decoding.dtype, memory, numbers[0], numbers.shape[1]
+            )
 
     @property
     def index(self) -> Tensor:
@@ -119,37 +118,34 @@ class DeviceRows:
         self, layer: int, hidden_states: Tensor, router: Tensor, output: Tensor
     ) -> Tensor | None:
         """See `FusedRows.route_mix_add`."""
-        if not self._fuses or not self._fit(hidden_states, router, output):
+        if self._step is None:
             return None
         if self._arrival is not None:
             self._arrival.lead(layer)
-        layout = self._decoding.layout
-        return route_mix_add(
-            self._memory,
-            self._record_of_position,
-            hidden_states,
-            router,
-            output,
-            layout.encoding,
-            layer * layout.layer_bytes,
-        )
+        return self._step.route_mix_add(layer, hidden_states, router, output)
 
-    def _fit(self, hidden_states: Tensor, router: Tensor, output: Tensor) -> bool:
-        shape = self._decoding.layout.shape
-        return (
-            hidden_states.shape == output.shape
-            and hidden_states.numel() == self.num_positions * shape.row_size
-            and router.shape == (shape.num_experts, shape.row_size)
-            and hidden_states.dtype == router.dtype == output.dtype == self._decoding.dtype
-            and hidden_states.dtype != torch.float64  # it is summed in float32
-            and hidden_states.device == router.device == output.device == self._memory.device
-        )
+    def begin_routed(
+        self, layer: int, hidden_states: Tensor, router: Tensor, out_proj: Tensor | None
+    ) -> Addition | None:
+        """See `StepRows.begin_routed`; None as long as records arrive, for which the FFN needn't
+        wait."""
+        if self._step is None or self._arrival is not None:
+            return None
+        return self._step.begin_routed(layer, hidden_states, router, out_proj)
 
-
-def _is_small(shape: TableShape) -> bool:
-    """Whether a layer's router is."""
-    num_weights = shape.num_experts * shape.row_size
-    return shape.num_experts <= MOST_EXPERTS and num_weights <= MOST_ROUTER_WEIGHTS
+    def begin_gated(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        gate: Tensor,
+        out_proj: Tensor,
+        norm: Tensor,
+        epsilon: float,
+    ) -> Addition | None:
+        """See `StepRows.begin_gated`; None as long as records arrive."""
+        if self._step is None or self._arrival is not None:
+            return None
+        return self._step.begin_gated(layer, hidden_states, gate, out_proj, norm, epsilon)
 
 
 class SlotArrival:
