@@ -120,7 +120,7 @@ from lookup_experts.table import kernels, step_kernels
 SIZES = {
     "num_experts": 4, "padded_experts": 4, "hidden_size": 768, "padded_hidden": 1024,
     "row_size": 192, "padded_row": 256, "router_piece": 1024, "code_bytes": 384,
-    "block_width": 192, "blocks_per_row": 1,
+    "block_width": 192, "blocks_per_row": 1, "overlaps": False,
 }
 FLOATS = {"codebook", "inner", "products"}
 NUMBERS = {"width": "i32", "offset": "i32", "epsilon": "fp32", "count": "i32", "arrived": "*i32",

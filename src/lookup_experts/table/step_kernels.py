@@ -27,6 +27,9 @@ TILE = 8192
 """Numbers of a matrix that a program holds in registers."""
 ADD_PIECE = 512
 NUM_WARPS = 4
+OVERLAPS = False
+"""Whether `route_mix_add` is launched before the FFN's last product has ended, and waits for it
+where it needs it (from compute capability 9.0 on)."""
 
 
 @triton.jit
@@ -66,6 +69,16 @@ def _record_of(records, places, position, width, offset):
 
 
 @triton.jit
+def _load_sum(output, residual, places, inside, total):
+    """What there is of both, and `total`."""
+    if output is not None:
+        total += tl.load(output + places, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        total += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def _route_mix_add(
     records,  # uint8 [M, width], or the floats themselves; sizes are in these elements
     places,  # int64 [P] or None
@@ -86,6 +99,7 @@ def _route_mix_add(
     kind: tl.constexpr,
     router_piece: tl.constexpr,
     piece: tl.constexpr,
+    overlaps: tl.constexpr,  # see `OVERLAPS`
 ):
     position = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * piece + tl.arange(0, piece)
@@ -96,17 +110,16 @@ def _route_mix_add(
         blocks_per_row, num_experts, kind,
     )  # fmt: skip
     total = tl.zeros([piece], dtype=tl.float32)
-    if output is not None:
-        before = tl.load(output + position * hidden_size + columns, mask=inside, other=0.0)
-        total += before.to(tl.float32)
-    if residual is not None:
-        before = tl.load(residual + position * hidden_size + columns, mask=inside, other=0.0)
-        total += before.to(tl.float32)
+    if not overlaps:
+        total = _load_sum(output, residual, position * hidden_size + columns, inside, total)
     weights = _router_weights(
         hidden + position * hidden_size, router, hidden_size, num_experts, padded_experts,
         router_piece,
     )  # fmt: skip
     total += tl.sum(values_of(codes, scales, codebook, kind) * weights[:, None], axis=0)
+    if overlaps:
+        tl.extra.cuda.gdc_wait()
+        total = _load_sum(output, residual, position * hidden_size + columns, inside, total)
     target = result + position * hidden_size + columns
     tl.store(target, total.to(result.dtype.element_ty), mask=inside)
 
@@ -235,12 +248,12 @@ def _project_and_norm(
     if before == tl.num_programs(1) - 1:
         every = tl.arange(0, padded_hidden)
         known = every < hidden_size
+        weight = tl.load(norm + every, mask=known, other=0.0).to(tl.float32)
         # Not by way of the processor's own cache, which knows nothing of other processors.
         whole = tl.load(
             products + position * hidden_size + every, mask=known, other=0.0, cache_modifier=".cg"
         )
         scale = tl.rsqrt(tl.sum(whole * whole, axis=0) / hidden_size + epsilon)
-        weight = tl.load(norm + every, mask=known, other=0.0).to(tl.float32)
         target = result + position * hidden_size + every
         tl.store(target, (whole * scale * weight).to(result.dtype.element_ty), mask=known)
 
@@ -276,6 +289,7 @@ def route_mix_add_kernel(
     piece = min(MIX_PIECE, triton.next_power_of_2(hidden_size))
     codes, records, offset = _codes_in(records, encoding, num_experts, hidden_size, offset)
     padded_experts = triton.next_power_of_2(num_experts)
+    overlaps = OVERLAPS and residual is not None
     _route_mix_add[result.numel() // hidden_size, triton.cdiv(hidden_size, piece)](
         records,
         places,
@@ -296,7 +310,9 @@ def route_mix_add_kernel(
         codes.kind,
         _router_piece(hidden_size, padded_experts),
         piece,
+        overlaps,
         num_warps=NUM_WARPS,
+        **({"launch_pdl": True} if overlaps else {}),
     )
     return result
 
