@@ -35,6 +35,7 @@ class DeferredSum(Tensor):
         made: DeferredSum = Tensor._make_wrapper_subclass(
             cls, output.shape, dtype=output.dtype, device=output.device
         )
+        torch._C._set_throw_on_mutable_data_ptr(made)
         made._output, made._addition, made._sum = output, addition, None
         return made
 
