@@ -8,10 +8,13 @@ import pytest
 import torch
 from random_tables import make_table
 from reading import Expected, open_by
+from staged_rows import FORMS, OPERATION_OF, StageRows, by_the_book, stage_model
 from tiny_models import attached_model, greedy, logits_of, tiny_model, token_ids
 
 import lookup_experts as le
 from lookup_experts.model.cache_names import cache_argument, cache_of
+from lookup_experts.table import additions, mixing
+from lookup_experts.table.additions import Way, as_captured
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
 from lookup_experts.table.mixing import (
     decode_and_mix,
@@ -118,6 +121,116 @@ def test_the_kernel_for_all_gives_what_its_reference_gives(name, hidden):
         expected = route_mix_add_reference(*tensors, encoding, 2 * layer_bytes)
         tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}[dtype]
         torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+def block_arguments(form, encoding, hidden, row_size, experts, positions, dtype):
+    """What the kernel of a form is called with: one layer of two; and its reference's name."""
+    layer_bytes = encoding.layer_bytes(experts, row_size)
+    records = torch.zeros(positions, -(-2 * layer_bytes // 64) * 64, dtype=torch.uint8)
+    encoded = encoding.encode(torch.randn(positions, experts, row_size))
+    records[:, layer_bytes : 2 * layer_bytes] = encoded
+    places = None if positions % 2 else torch.arange(positions).flip(0)
+
+    def matrix(rows, columns):
+        return (torch.randn(rows, columns) / columns**0.5).to(dtype)
+
+    states, output, residual = torch.randn(3, positions, 1, hidden).to(dtype)
+    codes, out_proj = (encoding, layer_bytes), matrix(hidden, row_size)
+    if form == "wide":
+        router = matrix(experts, hidden)
+        return (records, places, states, router, output, *codes, residual)
+    if form == "narrow":
+        return (records, places, states, matrix(experts, hidden), out_proj, *codes)
+    norm = torch.randn(hidden).to(dtype)
+    return (records, places, states, matrix(row_size, hidden), out_proj, norm, 1e-5, *codes)
+
+
+@pytest.mark.parametrize("hidden", [1, 257, 768, 4096])
+@pytest.mark.parametrize("form", OPERATION_OF)
+@pytest.mark.parametrize("name", sorted(ENCODINGS))
+def test_a_blocks_kernels_give_what_their_references_give(name, form, hidden):
+    encoding = get_encoding(name)
+    for experts, positions, dtype in (
+        (1, 1, torch.float32),
+        (4, 8, torch.bfloat16),
+        (4, 63, torch.float16),
+    ):
+        experts = 1 if form == "gated" else experts
+        row_size = hidden if form == "wide" else -(-hidden // 4)
+        given = block_arguments(form, encoding, hidden, row_size, experts, positions, dtype)
+        on_gpu = [each.cuda() if isinstance(each, torch.Tensor) else each for each in given]
+        expected = getattr(mixing, OPERATION_OF[form] + "_reference")(*given)
+        tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}[dtype]
+        for _ in range(3):
+            found = getattr(mixing, OPERATION_OF[form])(*on_gpu)
+            torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_norm_waits_for_all_pieces_of_its_product():
+    """Thousands of times, as quickly as they can be launched: never is one piece missing."""
+    given = block_arguments("gated", get_encoding("nf4"), 2048, 256, 1, 64, torch.float32)
+    on_gpu = [each.cuda() if isinstance(each, torch.Tensor) else each for each in given]
+    first = mixing.gate_project(*on_gpu)
+    torch.testing.assert_close(
+        first.cpu(), mixing.gate_project_reference(*given), rtol=1e-4, atol=1e-4
+    )
+    for _ in range(20):
+        several = [mixing.gate_project(*on_gpu) for _ in range(100)]
+        assert all(torch.equal(found, first) for found in several)
+
+
+def test_three_are_added():
+    for size in (1, 768, 32 * 768 + 5):
+        for dtype in (torch.bfloat16, torch.float32):
+            given = torch.randn(3, size, device="cuda").to(dtype).unbind()
+            found = mixing.add_three(*given)
+            torch.testing.assert_close(found, mixing.add_three_reference(*given))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_way_gives_the_same_in_a_graph(form, beside, deferred, monkeypatch):
+    """Captured once, replayed for ids and records that change."""
+    for name in ("WIDE", "NARROW"):
+        monkeypatch.setattr(additions, name, Way(beside, deferred))
+    model = stage_model(form)
+    batches = [token_ids(3, 2, seed=seed) for seed in range(4)]
+    expected = [by_the_book(model, ids).cuda() for ids in batches]
+    with torch.no_grad():
+        stages = [model.expert_source.rows(ids, False, model.model) for ids in batches]
+    layout, memory = stages[0].layout, stages[0].memory.cuda()
+    memories = [stage.memory.cuda() for stage in stages]
+
+    class Stage:
+        """Rows at a fixed address."""
+
+        def rows(self, token_ids, ready=False, base_model=None):
+            return StageRows(layout, torch.float32, memory, token_ids)
+
+    model.cuda().set_expert_source(Stage())
+    # All that transformers would find out from numbers on the GPU is said.
+    ids = batches[0].cuda()
+    mask = torch.ones(2, 2, dtype=torch.bool, device="cuda").tril().expand(3, 1, 2, 2)
+    positions = torch.arange(2, device="cuda").expand(3, 2)
+    given = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+    with torch.inference_mode(), as_captured():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                warm = model(input_ids=ids, **given).logits
+        torch.cuda.current_stream().wait_stream(side)
+        torch.testing.assert_close(warm, expected[0], rtol=1e-3, atol=1e-3)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(input_ids=ids, **given).logits
+        for turn in range(40):
+            number = turn % 4
+            ids.copy_(batches[number])
+            memory.copy_(memories[number])
+            graph.replay()
+            torch.testing.assert_close(logits, expected[number], rtol=1e-3, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------- reading

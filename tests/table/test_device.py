@@ -21,9 +21,8 @@ import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.model.rows import mix_reference
 from lookup_experts.model.wiring import forward_pass
-from lookup_experts.table import device as device_module
+from lookup_experts.table import additions, transfer
 from lookup_experts.table import reader as reader_module
-from lookup_experts.table import transfer
 from lookup_experts.table.cache import SlotCache
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
 from lookup_experts.table.lanes import HostLane, open_lane
@@ -500,10 +499,10 @@ def test_a_block_takes_one_operation_if_nobody_looks(
 ):
     plain, calls, seen = le.load(training_folder), [], []
     fuses = all(limits)
-    monkeypatch.setattr(device_module, "MOST_EXPERTS", limits[0])
-    monkeypatch.setattr(device_module, "MOST_ROUTER_WEIGHTS", limits[1])
+    monkeypatch.setattr(additions, "MOST_EXPERTS", limits[0])
+    monkeypatch.setattr(additions, "MOST_ROUTER_WEIGHTS", limits[1])
     monkeypatch.setattr(
-        device_module,
+        additions,
         "route_mix_add",
         lambda *arguments: calls.append(arguments) or route_mix_add(*arguments),
     )

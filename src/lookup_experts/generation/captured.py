@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from lookup_experts.errors import UserError
 from lookup_experts.generation.fixed_cache import FixedCache
 from lookup_experts.model.cache_names import cache_argument
+from lookup_experts.table.additions import as_captured
 
 WARM_UP_RUNS = 3
 """Before a capture: libraries choose their kernels and take their memory in the first ones."""
@@ -112,7 +113,7 @@ class DecodingSteps:
         current = torch.cuda.current_stream()
         aside = torch.cuda.Stream()
         aside.wait_stream(current)
-        with torch.cuda.stream(aside):
+        with torch.cuda.stream(aside), as_captured():
             for _ in range(WARM_UP_RUNS):
                 run()
                 numbers.copy_(before)
@@ -121,7 +122,8 @@ class DecodingSteps:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            mode = "thread_local"
+            with torch.cuda.graph(graph, self._pool, capture_error_mode=mode), as_captured():
                 step = run()
         finally:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own in its place

@@ -12,18 +12,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lookup_experts.model.rows import mix
+from lookup_experts.model.rows import Addition, mix
+from lookup_experts.table.additions import StepRecords
 from lookup_experts.table.device_records import DeviceRecords
 from lookup_experts.table.gather import QUAD, unique_places
 from lookup_experts.table.lanes import Lane, Mark
-from lookup_experts.table.layout import RecordLayout, TableShape
-from lookup_experts.table.mixing import decode_and_mix, route_mix_add
+from lookup_experts.table.layout import RecordLayout
+from lookup_experts.table.mixing import decode_and_mix
 from lookup_experts.table.rows import Decoding, LayerGroup
 
-MOST_EXPERTS = 32
-MOST_ROUTER_WEIGHTS = 2**14
-"""N and N·d of a layer whose router's product each program of `route_mix_add` computes anew: so
-many weights are a few kilobytes of the GPU's cache, and so many experts fit into registers."""
 STEP_POSITIONS = 64
 """Most positions of a step of decoding, whose records are staged as they come; beyond it ids are
 made unique first."""
@@ -54,7 +51,7 @@ def stage_groups(layout: RecordLayout, num_rows: int, group_bytes: int) -> tuple
 
 
 class StagedRows:
-    """Rows of records on their way to a stage; `FusedRows`.
+    """Rows of records on their way to a stage; `FusedRows` and `StepRows`.
 
     Blocks ask for layers in order; asking for an earlier group than those in the stage brings it
     anew.
@@ -67,6 +64,7 @@ class StagedRows:
         shape: (B, T).
         groups: of layers, in order.
         lane: beside the model's queue.
+        in_order: whether `index` is 0, 1, 2 …
     """
 
     def __init__(
@@ -78,10 +76,10 @@ class StagedRows:
         shape: torch.Size,
         groups: Sequence[LayerGroup],
         lane: Lane,
+        in_order: bool = False,
     ) -> None:
         self._decoding, self._records, self._ids, self._lane = decoding, records, ids, lane
         self._index, self._shape, self._groups = index, shape, groups
-        self._fuses = len(index) <= STEP_POSITIONS and _is_small(decoding.layout.shape)
         self._group_of = [number for number, group in enumerate(groups) for _ in group.layers]
         self._places: Tensor | None = None
         self._stages: list[Tensor] = [
@@ -92,6 +90,12 @@ class StagedRows:
             )
             for buffer in range(min(2, len(groups)))
         ]
+        self._step = None
+        if len(index) <= STEP_POSITIONS:
+            places = None if in_order else index
+            self._step = StepRecords(
+                decoding.layout, decoding.dtype, lane.device, self._staged, places, len(index)
+            )
         self._marks: dict[int, Mark] = {}
         self._is_there = False
         self._start_from(0)
@@ -175,28 +179,31 @@ class StagedRows:
         self, layer: int, hidden_states: Tensor, router: Tensor, output: Tensor
     ) -> Tensor | None:
         """See `FusedRows.route_mix_add`."""
-        if not self._fuses or not self._fit(hidden_states, router, output):
+        if self._step is None:
             return None
-        stage, start = self._staged(layer)
-        encoding = self._decoding.layout.encoding
-        return route_mix_add(stage, self._index, hidden_states, router, output, encoding, start)
+        return self._step.route_mix_add(layer, hidden_states, router, output)
 
-    def _fit(self, hidden_states: Tensor, router: Tensor, output: Tensor) -> bool:
-        shape = self._decoding.layout.shape
-        return (
-            hidden_states.shape == output.shape
-            and hidden_states.numel() == self.num_positions * shape.row_size
-            and router.shape == (shape.num_experts, shape.row_size)
-            and hidden_states.dtype == router.dtype == output.dtype == self._decoding.dtype
-            and hidden_states.dtype != torch.float64  # it is summed in float32
-            and hidden_states.device == router.device == output.device == self._index.device
-        )
+    def begin_routed(
+        self, layer: int, hidden_states: Tensor, router: Tensor, out_proj: Tensor | None
+    ) -> Addition | None:
+        """See `StepRows.begin_routed`."""
+        if self._step is None:
+            return None
+        return self._step.begin_routed(layer, hidden_states, router, out_proj)
 
-
-def _is_small(shape: TableShape) -> bool:
-    """Whether a layer's router is."""
-    num_weights = shape.num_experts * shape.row_size
-    return shape.num_experts <= MOST_EXPERTS and num_weights <= MOST_ROUTER_WEIGHTS
+    def begin_gated(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        gate: Tensor,
+        out_proj: Tensor,
+        norm: Tensor,
+        epsilon: float,
+    ) -> Addition | None:
+        """See `StepRows.begin_gated`."""
+        if self._step is None:
+            return None
+        return self._step.begin_gated(layer, hidden_states, gate, out_proj, norm, epsilon)
 
 
 def staged_rows(
@@ -216,14 +223,16 @@ def staged_rows(
         positions: int64 [0, 1, 2 …], at least `STEP_POSITIONS` of them.
     """
     ids = token_ids.reshape(-1).to(torch.int64)
-    index = positions[: len(ids)]
-    if len(ids) > STEP_POSITIONS:
+    in_order = len(ids) <= STEP_POSITIONS
+    if in_order:
+        index = positions[: len(ids)]
+    else:
         ids, index = unique_places(ids)
     groups = stage_groups(decoding.layout, len(ids), group_bytes)
     if ready:
         layers = decoding.layout.shape.num_layers
         groups = (LayerGroup(range(layers), 0, decoding.layout.stride),)
-    rows = StagedRows(decoding, records, ids, index, token_ids.shape, groups, lane)
+    rows = StagedRows(decoding, records, ids, index, token_ids.shape, groups, lane, in_order)
     if ready:
         rows.wait()
     return rows
