@@ -181,24 +181,25 @@ def locate_kernel(
     most_looks: int,
 ) -> None:
     """See `locate_reference` in `device_cache.py`."""
-    _locate[1,](
-        ids,
-        where,
-        places,
-        counts,
-        requests,
-        shared_counts,
-        replies,
-        hot.view(-1).view(torch.int32),
-        ram.view(-1).view(torch.int32),
-        num_ids,
-        len(where),
-        num_hot,
-        most_looks,
-        ram.shape[1] // 4,
-        COPIED_AT_ONCE,
-        num_warps=1,
-    )
+    with torch.cuda.device_of(where):
+        _locate[1,](
+            ids,
+            where,
+            places,
+            counts,
+            requests,
+            shared_counts,
+            replies,
+            hot.view(-1).view(torch.int32),
+            ram.view(-1).view(torch.int32),
+            num_ids,
+            len(where),
+            num_hot,
+            most_looks,
+            ram.shape[1] // 4,
+            COPIED_AT_ONCE,
+            num_warps=1,
+        )
 
 
 def gather_kernel(
@@ -206,15 +207,16 @@ def gather_kernel(
 ) -> None:
     """See `gather_reference` in `device_cache.py`."""
     num_places, width = out.shape
-    _gather[num_places, triton.cdiv(width // 4, PIECE)](
-        places,
-        hot.view(-1).view(torch.int32),
-        ram.view(-1).view(torch.int32),
-        out.view(-1).view(torch.int32),
-        num_hot,
-        ram.shape[1] // 16,
-        start // 16,
-        width // 16,
-        PIECE,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(out):
+        _gather[num_places, triton.cdiv(width // 4, PIECE)](
+            places,
+            hot.view(-1).view(torch.int32),
+            ram.view(-1).view(torch.int32),
+            out.view(-1).view(torch.int32),
+            num_hot,
+            ram.shape[1] // 16,
+            start // 16,
+            width // 16,
+            PIECE,
+            num_warps=4,
+        )
