@@ -97,7 +97,9 @@ class MissWorker:
     The slots in the device's memory go to the first records that are asked for, and stay theirs:
     so they are given to the most frequent ones by asking for these first. Of the records in RAM
     the least recently used goes first. What the step under way uses is never evicted, and what
-    earlier steps used may be: the device does one after the other.
+    earlier steps used may be: the device does one after the other. While a step waits its words
+    stay; those of a step of hits alone may be overwritten by the next before they are looked at,
+    which then counts for nothing but the order of use.
 
     Args:
         store: where records are read from.
