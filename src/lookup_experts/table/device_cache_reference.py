@@ -60,18 +60,21 @@ def locate_reference(
     found: list[int] = []
     missing: list[int] = []
     words = [0] * MOST_POSITIONS
+    is_broken = bool(counts[BROKEN])
     for position, token_id in enumerate(asked):
-        is_known = 0 <= token_id < len(where)
-        place = int(where[token_id]) if is_known and not counts[BROKEN] else -1
-        if is_known and not counts[BROKEN]:
-            words[position] = (MISS if place < 0 else HIT) << KIND_SHIFT | token_id
-            if place < 0:
-                missing.append(position)
-            counts[HOT_HITS] += 0 <= place < num_hot
-            counts[RAM_HITS] += place >= num_hot
-        if not is_known:
+        place = -1
+        if not 0 <= token_id < len(where):
             counts[OUTSIDE] += 1
             counts[OUTSIDE_ID] = token_id
+        elif is_broken:
+            words[position] = token_id
+        else:
+            place = int(where[token_id])
+            words[position] = (MISS if place < 0 else HIT) << KIND_SHIFT | token_id
+            counts[HOT_HITS] += 0 <= place < num_hot
+            counts[RAM_HITS] += place >= num_hot
+            if place < 0:
+                missing.append(position)
         found.append(place)
     counts[IDS] += num_ids
     for position, word in enumerate(words):

@@ -19,7 +19,8 @@ MESSAGE_BYTES = 8192
 STEP_MASK = 2**31 - 1
 """Of the number of a step, the upper half of a word; it begins anew after so many."""
 HIT, MISS = 1, 2
-"""What became of a position's id; 0 is no position, or an id that isn't in the table."""
+"""What became of a position's id; 0 is no position, an id that isn't in the table, or a step that
+asks for nothing any more."""
 KIND_SHIFT = 30
 """A request is: step, two bits of the kind, 30 of the id."""
 ID_MASK = 2**KIND_SHIFT - 1
