@@ -143,3 +143,15 @@ def fetched(cache: CachedRecords, ids: Any, start: int = 0, width: int | None = 
     out = torch.full((len(ids), width), 0xEE, dtype=torch.uint8)
     cache.gather(cache.locate(ids), start, out)
     return out.numpy()
+
+
+@contextmanager
+def workers_here(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it, whoever opens a table for a device has its worker in this process."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(5e-5)
+    patch.setattr(device_cache, "MissProcess", WorkerHere)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)

@@ -89,7 +89,7 @@ def open_reader_by(
     """A reader over `table`, of the stored dtype where none is given."""
     dtype = dtype or table.layout.encoding.torch_dtype or torch.float32
     with open_by(way, table, verify_checksums) as store:
-        reader = TableExperts(table, store, dtype, cache_bytes=cache_bytes)
+        reader = TableExperts(table, store, dtype, cache=cache_bytes)
         yield reader
         reader.close()
 
@@ -181,14 +181,19 @@ def resident_bytes() -> int:
 
 @contextmanager
 def open_on(lane, table, way="threads", dtype=None, cache_bytes=0, group_bytes=2**24):
-    """A reader whose device is at the end of this lane."""
+    """A reader whose device is at the end of this lane; what is missing there is read by a thread
+    of the test."""
+    from miss_worker_here import workers_here  # which is built on this file's stores
+
     dtype = dtype or table.layout.encoding.torch_dtype or torch.float32
-    with pytest.MonkeyPatch.context() as patch, open_by(way, table) as store:
+    with pytest.MonkeyPatch.context() as patch, open_by(way, table) as store, workers_here(patch):
         patch.setattr(reader_module, "open_lane", lambda device: lane)
         patch.setattr(reader_module, "GROUP_BYTES", group_bytes)
-        reader = TableExperts(table, store, dtype, cache_bytes=cache_bytes)
-        yield reader
-        reader.close()
+        reader = TableExperts(table, store, dtype, cache=cache_bytes)
+        try:
+            yield reader
+        finally:
+            reader.close()
 
 
 class RowsInTraining:

@@ -196,6 +196,9 @@ def leave_forward_pass(module: Any, args: tuple[Any, ...], output: Any) -> None:
     under_way = forward_pass()
     if under_way is not None and under_way.entrance is module.lookup_entrance:
         _of_thread.innermost = under_way.outer
+        leave = getattr(under_way.rows, "leave", None)
+        if leave is not None:
+            leave()
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Table form where the model runs on a GPU.
 
-The device finds the records of a step's ids itself (`device_records.py`, `device_rows.py`): out of
-the table in page-locked RAM. The host queues kernels and waits for nothing, so a whole step of
-the model can be a CUDA graph. A prompt's records, where the table is on disk, are read by the host
+The device finds the records of a step's ids itself (`device_rows.py`): out of the table in
+page-locked RAM (`device_records.py`), or out of caches that a process beside this one fills from
+the disk (`device_cache.py`). The host queues kernels and waits for nothing, so a whole step of the
+model can be a CUDA graph. A prompt's records, where the table is on disk, are read by the host
 (`device_prompt.py`): their ids come to it once, and nothing else lets it wait for the device.
 """
 
@@ -16,16 +17,17 @@ from torch import Tensor
 from lookup_experts.model.rows import TokenRows
 from lookup_experts.table.batch import check_bounds
 from lookup_experts.table.device_prompt import PromptRows
-from lookup_experts.table.device_records import DeviceMemoryRecords, DeviceRecords
+from lookup_experts.table.device_records import CacheCounts, DeviceMemoryRecords, DeviceRecords
 from lookup_experts.table.device_rows import STEP_POSITIONS, StagedRows, staged_rows
 from lookup_experts.table.lanes import Lane
 from lookup_experts.table.mixing import prepare
+from lookup_experts.table.reading_thread import ThreadedRead, submit_read
 from lookup_experts.table.rows import Decoding, LayerGroup, WaitClock
 from lookup_experts.table.store import Store
 
-Count = Callable[[int, int, frozenset[int] | None], None]
-"""Told (ids asked, unique ids, those among them that the cache didn't have) of every batch; None
-where that isn't known."""
+Count = Callable[[int, int, bool], None]
+"""Told (ids asked, unique ids, whether the device found them) of every batch; a step that is
+replayed from a CUDA graph isn't seen by the host."""
 
 
 class DeviceReader:
@@ -66,13 +68,21 @@ class DeviceReader:
         """What it holds in the device's memory."""
         return self._records.device_bytes
 
+    def counts(self) -> CacheCounts | None:
+        """What steps met, where the device counts it."""
+        return self._records.counts()
+
+    def fill_cache(self) -> int:
+        """See `TableExperts.fill_cache`."""
+        return self._records.fill()
+
     def rows(self, token_ids: Tensor, ready: bool) -> TokenRows:
         """See `TableExperts.rows`; errors on the device are told by the next call."""
         self._records.check()
         most = self._records.most_positions
         num_positions = token_ids.numel()
         if num_positions and (most is None or num_positions <= most):
-            self._count(num_positions, num_positions, None)
+            self._count(num_positions, num_positions, True)
             return staged_rows(
                 self._decoding,
                 self._records,
@@ -90,7 +100,7 @@ class DeviceReader:
         if len(ids):
             vocab_size = self._decoding.layout.shape.vocab_size
             check_bounds(int(unique_ids[0]), int(unique_ids[-1]), vocab_size)
-        self._count(len(ids), len(unique_ids), None)
+        self._count(len(ids), len(unique_ids), False)
         index_on_device = self._lane.to_device(index).view(token_ids.shape)
         if ready or not len(ids):
             return self._rows_at_once(unique_ids, index_on_device)
@@ -110,7 +120,10 @@ class DeviceReader:
         layout = self._decoding.layout
         host = self._lane.host_memory(len(unique_ids) * layout.stride)
         memory = self._lane.device_memory(len(unique_ids), layout.stride)
-        self._store.read(unique_ids, host.numpy().reshape(-1, layout.stride))
+        records = host.numpy().reshape(-1, layout.stride)
+        self._clock.wait(
+            ThreadedRead(submit_read(self._thread, self._store.read, unique_ids, records))
+        )
         mark = self._lane.copy([memory.view(-1)], [host])
         self._lane.lead(mark)
         mark.wait()  # then nothing reads `host` any more

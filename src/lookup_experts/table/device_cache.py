@@ -16,7 +16,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 from weakref import finalize
 
@@ -28,6 +28,8 @@ from lookup_experts.errors import TableError, UserError
 from lookup_experts.table.batch import check_bounds
 from lookup_experts.table.counts import most_frequent, read_counts
 from lookup_experts.table.device_cache_reference import gather_reference, locate_reference
+from lookup_experts.table.device_records import CacheCounts
+from lookup_experts.table.gather import QUAD
 from lookup_experts.table.host_memory import available_memory_bytes
 from lookup_experts.table.miss_messages import (
     BROKEN,
@@ -49,27 +51,8 @@ from lookup_experts.table.page_locked import PageLocked, lock_pages
 from lookup_experts.table.store import Notify, log
 from lookup_experts.units import format_bytes
 
-QUAD = 16
-"""Bytes that a thread copies at once; starts and widths are multiples of it, as strides are."""
 MOST_LOOKS = 2**23
 """How often a step looks for its answer, about once in a microsecond, before it gives up."""
-
-
-@dataclass
-class CacheCounts:
-    """What steps met since the records were opened; exact when the device has nothing queued."""
-
-    ids: int
-    """Positions of all steps."""
-    hot_hits: int
-    """Those whose records lay in the device's memory …"""
-    ram_hits: int
-    """… and in RAM; the others were missing."""
-    records_read: int
-    """For those; an id that a step has several times is read once."""
-    bytes_read: int
-    read_seconds: float
-    """From a request to the answer, as far as the worker sees it."""
 
 
 class CachedRecords:
@@ -116,6 +99,8 @@ class CachedRecords:
         self.num_ram = max(min(ram_bytes // layout.stride, vocab_size - self.num_hot), least)
         """Slots in RAM."""
         self._lock = threading.Lock()
+        self.order: AbstractContextManager[Any] = threading.Lock()
+        """See `DeviceRecords.order`."""
         self._last_stream: Any = None
         self._outside_seen = 0
         with torch.inference_mode(False):
@@ -192,9 +177,9 @@ class CachedRecords:
         if counts is not None:
             self._bring(most_frequent(counts, self.num_hot))
 
-    def fill_ram(self) -> int:
-        """Bring the most frequent records that aren't on the device into RAM, by the counts kept
-        with the table; how many.
+    def fill(self) -> int:
+        """See `DeviceRecords.fill`; by the counts kept with the table. Those for the device have
+        been brought at the start.
 
         Raises:
             TableError: the counts or a record are damaged, or can't be read.
@@ -202,8 +187,8 @@ class CachedRecords:
         counts = read_counts(self._table)
         if counts is None:
             return 0
-        ids = most_frequent(counts, self.num_hot + self.num_ram)[self.num_hot :]
-        self._bring(ids[::-1])  # the least recently used go first
+        ids = most_frequent(counts, self.num_hot + self.num_ram)
+        self._bring(ids[self.num_hot :][::-1])  # the least recently used go first
         return len(ids)
 
     def _bring(self, ids: np.ndarray) -> None:

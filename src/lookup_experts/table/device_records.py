@@ -4,7 +4,9 @@ Nothing here lets the host wait for the device or the device for Python, so a wh
 can be captured in a CUDA graph and replayed with other ids.
 """
 
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,8 +18,29 @@ from lookup_experts.table.host_memory import aligned_buffer
 from lookup_experts.table.page_locked import lock_pages
 
 
+@dataclass
+class CacheCounts:
+    """What steps met since the records were opened; exact when the device has nothing queued."""
+
+    ids: int
+    """Positions of all steps."""
+    hot_hits: int
+    """Those whose records lay in the device's memory …"""
+    ram_hits: int
+    """… and in RAM; the others were missing."""
+    records_read: int
+    """For those; an id that a step has several times is read once."""
+    bytes_read: int
+    read_seconds: float
+    """From a request to the answer, as far as the worker sees it."""
+
+
 class DeviceRecords(Protocol):
     """Where a device finds records. What it queues, it queues on the current stream."""
+
+    order: AbstractContextManager[Any]
+    """Held while a batch's `locate` and `gather`s are queued: another one's `locate` may then come
+    before or after them, but not between."""
 
     @property
     def most_positions(self) -> int | None:
@@ -30,8 +53,8 @@ class DeviceRecords(Protocol):
         ...
 
     def locate(self, ids: Tensor) -> Tensor:
-        """Token ids int64 [P] on the device -> places int64 [P] there, for `gather`; valid until
-        this is called again."""
+        """Token ids int64 [P] on the device, contiguous -> places int64 [P] there, for `gather`;
+        valid until this is called again."""
         ...
 
     def gather(self, places: Tensor, start: int, out: Tensor) -> None:
@@ -49,8 +72,16 @@ class DeviceRecords(Protocol):
         """
         ...
 
+    def fill(self) -> int:
+        """Bring the most frequent records within reach, as far as there is room; how many are."""
+        ...
+
+    def counts(self) -> CacheCounts | None:
+        """What the device met so far; None: it doesn't count."""
+        ...
+
     def close(self) -> None:
-        """Give back what it holds; nothing may be queued any more."""
+        """Give back what it holds, once what is queued has come to its end."""
         ...
 
 
@@ -65,6 +96,7 @@ class HostRecords:
         UserError: CUDA refuses to lock so much memory.
     """
 
+    order: AbstractContextManager[Any] = nullcontext()
     most_positions = None
     device_bytes = 0
 
@@ -89,6 +121,13 @@ class HostRecords:
     def gather(self, places: Tensor, start: int, out: Tensor) -> None:
         """See `DeviceRecords.gather`."""
         gather(self._records, places, start, out, self._problem_on_device)
+
+    def fill(self) -> int:
+        """Nothing is brought: all are there."""
+        return 0
+
+    def counts(self) -> None:
+        """See `DeviceRecords.counts`."""
 
     def check(self) -> None:
         """See `DeviceRecords.check`."""
@@ -115,6 +154,7 @@ class DeviceMemoryRecords:
         memory: uint8 [U, stride] on the device; places are its rows.
     """
 
+    order: AbstractContextManager[Any] = nullcontext()
     most_positions = None
 
     def __init__(self, memory: Tensor) -> None:
@@ -129,27 +169,15 @@ class DeviceMemoryRecords:
         """See `DeviceRecords.gather`."""
         torch.index_select(self._memory[:, start : start + out.shape[1]], 0, places, out=out)
 
+    def fill(self) -> int:
+        """Nothing is brought: all are there."""
+        return 0
+
+    def counts(self) -> None:
+        """See `DeviceRecords.counts`."""
+
     def check(self) -> None:
         """Nothing can go wrong."""
 
     def close(self) -> None:
         """Memory goes with the batch's rows."""
-
-
-class RecordsOfPrompts:
-    """Temporarily: none."""
-
-    most_positions = 0
-    device_bytes = 0
-
-    def locate(self, ids: Tensor) -> Tensor:
-        return ids
-
-    def gather(self, places: Tensor, start: int, out: Tensor) -> None:
-        pass
-
-    def check(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass

@@ -7,6 +7,7 @@ groups of layers take in turn, so that memory stays bounded.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -81,7 +82,6 @@ class StagedRows:
         self._decoding, self._records, self._ids, self._lane = decoding, records, ids, lane
         self._index, self._shape, self._groups = index, shape, groups
         self._group_of = [number for number, group in enumerate(groups) for _ in group.layers]
-        self._places: Tensor | None = None
         self._stages: list[Tensor] = [
             torch.empty(
                 len(ids) * max(group.stop - group.start for group in groups[buffer::2]),
@@ -97,19 +97,24 @@ class StagedRows:
                 decoding.layout, decoding.dtype, lane.device, self._staged, places, len(index)
             )
         self._marks: dict[int, Mark] = {}
+        """Of groups that were brought and not waited for."""
         self._is_there = False
         self._start_from(0)
 
     def _start_from(self, number: int) -> None:
         self._current = number
-        self._bring(number)
-        self._bring(number + 1)
+        self._bring(number, number + 1)
 
-    def _bring(self, number: int) -> None:
-        """Fill a buffer with a group, once all that the model's queue was told so far is done."""
-        if number < len(self._groups):
-            buffer = self._stages[number % 2]
-            self._marks[number] = self._lane.beside(lambda: self._fill(number), [buffer, self._ids])
+    def _bring(self, *numbers: int) -> None:
+        """Fill buffers with groups, once all that the model's queue was told so far is done."""
+        self._places: Tensor | None = None
+        with self._records.order:
+            for number in numbers:
+                if number < len(self._groups):
+                    buffer = self._stages[number % 2]
+                    self._marks[number] = self._lane.beside(
+                        partial(self._fill, number), [buffer, self._ids]
+                    )
 
     def _fill(self, number: int) -> None:
         if self._places is None:
@@ -149,6 +154,12 @@ class StagedRows:
         for number in range(len(self._groups)):
             self._wait_for(number)
         self._is_there = True
+
+    def leave(self) -> None:
+        """Have the model's queue wait for what was brought and not asked for: what is queued next
+        begins after it, and a capture ends with all that it began."""
+        while self._marks:
+            self._lane.lead(self._marks.popitem()[1])
 
     @property
     def index(self) -> Tensor:
