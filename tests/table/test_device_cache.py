@@ -510,6 +510,12 @@ def test_a_process_that_dies_at_once(table_of_300, monkeypatch):
         CachedRecords(table_of_300[0], CPU, 0, 0)
 
 
+def test_a_process_that_can_not_be_started(table_of_300, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(UserError, match="can't be started: No such file"):
+        CachedRecords(table_of_300[0], CPU, 0, 0)
+
+
 def test_a_table_that_went_away(tmp_path):
     table, _ = make_table(tmp_path / "table")
     table.path(table.shards[0]).unlink()
