@@ -187,6 +187,16 @@ def test_ids_outside_of_the_table(table_of_300):
         assert_steps_are_right(cache, records, random_steps(10))
 
 
+def test_places_of_an_earlier_step(table_of_300):
+    with open_here(table_of_300[0]) as cache:
+        places = cache.locate(torch.tensor([1, 2]))
+        out = torch.zeros((2, 4096), dtype=torch.uint8)
+        cache.gather(places, 0, out)
+        cache.locate(torch.tensor([3, 4]))
+        with pytest.raises(ValueError, match="the last call of `locate`"):
+            cache.gather(places, 0, out)
+
+
 def test_more_than_a_step(table_of_300):
     with open_here(table_of_300[0]) as cache:
         with pytest.raises(ValueError, match="at most 64"):
@@ -497,6 +507,12 @@ def test_a_process_that_is_killed(table_of_300, moment):
 def test_a_process_that_dies_at_once(table_of_300, monkeypatch):
     monkeypatch.setattr(miss_process, "_PROGRAM", "import os; os._exit(7)")
     with pytest.raises(TableError, match=r"has ended \(exit code 7\)"):
+        CachedRecords(table_of_300[0], CPU, 0, 0)
+
+
+def test_a_process_that_can_not_be_started(table_of_300, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(UserError, match="can't be started: No such file"):
         CachedRecords(table_of_300[0], CPU, 0, 0)
 
 

@@ -109,8 +109,8 @@ class CachedRecords:
         self._process = MissProcess(table, verify_checksums, self.num_ram, self.num_hot, notify)
         self._locked: list[PageLocked] = []
         # What a dropped cache holds must outlive what is queued.
-        held = [self._hot, self._where, self._places, self._counts, self._locked]
-        self._end = finalize(self, _end, device, self._process, held)
+        tensors = (self._hot, self._where, self._places, self._counts)
+        self._end = finalize(self, _end, device, self._process, self._locked, tensors)
         self._end.atexit = False
         self.backend = self._process.backend
         """What does the reading, see `Store.backend`."""
@@ -142,7 +142,8 @@ class CachedRecords:
             ) from error
         self._where = torch.full((vocab_size,), -1, dtype=torch.int32, device=device)
         self._places = torch.full((MOST_POSITIONS,), -1, dtype=torch.int64, device=device)
-        self._places_of = [self._places[:count] for count in range(MOST_POSITIONS + 1)]
+        self._newest = self._places
+        """What the last `locate` gave."""
         self._counts = torch.zeros(NUM_COUNTS, dtype=torch.int64, device=device)
 
     def _share_memory(self) -> None:
@@ -165,7 +166,8 @@ class CachedRecords:
             return
         nothing = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._queue_locate(nothing, 0)
-        self.gather(nothing - 1, 0, self._hot.new_empty((1, QUAD)))
+        out = self._hot.new_empty((1, QUAD))
+        self._gather(nothing - 1, self._hot, self._ram, self.num_hot, 0, out)
         torch.cuda.synchronize(self._device)
 
     def _fill_device(self) -> None:
@@ -217,7 +219,8 @@ class CachedRecords:
             self._require_usable()
             self._follow_last_stream()
             self._queue_locate(ids, len(ids))
-        return self._places_of[len(ids)]
+            self._newest = self._places[: len(ids)]
+            return self._newest
 
     def _queue_locate(self, ids: Tensor, num_ids: int) -> None:
         self._locate(
@@ -244,7 +247,13 @@ class CachedRecords:
         self._last_stream = stream
 
     def gather(self, places: Tensor, start: int, out: Tensor) -> None:
-        """See `DeviceRecords.gather`; `start` and W are multiples of 16, `out` is contiguous."""
+        """See `DeviceRecords.gather`; `start` and W are multiples of 16, `out` is contiguous.
+
+        Raises:
+            ValueError: places are of an earlier step than the last, whose records may be gone.
+        """
+        if places is not self._newest:
+            raise ValueError("Expected what the last call of `locate` gave, got other places.")
         width = out.shape[1]
         if start % QUAD or width % QUAD or not 0 <= start <= self._hot.shape[1] - width:
             raise ValueError(f"Expected multiples of {QUAD} in a record, got {start} and {width}.")
@@ -332,7 +341,12 @@ def _check_machine(num_bytes: int) -> None:
         )
 
 
-def _end(device: torch.device, process: MissProcess, held: list[Any]) -> None:
+def _end(
+    device: torch.device,
+    process: MissProcess,
+    locked: list[PageLocked],
+    tensors: tuple[Tensor, ...],
+) -> None:
     """Wait for what is queued, end the worker, and only then let go of what both used."""
     if not process.is_ours:
         return
@@ -341,4 +355,4 @@ def _end(device: torch.device, process: MissProcess, held: list[Any]) -> None:
             torch.cuda.synchronize(device)
     finally:
         process.close()
-        held.clear()
+        locked.clear()

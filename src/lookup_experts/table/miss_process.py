@@ -16,6 +16,7 @@ from weakref import finalize
 import numpy as np
 
 from lookup_experts.errors import TableError, UserError
+from lookup_experts.table.files import say_why
 from lookup_experts.table.miss_messages import (
     ERRORS,
     ERRORS_SEEN,
@@ -75,6 +76,10 @@ class MissProcess:
                     os.getpid(),
                 )
             )
+        except OSError as error:
+            raise UserError(
+                f"The process that reads the table can't be started: {say_why(error)}"
+            ) from error
         finally:
             os.close(self._memory_fd)
             os.close(self._messages_fd)
