@@ -16,12 +16,7 @@ from lookup_experts.model.cache_names import cache_argument, cache_of
 from lookup_experts.table import additions, mixing
 from lookup_experts.table.additions import Way, as_captured
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
-from lookup_experts.table.mixing import (
-    decode_and_mix,
-    decode_and_mix_reference,
-    route_mix_add,
-    route_mix_add_reference,
-)
+from lookup_experts.table.mixing import decode_and_mix, decode_and_mix_reference
 from lookup_experts.table.reader import SLOT_BATCH, TableExperts
 from lookup_experts.table.store_choice import STORES
 
@@ -97,32 +92,6 @@ def test_the_kernel_gives_what_its_reference_gives(name, hidden):
             torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("hidden", [1, 257, 768, 1024, 4096])
-@pytest.mark.parametrize("name", sorted(ENCODINGS))
-def test_the_kernel_for_all_gives_what_its_reference_gives(name, hidden):
-    encoding = get_encoding(name)
-    for experts, positions, dtype in (
-        (1, 1, torch.float32),
-        (4, 9, torch.bfloat16),
-        (16, 64, torch.float16),
-        (3, 256, torch.float32),
-    ):
-        layer_bytes = encoding.layer_bytes(experts, hidden)
-        records = torch.zeros(7, -(-3 * layer_bytes // 64) * 64, dtype=torch.uint8)
-        for layer in range(3):
-            rows = torch.randn(7, experts, hidden)
-            records[:, layer * layer_bytes : (layer + 1) * layer_bytes] = encoding.encode(rows)
-        places = torch.randint(0, 7, (positions,))
-        states, output = torch.randn(2, hidden, 1, positions).to(dtype).transpose(1, 3).unbind()
-        router = (torch.randn(experts, hidden) / hidden**0.5).to(dtype)
-        tensors = (records, places, states, router, output)
-        on_gpu = [each.cuda() for each in tensors]
-        found = route_mix_add(*on_gpu, encoding, 2 * layer_bytes)
-        expected = route_mix_add_reference(*tensors, encoding, 2 * layer_bytes)
-        tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}[dtype]
-        torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
-
-
 def block_arguments(form, encoding, hidden, row_size, experts, positions, dtype):
     """What the kernel of a form is called with: one layer of two; and its reference's name."""
     layer_bytes = encoding.layer_bytes(experts, row_size)
@@ -145,25 +114,31 @@ def block_arguments(form, encoding, hidden, row_size, experts, positions, dtype)
     return (records, places, states, matrix(row_size, hidden), out_proj, norm, 1e-5, *codes)
 
 
-@pytest.mark.parametrize("hidden", [1, 257, 768, 4096])
+# Sizes are constants to these kernels: each case is compiled anew, for a second or so.
+BLOCKS = [
+    *((name, 257, 3, 63, torch.bfloat16) for name in sorted(ENCODINGS)),
+    *((name, 768, 4, 1, torch.bfloat16) for name in ("bfloat16", "nf4")),
+    *((name, 4096, 4, 8, torch.float16) for name in ("float16", "nf3")),
+    ("float32", 1, 1, 1, torch.float32),
+    ("int8", 1024, 16, 64, torch.float32),
+]
+"""Encoding, d, N, positions, dtype."""
+
+
 @pytest.mark.parametrize("form", OPERATION_OF)
-@pytest.mark.parametrize("name", sorted(ENCODINGS))
-def test_a_blocks_kernels_give_what_their_references_give(name, form, hidden):
-    encoding = get_encoding(name)
-    for experts, positions, dtype in (
-        (1, 1, torch.float32),
-        (4, 8, torch.bfloat16),
-        (4, 63, torch.float16),
-    ):
-        experts = 1 if form == "gated" else experts
-        row_size = hidden if form == "wide" else -(-hidden // 4)
-        given = block_arguments(form, encoding, hidden, row_size, experts, positions, dtype)
-        on_gpu = [each.cuda() if isinstance(each, torch.Tensor) else each for each in given]
-        expected = getattr(mixing, OPERATION_OF[form] + "_reference")(*given)
-        tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}[dtype]
-        for _ in range(3):
-            found = getattr(mixing, OPERATION_OF[form])(*on_gpu)
-            torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize("name,hidden,experts,positions,dtype", BLOCKS)
+def test_a_blocks_kernels_give_what_their_references_give(
+    form, name, hidden, experts, positions, dtype
+):
+    experts = 1 if form == "gated" else experts
+    row_size = hidden if form == "wide" else -(-hidden // 4)
+    given = block_arguments(form, get_encoding(name), hidden, row_size, experts, positions, dtype)
+    on_gpu = [each.cuda() if isinstance(each, torch.Tensor) else each for each in given]
+    expected = getattr(mixing, OPERATION_OF[form] + "_reference")(*given)
+    tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}[dtype]
+    for _ in range(3):
+        found = getattr(mixing, OPERATION_OF[form])(*on_gpu)
+        torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_norm_waits_for_all_pieces_of_its_product():

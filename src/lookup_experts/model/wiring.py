@@ -128,7 +128,8 @@ class ForwardPass:
         is_text: bool [B·T, 1], False at placeholders; None: text is everywhere.
         entrance: of its model.
         outer: the forward pass, of another model, within which it runs; None: there is none.
-        begun: what the experts of the FFN that computes now add, if that has begun before it.
+        may_begin: whether what experts add may begin before their FFN computes; see `StepRows`.
+        begun: what the experts of the FFN that computes now add, if that has begun.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class ForwardPass:
         self.is_text = is_text
         self.entrance = entrance
         self.outer = outer
+        self.may_begin = hasattr(rows, "begin_routed")
         self.begun: Addition | None = None
 
 
@@ -216,7 +218,7 @@ def resumed(forward: ForwardPass | None) -> Iterator[None]:
 def begin_lookup_output(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of an FFN: what doesn't depend on its output may begin before it."""
     forward = forward_pass()
-    if forward is None or torch.compiler.is_compiling():
+    if forward is None or not forward.may_begin or torch.compiler.is_compiling():
         return
     forward.begun = None
     if len(module._forward_pre_hooks) > 1:  # others' may give the FFN something else

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lookup_experts.model.rows import Addition, TokenRows
+from lookup_experts.model.rows import Addition, StepRows, TokenRows
 
 RowObserver = Callable[[int, Tensor], None]
 """Told how every block weighs its rows, as (layer, weights [B·T, N])."""
@@ -94,11 +94,11 @@ class LookupBlock(nn.Module):
         """[..., d], the input of the block's FFN -> [..., d], what is added to its output."""
         raise NotImplementedError
 
-    def begin(self, hidden_states: Tensor, rows: TokenRows) -> Addition | None:
+    def begin(self, hidden_states: Tensor, rows: StepRows) -> Addition | None:
         """What `add_to` would do, begun before the FFN computes; no gradients.
 
-        None where `rows` can't (see `StepRows`), or where a part of the block is of a kind of its
-        own: an adapter, a quantised weight, somebody's hook.
+        None where `rows` can't, or where a part of the block is of a kind of its own: an adapter,
+        a quantised weight, somebody's hook.
         """
         return None
 

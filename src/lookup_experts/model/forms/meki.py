@@ -22,7 +22,7 @@ from lookup_experts.model.forms import (
     is_called_plainly,
     plain_weights,
 )
-from lookup_experts.model.rows import Addition, TokenRows
+from lookup_experts.model.rows import Addition, StepRows, TokenRows
 from lookup_experts.model.settings import LookupSettings
 
 HAS_ROUTER = False
@@ -190,11 +190,8 @@ class MekiBlock(LookupBlock):
         row = rows.mix(self.layer, one, self.maker).view(gate.shape)
         return self.post_norm(self.out_proj(gate + row)).to(hidden_states.dtype)
 
-    def begin(self, hidden_states: Tensor, rows: TokenRows) -> Addition | None:
+    def begin(self, hidden_states: Tensor, rows: StepRows) -> Addition | None:
         """See `LookupBlock.begin`."""
-        begin_gated = getattr(rows, "begin_gated", None)
-        if begin_gated is None:
-            return None
         weights = plain_weights(self._modules["gate_proj"], self._modules["out_proj"])
         norm: Any = self._modules["post_norm"]
         scale = norm._parameters.get("weight")
@@ -205,5 +202,5 @@ class MekiBlock(LookupBlock):
             or norm.eps is None
         ):
             return None
-        begun: Addition | None = begin_gated(self.layer, hidden_states, *weights, scale, norm.eps)
-        return begun
+        gate, out_proj = weights
+        return rows.begin_gated(self.layer, hidden_states, gate, out_proj, scale, norm.eps)

@@ -28,7 +28,7 @@ from lookup_experts.model.forms import (
     plain_weights,
 )
 from lookup_experts.model.router_losses import record_logits
-from lookup_experts.model.rows import Addition, TokenRows
+from lookup_experts.model.rows import Addition, StepRows, TokenRows
 from lookup_experts.model.settings import LookupSettings
 
 HAS_ROUTER = True
@@ -241,19 +241,15 @@ class LookupExperts(LookupBlock):
             return logits.softmax(dim=-1, dtype=torch.float32)
         return logits.softmax(dim=-1)
 
-    def begin(self, hidden_states: Tensor, rows: TokenRows) -> Addition | None:
+    def begin(self, hidden_states: Tensor, rows: StepRows) -> Addition | None:
         """See `LookupBlock.begin`."""
-        begin_routed = getattr(rows, "begin_routed", None)
-        if begin_routed is None:
-            return None
         router, out_proj = self._modules["router"], self._modules.get("out_proj")
         weights = plain_weights(*[router] if out_proj is None else [router, out_proj])
         if weights is None:
             return None
-        begun: Addition | None = begin_routed(
+        return rows.begin_routed(
             self.layer, hidden_states, weights[0], None if out_proj is None else weights[1]
         )
-        return begun
 
     def add_to(
         self,
