@@ -77,7 +77,12 @@ class WorkerHere:
         if slow:
             store = SlowStore(store, seed, slow)
             words.replies = SlowWords(words.replies, seed, slow)
-        self.worker = MissWorker(store, words, self.slots, num_hot, self.problems.append)
+
+        def tell(problem: str) -> None:
+            if not self.problems:  # as a process, which tells the first one
+                self.problems.append(problem)
+
+        self.worker = MissWorker(store, words, self.slots, num_hot, tell)
         self._over = threading.Event()
         self.has_died = False
         self._thread = threading.Thread(target=self.worker.run, args=(self._over.is_set,))

@@ -243,7 +243,10 @@ def staged_rows(
     if ready:
         layers = decoding.layout.shape.num_layers
         groups = (LayerGroup(range(layers), 0, decoding.layout.stride),)
-    rows = StagedRows(decoding, records, ids, index, token_ids.shape, groups, lane, in_order)
+    # In a compiled graph the kernels are operations that take places.
+    rows = StagedRows(
+        decoding, records, ids, index, token_ids.shape, groups, lane, in_order and not ready
+    )
     if ready:
         rows.wait()
     return rows
