@@ -208,9 +208,6 @@ class Runtime:
         del self.registered[address]
         return 0
 
-    def cudaError(self, code: int) -> int:  # noqa: N802
-        return code
-
     def cudaGetErrorString(self, code: int) -> str:  # noqa: N802
         return {2: "out of memory"}[code]
 
@@ -234,6 +231,7 @@ def test_a_refusal_is_told_and_leaves_nothing_locked(monkeypatch):
     runtime = Runtime(refuse_after=2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(page_locked, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(page_locked, "_forget_error", lambda: None)
     with pytest.raises(UserError, match=r"refuses to lock .* out of memory.*store 'direct'"):
         lock_pages(np.zeros(10_000, np.uint8))
     assert not runtime.registered

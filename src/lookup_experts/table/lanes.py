@@ -46,13 +46,8 @@ class Lane(Protocol):
         """uint8 [num_bytes] on the host that copies can be made from without waiting."""
         ...
 
-    def device_memory(self, num_rows: int, row_bytes: int, lasting: bool = False) -> Tensor:
-        """uint8 [num_rows, row_bytes] on the device, with whatever is in it.
-
-        Args:
-            lasting: it stays where it is for as long as the model is used, so that a CUDA graph
-                may read from its address.
-        """
+    def device_memory(self, num_rows: int, row_bytes: int) -> Tensor:
+        """uint8 [num_rows, row_bytes] on the device, with whatever is in it."""
         ...
 
     def model_queue(self) -> Any:
@@ -105,7 +100,7 @@ class HostLane:
     def host_memory(self, num_bytes: int) -> Tensor:
         return torch.from_numpy(aligned_buffer(num_bytes))
 
-    def device_memory(self, num_rows: int, row_bytes: int, lasting: bool = False) -> Tensor:
+    def device_memory(self, num_rows: int, row_bytes: int) -> Tensor:
         with torch.inference_mode(False):  # copies are made outside of it as well
             return torch.from_numpy(aligned_buffer(num_rows * row_bytes)).view(num_rows, row_bytes)
 
@@ -162,7 +157,7 @@ class CudaLane:
     def host_memory(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def device_memory(self, num_rows: int, row_bytes: int, lasting: bool = False) -> Tensor:
+    def device_memory(self, num_rows: int, row_bytes: int) -> Tensor:
         shape = (num_rows, row_bytes)
         with torch.inference_mode(False):  # copies are made outside of it as well
             memory = torch.empty(shape, dtype=torch.uint8, device=self.device)
@@ -170,10 +165,6 @@ class CudaLane:
         # is to have it before the lane's copies are over.
         self.follow(self.mark_of(self.model_queue()))
         memory.record_stream(self._stream)
-        if not lasting:
-            return memory
-        # Otherwise a CUDA graph would copy all of it into memory of its own at every step.
-        torch._dynamo.mark_static_address(memory)
         return memory
 
     def model_queue(self) -> Any:

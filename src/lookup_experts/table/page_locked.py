@@ -6,6 +6,7 @@ pins page after page, so a large table is registered in chunks, with progress.
 """
 
 import threading
+from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary, finalize
 
@@ -37,13 +38,15 @@ class PageLocked:
         with late_progress("Locking the table in memory", num_bytes) as advance:
             for first in range(0, num_bytes, CHUNK_BYTES):
                 size = min(CHUNK_BYTES, num_bytes - first)
-                code = int(runtime.cudaHostRegister(address + first, size, 0))
-                if code:
-                    reason = runtime.cudaGetErrorString(runtime.cudaError(code))
+                code = runtime.cudaHostRegister(address + first, size, 0)
+                if int(code) != 0:
+                    reason = runtime.cudaGetErrorString(code)
+                    _forget_error()
                     raise UserError(
                         f"CUDA refuses to lock {format_bytes(num_bytes)} in memory after "
-                        f"{format_bytes(first)}: {reason}. Use the store 'direct', or give the "
-                        "machine (its control group, its limit of locked memory) more."
+                        f"{format_bytes(first)}: {reason}. Use the store 'direct' or a smaller "
+                        "cache, or give the machine (its control group, its limit of locked "
+                        "memory) more."
                     )
                 self._registered.append(address + first)
                 advance(size)
@@ -53,6 +56,12 @@ class PageLocked:
         holds this object as well."""
         with torch.inference_mode(False):
             return torch.as_tensor(_Described(self._array), device=device)
+
+
+def _forget_error() -> None:
+    """Or the next launch of a kernel would report what was refused here."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
 
 
 class _Described:
