@@ -71,6 +71,7 @@ class DecodingSteps:
     def __init__(self, model: Any) -> None:
         self._call = ModelCall(model)
         self._device: torch.device = model.device
+        self._captures = self._device.type == "cuda"
         self._pool: Any = None
         """Memory that all graphs share, since only one runs at a time."""
 
@@ -83,7 +84,7 @@ class DecodingSteps:
             eagerly: one operation after the other: where somebody watches from within.
         """
         run = partial(self._run, cache)
-        if eagerly or self._device.type != "cuda":
+        if eagerly or not self._captures:
             return run()
         size = (cache.window.rows, cache.window.columns)
         if size not in cache.captured:
