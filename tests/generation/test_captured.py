@@ -3,6 +3,7 @@ where the same operations run one by one."""
 
 import pytest
 import torch
+from simulated_graphs import simulate
 from tiny_models import attached_model, gateless_model, greedy, left_padded, tiny_model, token_ids
 
 import lookup_experts as le
@@ -128,3 +129,57 @@ def test_buffers_grow_by_doubling_and_what_was_captured_goes(monkeypatch):
 @pytest.mark.parametrize("number, least, power", [(1, 1, 1), (3, 1, 4), (8, 1, 8), (5, 256, 256)])
 def test_powers_of_two(number, least, power):
     assert power_of_two(number, least) == power
+
+
+# ------------------------------------------------------------------------------------- replayed
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """Steps are captured and replayed, by what stands for CUDA's graphs."""
+    simulate(monkeypatch)
+
+
+@pytest.mark.parametrize("family", FAMILIES[:-1])
+def test_replayed_steps_give_the_same_tokens(family, simulated, monkeypatch):
+    monkeypatch.setattr(fixed_cache, "LEAST_COLUMNS", 16)
+    model = tiny_model(family)
+    decoding = Decoding(model, 64)
+    for batch in (3, 1, 4):
+        prompts = [token_ids(length, seed=length).tolist() for length in range(3, 3 + batch)]
+        ids, mask = left_padded(prompts)
+        decoding.begin(ids, mask)
+        expected = greedy(model, ids, 30, attention_mask=mask)
+        assert torch.equal(decoded(decoding, 30), expected)
+
+
+def test_a_step_is_captured_once_and_then_replayed(simulated):
+    model = gateless_model()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    decoding = Decoding(model, 128)
+    for seed in range(3):
+        ids = token_ids(2, 12, seed=seed)
+        decoding.begin(ids)
+        tokens = decoded(decoding, 20)
+        assert len(calls) == 1 + (3 + 1 if seed == 0 else 0)  # prompt, warming up, capture
+        assert torch.equal(tokens, greedy(model, ids, 20))
+        calls.clear()
+    ((graph, _),) = decoding._cache.captured.values()
+    assert graph.replays == 3 * 19
+
+
+def test_what_waits_for_the_device_cannot_be_captured(simulated):
+    def look(hidden_states):
+        hidden_states.nonzero()
+
+    model = gateless_model()
+    decoding = Decoding(model, 64)
+    decoding.begin(token_ids(1, 5))
+    before = decoding._cache.window.numbers.clone()
+    hook = model.lm_head.register_forward_pre_hook(lambda module, given: look(given[0]))
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        decoding.step()
+    hook.remove()
+    assert torch.equal(decoding._cache.window.numbers, before)
+    assert torch.equal(decoded(decoding, 9), greedy(model, token_ids(1, 5), 9))

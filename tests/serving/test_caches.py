@@ -4,7 +4,8 @@ import random
 
 import pytest
 import torch
-from tiny_models import VOCAB, logits_of, tiny_model
+from simulated_graphs import simulate
+from tiny_models import VOCAB, attached_model, logits_of, tiny_model
 
 import lookup_experts as le
 from lookup_experts.generation import fixed_cache
@@ -21,10 +22,13 @@ def prefilled(forward: Forward, prompts: list[list[int]]) -> Prompts:
     return group
 
 
+@pytest.mark.parametrize("replayed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "falcon"])
 @pytest.mark.parametrize("seed", range(3))
 @torch.inference_mode()
-def test_random_joins_and_leaves(family, seed, monkeypatch):
+def test_random_joins_and_leaves(family, seed, replayed, monkeypatch):
+    if replayed:
+        simulate(monkeypatch)
     monkeypatch.setattr(fixed_cache, "LEAST_COLUMNS", 8)
     model, draw = tiny_model(family), random.Random(seed)
     forward = Forward(model)
@@ -102,3 +106,48 @@ def test_memory_follows_what_was_needed(monkeypatch):
     forward.decode([5], cache)
     assert cache.layers[0].keys.shape == (8, 2, 32, 8)
     assert (cache.window.rows, cache.window.columns) == (1, 8)
+
+
+# ------------------------------------------------------------------------------------- captured
+
+
+def test_whether_steps_can_be_captured_is_tried(monkeypatch, table_folder):
+    simulate(monkeypatch)
+    model = tiny_model("llama")
+    assert Forward(model)._try_to_capture() is None
+
+    def look(module, given):
+        given[0].nonzero()
+
+    hook = model.lm_head.register_forward_pre_hook(look)
+    told = Forward(model)._try_to_capture()
+    assert told == "RuntimeError: operation not permitted when stream is capturing"
+    hook.remove()
+    sliding = Forward(tiny_model("mistral", sliding_window=9))._try_to_capture()
+    assert sliding == "The model has attention to windows of past tokens."
+    training = Forward(attached_model("llama"))._try_to_capture()
+    assert training.startswith("The model has experts in training form")
+
+
+def test_a_cpu_keeps_the_cache_that_grows():
+    forward = Forward(tiny_model("llama"))
+    assert isinstance(forward.new_cache(), BatchCache) and forward.why_not_captured is None
+
+
+@torch.inference_mode()
+def test_who_watches_the_experts_sees_every_step(monkeypatch, table_folder):
+    """A replay would pass the observer by."""
+    simulate(monkeypatch)
+    model = le.load(table_folder, store="memory")
+    forward, cache = Forward(model), FixedCache()
+    group = prefilled(forward, [[3, 4]])
+    cache.join(group.cache, group.lengths)
+    for _ in range(3):
+        seen: list[int] = []
+        model.lookup_entrance.observe = lambda layer, weights, seen=seen: seen.append(layer)
+        watched = forward.decode([5], cache).clone()
+        model.lookup_entrance.observe = None
+        assert seen == [0, 1, 2]
+    alone = logits_of(model, torch.tensor([[3, 4, 5, 5, 5]]))[:, -1]
+    torch.testing.assert_close(watched, alone, rtol=1e-4, atol=1e-4)
+    assert not cache.captured

@@ -201,9 +201,11 @@ def test_the_model_is_told_of_only_when_somebody_asks(model):
 def test_router_weights_are_those_of_the_forward_that_gave_the_token(model):
     prompt = prompts_of(9)[0]
     with Bench(model) as bench:
-        others = bench.submit(GenerationRequest(prompts_of(2, 30)[1], 12))
+        others = bench.submit(*[GenerationRequest(one, 90) for one in prompts_of(7, 30)])
         asked = bench.run(GenerationRequest(prompt, 4, lookup_details=True))[0]
-        others[0].wait()
+        for other in others:
+            other.wait()
+    assert len(asked.ids) == 4
     seen = []
     model.lookup_entrance.observe = lambda layer, weights: seen.append(weights)
     with torch.no_grad():

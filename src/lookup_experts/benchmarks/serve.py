@@ -408,7 +408,7 @@ def draw(results: list[Result], path: Path) -> None:
     """Tokens per second of each system, by the number of streams."""
     draw_bars(
         path,
-        "mole serve, OpenAI's client",
+        "mole serve",
         "tokens per second",
         [f"{result['system']}\n{result['streams']} streams" for result in results],
         [result["tokens_per_second"] for result in results],

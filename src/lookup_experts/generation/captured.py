@@ -8,7 +8,7 @@ the same operations run one by one, with the same results.
 
 import inspect
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -72,8 +72,7 @@ class DecodingSteps:
     def __init__(self, model: Any) -> None:
         self._call = ModelCall(model)
         self._device: torch.device = model.device
-        self._pool: Any = None
-        """Memory that all graphs share, since only one runs at a time."""
+        self._captures = self._device.type == "cuda"
 
     def take(self, cache: FixedCache, eagerly: bool = False) -> Step:
         """One step of the cache's window, whose ids and lengths are set; both are then those of
@@ -84,12 +83,12 @@ class DecodingSteps:
             eagerly: one operation after the other: where somebody watches from within.
         """
         run = partial(self._run, cache)
-        if eagerly or self._device.type != "cuda":
+        if eagerly or not self._captures:
             return run()
         size = (cache.window.rows, cache.window.columns)
         if size not in cache.captured:
             with torch.cuda.device(self._device):
-                cache.captured[size] = self._capture(run, cache.window.numbers)
+                cache.captured[size] = _capture(run, cache)
         graph, step = cache.captured[size]
         graph.replay()
         result: Step = step
@@ -104,9 +103,8 @@ class DecodingSteps:
         window.lengths.add_(1)
         return Step(logits, likeliest)
 
-    def _capture(self, run: Any, numbers: Tensor) -> tuple[Any, Step]:
-        """A graph of `run` and what it gives; `numbers`, which it changes, are left as they were.
 
+<<<<<<< HEAD
         The runs before it write the same columns as the step that is about to be taken.
         """
         before = numbers.clone()
@@ -128,6 +126,35 @@ class DecodingSteps:
         finally:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own in its place
         return graph, step
+=======
+def _capture(run: Callable[[], Step], cache: FixedCache) -> tuple[Any, Step]:
+    """A graph of `run`, a step over the cache, and what it gives; the window's numbers, which it
+    changes, are left as they were.
+
+    The runs before it write the same columns as the step that is about to be taken.
+    """
+    numbers = cache.window.numbers
+    before = numbers.clone()
+    current = torch.cuda.current_stream()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(current)
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UP_RUNS):
+            run()
+            numbers.copy_(before)
+    current.wait_stream(aside)
+    # Graphs share their memory, since only one runs at a time; but not with graphs that are gone,
+    # whose pool torch takes for dead.
+    living = [graph for graph, _ in cache.captured.values()]
+    pool = living[0].pool() if living else None
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            step = run()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own in its place
+    return graph, step
+>>>>>>> serve23
 
 
 def why_not_fixed(model: Any) -> str | None:

@@ -302,6 +302,7 @@ class Engine:
             return
         seconds = time.perf_counter() - started_at
         self._metrics.steps.inc()
+        weights = [layer[: len(ids)] for layer in weights]  # without rows that only pad
         lookup = self._details(self._running, weights, seconds)
         self._take_tokens(range(len(ids)), logits, lookup)
 
