@@ -104,29 +104,6 @@ class DecodingSteps:
         return Step(logits, likeliest)
 
 
-<<<<<<< HEAD
-        The runs before it write the same columns as the step that is about to be taken.
-        """
-        before = numbers.clone()
-        current = torch.cuda.current_stream()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside), as_captured():
-            for _ in range(WARM_UP_RUNS):
-                run()
-                numbers.copy_(before)
-        current.wait_stream(aside)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            mode = "thread_local"
-            with torch.cuda.graph(graph, self._pool, capture_error_mode=mode), as_captured():
-                step = run()
-        finally:
-            torch.cuda.set_stream(current)  # a capture that fails leaves its own in its place
-        return graph, step
-=======
 def _capture(run: Callable[[], Step], cache: FixedCache) -> tuple[Any, Step]:
     """A graph of `run`, a step over the cache, and what it gives; the window's numbers, which it
     changes, are left as they were.
@@ -138,7 +115,7 @@ def _capture(run: Callable[[], Step], cache: FixedCache) -> tuple[Any, Step]:
     current = torch.cuda.current_stream()
     aside = torch.cuda.Stream()
     aside.wait_stream(current)
-    with torch.cuda.stream(aside):
+    with torch.cuda.stream(aside), as_captured():
         for _ in range(WARM_UP_RUNS):
             run()
             numbers.copy_(before)
@@ -149,12 +126,12 @@ def _capture(run: Callable[[], Step], cache: FixedCache) -> tuple[Any, Step]:
     pool = living[0].pool() if living else None
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode), as_captured():
             step = run()
     finally:
         torch.cuda.set_stream(current)  # a capture that fails leaves its own in its place
     return graph, step
->>>>>>> serve23
 
 
 def why_not_fixed(model: Any) -> str | None:
