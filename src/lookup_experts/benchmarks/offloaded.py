@@ -48,6 +48,7 @@ from lookup_experts.folders.readers import TableReaders, table_readers
 from lookup_experts.folders.tables import EMBEDDINGS
 from lookup_experts.model.cache_names import cache_argument, cache_of
 from lookup_experts.model.embedding_settings import embedding_settings
+from lookup_experts.table.cache_budget import parse_cache
 from lookup_experts.table.lanes import check_device
 from lookup_experts.units import format_bytes, parse_bytes
 
@@ -80,7 +81,7 @@ class Subjects:
     def check(self) -> None:
         """Raise a `UserError` for folders that aren't such a pair."""
         check_device(self.device)
-        parse_bytes(self.cache)
+        parse_cache(self.cache)
         if not embedding_settings(read_config(self.offloaded)):
             raise UserError(
                 f"{self.offloaded} has no embeddings in tables; make it by mole offload, and give "
@@ -468,7 +469,7 @@ def bench_memory(subjects: Subjects, results: Results) -> None:
             }
         )
         results.add(found[-1])
-    console.say(f"  row caches: {format_bytes(parse_bytes(subjects.cache))}")
+    console.say(f"  row caches: {format_bytes(parse_cache(subjects.cache).total)}")
     results.finish()
 
 

@@ -47,6 +47,7 @@ from lookup_experts.folders.model_folder import (
     weight_files,
 )
 from lookup_experts.folders.official import BACKBONES, load_official, moe_settings, official_kind
+from lookup_experts.folders.offloaded_model import PREFIX as OFFLOADED
 from lookup_experts.folders.offloaded_model import OffloadedEmbeddingsMixin, offloaded_class
 from lookup_experts.folders.own_code import (
     auto_map,
@@ -97,7 +98,9 @@ def load(
         store: where the records of a table are read from: `memory`, `mmap`, `direct` (from disk
             past the page cache), or `auto`: memory if the table fits half of what is free, else
             direct; `auto:8GB`, if it fits that.
-        cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off.
+        cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off. With the model
+            on a GPU half of it is the GPU's memory, or as much as is said behind a colon:
+            `256MB:64MB`.
         device: where the model runs.
         dtype: of the weights: `float32`, `bfloat16`, `float16`, or `auto` for that of the folder.
         verify_checksums: compare every record that is read with its checksum.
@@ -320,7 +323,12 @@ def _saved_backbone(config_dict: dict[str, Any]) -> Any:
             "package that registers it first, or take a newer transformers."
         )
     architectures = config_dict.get("architectures") or ()
-    named = [kind for kind in found if any(name.endswith(kind.__name__) for name in architectures)]
+    prefixes = (_PREFIX, OFFLOADED, _PREFIX + OFFLOADED)
+    named = [
+        kind
+        for kind in found
+        if any(prefix + kind.__name__ in architectures for prefix in prefixes)
+    ]
     return (named or found)[0]
 
 

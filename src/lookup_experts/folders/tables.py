@@ -10,12 +10,11 @@ from typing import Any
 
 from lookup_experts.folders.model_folder import TABLE
 from lookup_experts.model.embedding_settings import embedding_settings
+from lookup_experts.table.cache_budget import CacheBudget, parse_cache
 from lookup_experts.table.format import MANIFEST_NAME
-from lookup_experts.table.layout import RecordLayout
 from lookup_experts.table.manifest import read_manifest
 from lookup_experts.table.store import Notify, log
 from lookup_experts.table.store_choice import choose_store
-from lookup_experts.units import parse_bytes
 
 EMBEDDINGS = "embeddings"
 """The folder of the tables of embeddings, one folder for each."""
@@ -48,43 +47,49 @@ def one_store(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "store": choose_store(options.get("store", "auto"), total, notify)}
 
 
-def share_cache(folder: Path, cache: int | str, config: Any) -> dict[str, int]:
-    """Bytes of each table's row cache, together no more than `cache`.
+def share_cache(
+    folder: Path, cache: int | str | CacheBudget, config: Any
+) -> dict[str, CacheBudget]:
+    """The budget of each table's row cache, together no more than `cache`.
 
     As many tokens of each: a table gets what their records take of it; of several tables none
     gets more than it has.
 
     Args:
         folder: of the model.
-        cache: a budget in bytes, or in words like `256MB`.
+        cache: see `parse_cache`.
         config: of the model.
 
     Raises:
         UserError: the budget can't be read.
         TableError: a table is damaged.
     """
-    layouts = {place: read_manifest(folder / place).layout for place in tables_of(folder)}
+    budget = parse_cache(cache)
+    sizes = {place: read_manifest(folder / place).layout for place in tables_of(folder)}
+    if len(sizes) == 1:
+        return dict.fromkeys(sizes, budget)
     rows_per_token = {
         embedding_place(name): one.rows_per_token
         for name, one in embedding_settings(config).items()
     }
     per_token = {
-        place: layout.stride * rows_per_token.get(place, 1) for place, layout in layouts.items()
+        place: layout.stride * rows_per_token.get(place, 1) for place, layout in sizes.items()
     }
-    return _shares(parse_bytes(cache), layouts, per_token)
+    whole = {place: layout.table_bytes for place, layout in sizes.items()}
+    total = _shares(budget.total, whole, per_token)
+    if budget.on_device is None:
+        return {place: CacheBudget(share) for place, share in total.items()}
+    on_device = _shares(budget.on_device, total, per_token)
+    return {place: CacheBudget(share, on_device[place]) for place, share in total.items()}
 
 
-def _shares(
-    budget: int, layouts: Mapping[str, RecordLayout], per_token: Mapping[str, int]
-) -> dict[str, int]:
-    if len(layouts) == 1:
-        return dict.fromkeys(layouts, budget)
+def _shares(budget: int, most: Mapping[str, int], weights: Mapping[str, int]) -> dict[str, int]:
+    """`budget` cut in proportion to the weights, no part larger than `most` says."""
     shares: dict[str, int] = {}
     # From those that are full soonest, so that what they leave goes to the others.
-    order = sorted(layouts, key=lambda place: layouts[place].table_bytes / per_token[place])
+    order = sorted(most, key=lambda place: most[place] / weights[place])
     for number, place in enumerate(order):
-        rest = sum(per_token[other] for other in order[number:])
-        share = min(layouts[place].table_bytes, budget * per_token[place] // rest)
-        shares[place] = share
-        budget -= share
+        rest = sum(weights[other] for other in order[number:])
+        shares[place] = min(most[place], budget * weights[place] // rest)
+        budget -= shares[place]
     return shares
