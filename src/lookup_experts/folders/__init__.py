@@ -6,6 +6,9 @@
 | `load.py` | `load`, `from_pretrained`: from a folder to a model; classes of attached models |
 | `attached_model.py` | what an attached model does differently from its backbone |
 | `saving.py`, `replacing.py` | saving it, in the place of what the folder held |
+| `offloaded_model.py` | models whose embeddings lie in tables |
+| `tables.py`, `readers.py` | the tables of a folder and their one budget; their readers as one |
+| `checkpoint.py` | a checkpoint's tensors, read by rows and left out of copies |
 | `configuration.py` | its configuration |
 | `experts_alone.py` | a folder that holds experts and refers to its backbone |
 | `backbone_samples.py` | whether the backbone in memory is still the one referred to |

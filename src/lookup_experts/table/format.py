@@ -2,7 +2,11 @@
 
 A table is a folder: `table.json` and shards `table-00001-of-0000n.safetensors`, split by token id.
 
-**Record.** All that the table holds for one token id: layer after layer, each as its encoding
+A table holds rows of numbers by id. Of lookup experts, an id is a token's, and has N rows for each
+of L layers; of an embedding of a released model, the row of an id is cut into a part for each of L
+layers (N is 1), or is one (L is 1), and an id may be a hash of several tokens.
+
+**Record.** All that the table holds for one id: layer after layer, each as its encoding
 lays it out (`encoding.py`): the codes of the N experts, then their scales. Records lie densely: a
 record is padded with zeros to the *stride*, the next multiple of 16 bytes, and may straddle blocks
 of the disk. Sixteen, because a processor or a GPU then loads floats and words of up to 16 bytes at
@@ -24,7 +28,7 @@ wants that lays records out wider in memory.
 **table.json.** One JSON object with exactly these keys: `format`, `version`; `shape` (vocab_size,
 num_layers, num_experts, row_size); `encoding` (name, block_size or null); `layer_bytes`,
 `record_bytes`, `stride`; `shards`, a list of (file, first_id, num_ids, bytes); `fingerprint`, a
-hash of the embedding and expert weights that were folded; `embedding_hash` and `tokenizer_hash`,
+hash of the weights that the rows were made from; `embedding_hash` and `tokenizer_hash`,
 strings or null; `created_by`, the tool and its version.
 
 - Other versions and unknown keys are refused, because a reader that guesses gives wrong numbers.
