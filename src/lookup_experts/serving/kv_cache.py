@@ -24,8 +24,9 @@ from lookup_experts.errors import UserError
 LEAST_SLACK, MOST_SLACK = 64, 256
 """Columns that a batch may move on before it is moved back to the left edge: half of what its
 longest row takes, within these, so that memory follows what is needed."""
-PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
-"""Cache layers that are nothing but keys and values of past tokens."""
+PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+"""Cache layers that are nothing but keys and values of past tokens, or nothing at all: of blocks
+that use those of others, as Gemma 3n's and Gemma 4's last ones do."""
 
 
 class Frame:
@@ -113,6 +114,29 @@ class BatchLayer(CacheLayerMixin):
         self.values[row].zero_()
 
 
+class NoLayer(BatchLayer):
+    """That of a block which keeps no keys and values of its own."""
+
+    def __init__(self, frame: Frame) -> None:
+        super().__init__(frame)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Nothing asks for it."""
+        raise NotImplementedError
+
+    def grow(self, rows: int, columns: int) -> None:
+        """There is nothing to grow."""
+
+    def copy(self, source: int, begin: int, length: int, row: int, to: int) -> None:
+        """There is nothing to copy."""
+
+    def wipe(self, row: int) -> None:
+        """There is nothing to wipe."""
+
+
 class BatchCache(Cache):
     """A transformers cache of rows that come and go; the order of rows is the caller's."""
 
@@ -140,6 +164,8 @@ class BatchCache(Cache):
         end = self.frame.end
         for source, length in enumerate(lengths):
             for layer, filled in zip(self.layers, cache.layers, strict=True):
+                if filled.keys is None:
+                    continue
                 layer.put(
                     before + source,
                     end - length,
@@ -189,6 +215,9 @@ class BatchCache(Cache):
     def _match_layers(self, cache: DynamicCache) -> None:
         if not self.layers:
             for filled in cache.layers:
+                if filled.keys is None:
+                    self.layers.append(NoLayer(self.frame))
+                    continue
                 layer = BatchLayer(self.frame)
                 layer.lazy_initialization(filled.keys, filled.values)
                 self.layers.append(layer)
