@@ -2,10 +2,15 @@
 
 import copy
 import json
+import multiprocessing
+import os
 import pickle
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,10 +30,12 @@ from tiny_models import VOCAB, logits_of, randomize_experts, tiny_config, token_
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import lookup_experts as le
-from lookup_experts.errors import TableError, UserError
+from lookup_experts.errors import DiskFullError, TableError, UserError
+from lookup_experts.folders import checkpoint
 from lookup_experts.generation.inspection import inspect_folder, verify_folder
 from lookup_experts.model.late_rows import LateRows
 from lookup_experts.model.table_embedding import table_embeddings
+from lookup_experts.table import build
 
 FEW, MANY = token_ids(2, 11), token_ids(3, 90)
 """Through the row cache, and past it as a prompt is."""
@@ -491,6 +498,49 @@ def test_an_interrupted_run_goes_on(tmp_path):
         if file.is_file():
             other = tmp_path / "out" / file.relative_to(expected)
             assert file.read_bytes() == other.read_bytes(), file
+
+
+def _offload_slowly(plain: Path, out: Path) -> None:
+    le.offload(plain, out, progress=lambda done, total: time.sleep(0.005), notify=lambda m: None)
+
+
+def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+    """SIGKILL at random moments, several times in a row; a process of its own each time."""
+    monkeypatch.setattr(build, "MAX_CHUNK_IDS", 7)
+    plain, expected = saved_and_offloaded("qwen4_exp_text", tmp_path)
+    chosen, fork = random.Random(1), multiprocessing.get_context("fork")
+    out, kills = tmp_path / "out", 0
+    while not out.exists() and kills < 5:
+        process = fork.Process(target=_offload_slowly, args=(plain, out))
+        process.start()
+        process.join(chosen.uniform(0.2, 0.6))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+    assert kills
+    if not out.exists():
+        le.offload(plain, out, notify=lambda message: None)
+    for file in sorted(expected.rglob("*")):
+        if file.is_file():
+            assert file.read_bytes() == (out / file.relative_to(expected)).read_bytes(), file
+
+
+def test_a_disk_that_is_full_is_an_error_in_one_line(llama, tmp_path, monkeypatch):
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_copy_bytes", no_space)
+        with pytest.raises(DiskFullError, match="no space left"):
+            le.offload(llama, tmp_path / "out", MODULES["llama"])
+    free = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    with monkeypatch.context() as patched:
+        patched.setattr(build.shutil, "disk_usage", lambda folder: free)
+        with pytest.raises(DiskFullError, match=r"needs .* more in"):
+            le.offload(llama, tmp_path / "other", MODULES["llama"])
+    le.offload(llama, tmp_path / "out", MODULES["llama"])
+    assert not verify_folder(tmp_path / "out").problems
 
 
 def test_somebodys_folder_is_left_alone(llama, tmp_path):
