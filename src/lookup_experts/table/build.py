@@ -1,4 +1,4 @@
-"""From experts, or from another table, to a table on disk: streaming, resumable, checked.
+"""From experts, an embedding or another table to a table on disk: streaming, resumable, checked.
 
 The vocabulary is taken in chunks of a fixed number of ids, so memory is bounded however large it
 is. A chunk is evaluated layer by layer, encoded into one buffer of records and written by a

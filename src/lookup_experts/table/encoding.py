@@ -1,6 +1,6 @@
 """How a record stores numbers: the float types, int8, nf4 and nf3.
 
-An encoding turns one layer of one record, the outputs of its N experts, into bytes and back:
+An encoding turns one layer of one record, its N rows (of as many experts), into bytes and back:
 first the codes of all N experts, then their scales. Everything here is plain torch and runs
 alike on any device. Where the bytes lie in a file is in `format.py`.
 
@@ -485,11 +485,11 @@ def _require_floats(rows: Tensor) -> None:
 
 def _require_finite(rows: Tensor) -> None:
     if not bool(_finite_rows(rows.flatten(1)).all()):
-        raise UserError("Expert outputs hold NaN or infinite numbers, which a table can't store.")
+        raise UserError("The rows hold NaN or infinite numbers, which a table can't store.")
 
 
 def _too_large(rows: Tensor, name: str) -> UserError:
     return UserError(
-        f"Expert outputs reach {rows.abs().max().item():.3g}, too large for {name}. "
+        f"The rows reach {rows.abs().max().item():.3g}, too large for {name}. "
         "Use bfloat16 or float32."
     )

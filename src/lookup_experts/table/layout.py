@@ -18,8 +18,8 @@ from lookup_experts.table.format import (
 
 @dataclass(frozen=True)
 class TableShape:
-    """V token ids, L layers, N experts, and r, the numbers that an expert says of one id in one
-    layer; all at least 1."""
+    """V ids, L layers, N experts, and r, the numbers that an expert says of one id in one layer;
+    all at least 1. Of an embedding N is 1, and L in how many parts a row is used."""
 
     vocab_size: int
     num_layers: int
@@ -44,8 +44,8 @@ class RecordLayout:
     def __post_init__(self) -> None:
         if self.record_bytes > MAX_RECORD_BYTES:
             raise UserError(
-                f"A record of {self.record_bytes} bytes (all layers and experts of one token) is "
-                f"larger than {MAX_RECORD_BYTES}. Use fewer experts or a smaller encoding."
+                f"A record of {self.record_bytes} bytes (all layers and rows of one id) is larger "
+                f"than {MAX_RECORD_BYTES}. Use fewer experts or a smaller encoding."
             )
 
     @cached_property

@@ -1,6 +1,7 @@
 """Table form: the rows of a batch's tokens, read from a store.
 
-`TableExperts` is the `ExpertSource` of an inference model. The token ids are known before the
+`TableExperts` is the `ExpertSource` of an inference model, and the `EmbeddingSource` of an
+embedding whose rows lie in a table. The token ids are known before the
 first layer runs, so their records are asked for then, and a block waits for them only when it
 needs them, after its attention.
 """
