@@ -285,3 +285,43 @@ def quality_curves(reports: Sequence[Result]) -> str:
         for points in zip(*(result["curve"] for result in trained), strict=True)
     )
     return markdown(["after", *(result["system"] for result in trained)], rows)
+
+
+def scale(reports: Sequence[Result]) -> str:
+    """A row for each system of `mole bench scale`."""
+
+    def recalled(result: Result) -> str:
+        distances = result["recall"]["distances"]
+        return ", ".join(f"{at['distance']}: {at['accuracy']:.0%}" for at in distances)
+
+    columns: dict[str, Column] = {
+        "system": "{system}",
+        "tokens?": "{tokens:,}",
+        "parameters, trained?": "{parameters[trained]:,}",
+        "resident?": "{parameters[resident]:,}",
+        "validation loss": lambda result: (
+            result.get("failed") or f"{result['validation_loss']:.4f}"
+        ),
+        "tokens/s?": "{tokens_per_second:,.0f}",
+        "time, × dense?": "{ratio_to_dense:.2f}",
+        "FLOPs, × dense?": "{flop_ratio_to_dense:.2f}",
+        "memory?": megabytes("peak_bytes", ",.0f"),
+        "recall over distances?": recalled,
+    }
+    return table(results_of(reports), columns)
+
+
+def lead_curves(reports: Sequence[Result]) -> str:
+    """Dense's validation loss against tokens, and how many nats below it each other system is."""
+    trained = [result for result in results_of(reports) if "curve" in result]
+    dense, *others = sorted(trained, key=lambda result: result["system"] != "dense")
+    losses = [dict(result["curve"]) for result in others]
+    rows = [
+        [
+            f"{tokens / 1e6:.2f} M tokens",
+            f"{loss:.3f}",
+            *(f"{loss - found[tokens]:+.3f}" if tokens in found else "" for found in losses),
+        ]
+        for tokens, loss in dense["curve"]
+    ]
+    return markdown(["after", dense["system"], *(r["system"] for r in others)], rows)
