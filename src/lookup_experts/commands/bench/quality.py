@@ -31,6 +31,7 @@ def quality(
         list[str] | None,
         typer.Option("--set", help="Change a key of the recipe; can be given several times."),
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
     work: Annotated[Path, typer.Option(help="Where the runs are kept.")] = Path("runs/quality"),
     json: bench_options.JsonFile = None,
     plot: bench_options.Plot = None,
@@ -57,6 +58,7 @@ def quality(
             data,
             _numbers(tokens, "--tokens")[0],
             work,
+            jobs,
             Results("quality", json, plot),
         )
     except TrainingInterrupted as interrupted:
