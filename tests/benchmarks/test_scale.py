@@ -161,13 +161,14 @@ def test_too_little_time_is_told_in_one_line(data, base, tmp_path):
 
 
 def test_a_run_that_time_cuts_off_is_trained_again(data, base, tmp_path, monkeypatch):
-    moments = iter([0.0, 1.0, *[2.0] * 3, *[99.0] * 1000])
-    monkeypatch.setattr(scale.time, "perf_counter", lambda: next(moments, 99.0))
+    answers = iter([True] * 4)  # before the run, and after its first three steps
+    monkeypatch.setattr(scale._Study, "has_time", lambda study: next(answers, False))
     monkeypatch.setattr(scale, "tokens_that_fit", lambda trials, seconds: TOKENS)
-    done, out = bench(data, base, tmp_path, "dense", "--seconds", "60")
+    done, out = bench(data, base, tmp_path, "dense", "moe-4e", "--seconds", "60")
     assert done.exit_code == 0, done.output
-    (result,) = json.loads(out.read_text())["results"]
-    assert result["stopped"] and result["tokens"] < TOKENS
+    result, late = json.loads(out.read_text())["results"]
+    assert late == {"system": "moe-4e", "failed": "no time was left"}
+    assert result["stopped"] and result["tokens"] == 4 * 64
     assert result["curve"][-1][0] == result["tokens"]
     assert "time ran out" in done.output
     assert not scale._is_whole(result)
@@ -226,7 +227,7 @@ def test_text_without_held_out_text_is_refused(base, tmp_path):
 def test_a_killed_comparison_goes_on_after_the_systems_that_are_done(data, base, tmp_path):
     command = [
         *(sys.executable, "-m", "lookup_experts.cli", "bench", "scale", "dense", "mole-2e"),
-        *("--data", str(data), "--recipe", str(base), "--tokens", str(64 * 500)),
+        *("--data", str(data), "--recipe", str(base), "--tokens", str(64 * 150)),
         *("--work", str(tmp_path / "curves"), "--json", str(tmp_path / "scale.json")),
     ]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
@@ -239,8 +240,10 @@ def test_a_killed_comparison_goes_on_after_the_systems_that_are_done(data, base,
     partial = json.loads((tmp_path / "scale.json.partial").read_text())["results"]
     assert [result["system"] for result in partial] == ["dense"]
 
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "dense trained already, on 32,000 tokens" in again.stderr
+    again = subprocess.run(
+        [*command, "--seconds", "500"], capture_output=True, text=True, check=True
+    )
+    assert "dense trained already, on 9,600 tokens" in again.stderr
     assert (tmp_path / "curves/dense-seed0/history.jsonl").stat().st_mtime_ns == dense_curve
     results = json.loads((tmp_path / "scale.json").read_text())["results"]
     assert results[0] == partial[0]

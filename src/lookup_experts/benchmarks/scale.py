@@ -92,7 +92,7 @@ def bench_scale(
     for system in systems:  # errors before anything is trained
         source.sequences(study.recipe(system, most).training)
 
-    results.resume()
+    results.resume(apart_from="--seconds")
     results.found = [result for result in results.found if _is_whole(result)]
     done = [result["system"] for result in results.found]
     left = [system for system in systems if system.name not in done]
@@ -103,9 +103,11 @@ def bench_scale(
     elif deadline is not None and trials:
         most = min(most, study.tokens_that_fit(list(trials.values())))
     for system in left:
-        if system.name in models:
+        if system.name in models and study.has_time():
             result = study.train(system, models.pop(system.name), most, results.found)
             results.add(result, say=in_words)
+        elif system.name in models:
+            results.add({"system": system.name, "failed": "no time was left"}, say=in_words)
     results.finish(draw_curves)
 
 
@@ -155,6 +157,10 @@ class _Study:
         """Of a system, for a run of so many tokens."""
         points = max(1, tokens // VALIDATE_EVERY)
         return system.recipe(self._base, tokens=tokens, seed=self._seed, points=points)
+
+    def has_time(self) -> bool:
+        """Whether the deadline is still to come."""
+        return self._deadline is None or time.perf_counter() < self._deadline
 
     # ------------------------------------------------------------------------------ how fast
 
@@ -225,7 +231,7 @@ class _Study:
         """
         dense = next((r for r in before if r["system"] == "dense" and "curve" in r), None)
         recipe = self.recipe(system, tokens)
-        watch = _Watch(system.name, recipe.training, dense, self._deadline)
+        watch = _Watch(system.name, recipe.training, dense, self.has_time)
         try:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
@@ -324,23 +330,26 @@ class _Watch(TrainerCallback):
         name: the system's.
         training: its recipe's.
         dense: the result of the dense model, where it came before.
-        deadline: of `time.perf_counter`; None: there is none.
+        has_time: whether the run may go on.
     """
 
     def __init__(
-        self, name: str, training: TrainingRecipe, dense: Result | None, deadline: float | None
+        self,
+        name: str,
+        training: TrainingRecipe,
+        dense: Result | None,
+        has_time: Callable[[], bool],
     ) -> None:
         self._name, self._tokens_per_step = name, training.tokens_per_step
         self._dense: Mapping[int, float] = dict(dense["curve"]) if dense else {}
-        self._deadline = deadline
+        self._has_time = has_time
         self.curve: list[tuple[int, float]] = []
         """(tokens trained on, validation loss in nats)."""
         self.stopped = False
         """Whether time ran out before the last step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        is_late = self._deadline is not None and time.perf_counter() > self._deadline
-        if is_late and state.global_step < state.max_steps:
+        if state.global_step < state.max_steps and not self._has_time():
             self.stopped = True
             control.should_evaluate = control.should_training_stop = True
 
