@@ -89,15 +89,15 @@ def _curve(losses: Tensor) -> list[float]:
 
 
 def rare_ids(use: Tensor) -> Tensor:
-    """bool [V]: the least frequent ids that make up `RARE_SHARE` of the text, or one more.
+    """bool [V]: the least frequent ids, which make up `RARE_SHARE` of the text at most.
 
     Args:
         use: [V], how often each is there.
     """
     ascending = use.argsort(stable=True)
-    before = use[ascending].cumsum(0) - use[ascending]
+    together = use[ascending].cumsum(0)
     is_rare = torch.zeros(len(use), dtype=torch.bool)
-    is_rare[ascending] = before < RARE_SHARE * use.sum()
+    is_rare[ascending] = together <= RARE_SHARE * use.sum()
     return is_rare
 
 
@@ -128,6 +128,11 @@ def _losses(model: Any, layers: list[Tensor], held_out: Tensor, is_rare: Tensor)
     after_rare = is_rare[held_out[:, :-1].cpu()]
     return {
         "validation_loss": float(nats.mean()),
-        "loss_after_rare": float(nats[after_rare].mean()),
-        "loss_after_frequent": float(nats[~after_rare].mean()),
+        "loss_after_rare": _mean(nats[after_rare]),
+        "loss_after_frequent": _mean(nats[~after_rare]),
     }
+
+
+def _mean(nats: Tensor) -> float | None:
+    """None of nothing."""
+    return float(nats.mean()) if len(nats) else None

@@ -5,7 +5,6 @@ trained again.
 """
 
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -72,7 +71,7 @@ def bench_forms(
     base = replace(base, training=replace(base.training, tokens=tokens, steps=None))
     study = Study(base, tokens, seeds)
     captures = device == "cuda" if graphs is None else graphs
-    place = Place(base, data, device, captures, max(1, (os.cpu_count() or 1) // jobs))
+    place = Place(base, data, device, captures, max(1, torch.get_num_threads() // jobs))
     folder = PointFolder(work, base)
     try:
         with _interruptible(), workers(jobs, place) as started:

@@ -12,6 +12,8 @@ from typing import Any
 Point = Mapping[str, Any]
 """A result of the study."""
 DENSE = "dense"
+FORMS = ("dense", "mole", "meki", "parts")
+"""In their order."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def main_tokens(points: Sequence[Point]) -> int:
 
 
 def trained(points: Sequence[Point], tokens: int) -> dict[str, Trained]:
-    """Each system after so many tokens, by name, in the points' order; without what failed.
+    """Each system after so many tokens, by name: dense, the paper's form and MeKi's from wide to
+    narrow rows, then parts in the points' order; without what failed.
 
     Of several learning rates the one with the most seeds counts, or else the best.
     """
@@ -73,7 +76,15 @@ def trained(points: Sequence[Point], tokens: int) -> dict[str, Trained]:
             found.setdefault(point["system"], {}).setdefault(point["learning_rate"], []).append(
                 point
             )
-    return {name: Trained(tuple(_of_best_rate(by_rate))) for name, by_rate in found.items()}
+    systems = {name: Trained(tuple(_of_best_rate(by_rate))) for name, by_rate in found.items()}
+    return dict(sorted(systems.items(), key=lambda item: _place(item[1].first)))
+
+
+def _place(point: Point) -> tuple[int, int, int]:
+    form = FORMS.index(point["form"])
+    if point["form"] == "parts":
+        return form, 0, 0
+    return form, point["num_rows"], point["widened_by"] - point["row_size"]
 
 
 def _of_best_rate(by_rate: Mapping[float, list[Point]]) -> list[Point]:

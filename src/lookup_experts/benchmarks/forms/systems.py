@@ -40,13 +40,25 @@ class System:
         """Tells it from all others."""
         if self.form == "dense":
             return f"dense, FFN + {self.widened_by}" if self.widened_by else "dense"
-        words = [f"mole-{self.num_rows}e" if self.form == "mole" else self.form]
+        words = [{"mole": f"mole-{self.num_rows}e", "meki": "meki"}.get(self.form, "")]
         if self.form == "parts":
-            words = [f"{self.num_rows} x " + " + ".join(self.parts)]
+            words = [self._parts_in_words]
+            if self.num_rows > 1:
+                words.append(f"{self.num_rows} rows")
         words.append(f"r {self.row_size}")
         if self.expert_size is not None:
             words.append(f"size {self.expert_size}")
         return ", ".join(words)
+
+    @property
+    def _parts_in_words(self) -> str:
+        left_out = [part for part in MEKI if part not in self.parts]
+        if len(left_out) > 1:
+            return " + ".join(self.parts)
+        added = [part for part in self.parts if part not in MEKI]
+        return "".join(
+            ["meki", *(f" without {part}" for part in left_out), *(f" with {p}" for p in added)]
+        )
 
     @property
     def family(self) -> str:
@@ -152,5 +164,6 @@ def taken_apart(width: int, ffn_size: int) -> list[System]:
     ]
     systems += [system(*made), system("static"), system("computed")]
     systems += [system(*made, part) for part in MEKI if part not in made]
-    systems += [system(*MEKI, num_rows=2, row_size=max(1, row // 2))]
+    # As many bytes in nf4 as a sixteenth of the paper's.
+    systems += [system(*MEKI, num_rows=2, row_size=fitting_row(width, 32))]
     return systems
