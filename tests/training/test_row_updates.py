@@ -7,18 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny_runs import make_data, tiny_recipe
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lookup_experts.errors import UserError
+from lookup_experts.training.costs import costs
 from lookup_experts.training.models import build_model
 from lookup_experts.training.row_updates import (
     RowAdamW,
     clip_gradients,
     exchange_gradients,
+    keep_whole,
     static_rows,
 )
+from lookup_experts.training.sharding import shard_model
 from lookup_experts.training.train import train
 
 V, R = 60, 5
@@ -198,3 +203,40 @@ def test_a_checkpoint_holds_what_adamw_would_have(data: Path, tmp_path: Path) ->
     one, two = (load_file(tmp_path / every / "model.safetensors") for every in ("1", "6"))
     for name, weight in one.items():
         torch.testing.assert_close(weight, two[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def alone() -> Any:
+    """A group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_neither_copies_nor_shards_send_static_rows() -> None:
+    model = build_model(tiny_recipe(MEKI), 300)
+    rows = {embedding.weight for embedding in keep_whole(model)}
+    assert len(rows) == 2
+    copies = nn.parallel.DistributedDataParallel(model)
+    assert rows.isdisjoint(copies._module_parameters)
+    assert len(copies._module_parameters) == len([*model.parameters()]) - len(rows)
+
+    model = build_model(tiny_recipe(MEKI), 300)
+    shard_model(model, torch.device("cpu"))
+    whole = {name for name, p in model.named_parameters() if not isinstance(p, DTensor)}
+    assert whole == {name for name, _ in model.named_parameters() if name.endswith("static.weight")}
+
+
+def test_dry_runs_count_static_rows_where_they_are() -> None:
+    recipe = tiny_recipe({"form": "meki", "row_size": 8, "size": 5})
+    model = build_model(recipe, 300)
+    total = sum(p.numel() for p in model.parameters())
+    static = sum(embedding.weight.numel() for embedding in static_rows(model))
+    memory = costs(recipe, 300, num_gpus=2).memory_per_gpu
+    assert memory["ddp"].weights == 4 * total
+    assert memory["ddp"].gradients == 4 * (total - static) == memory["ddp"].gathered
+    share = -(-(total - static) // 2)
+    assert memory["fsdp2"].gradients == 4 * share
+    assert memory["fsdp2"].weights == 4 * (share + static)
+    assert memory["fsdp2"].optimizer == 2 * memory["fsdp2"].weights
