@@ -221,6 +221,23 @@ def test_the_plan_goes_by_what_was_found():
     assert all(point.seed == 3 for point in longer)
 
 
+def test_neighbours_are_trained_side_by_side():
+    study = Study(tiny_recipe(), 1000, (3, 4))
+    alone, _ = study.groups({})
+    assert [len(group) for group in alone] == [4, 4, 4]
+    wide, waiting = study.groups({}, side_by_side=9)
+    assert [len(group) for group in wide] == [8, 4]
+    # What has begun isn't begun again, and counts as nobody's neighbour.
+    rest, same = study.groups({}, under_way=wide[0], side_by_side=9)
+    assert rest == wide[1:] and waiting == same
+    found = {point: result_of(point) for group in wide for point in group}
+    wide, _ = study.groups(found, side_by_side=9)
+    whole = [point for group in study.groups(found)[0] for point in group]
+    assert [point for group in wide for point in group] == whole
+    assert max(map(len, wide)) > 6
+    assert len(set(whole)) == len(whole)
+
+
 def test_families_whose_rate_is_unknown_wait_and_others_go_on():
     study = Study(tiny_recipe(), 1000, (0, 1))
     groups, waiting = study.groups({})
@@ -319,7 +336,17 @@ def is_gone(number):
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # trains some 90 models
 def test_a_study_is_killed_interrupted_and_finished(data, base, tmp_path):
-    arguments = command(data, base, tmp_path, "--jobs", "2", "--plot", str(tmp_path / "forms.png"))
+    arguments = command(
+        data,
+        base,
+        tmp_path,
+        "--jobs",
+        "2",
+        "--side-by-side",
+        "5",
+        "--plot",
+        str(tmp_path / "forms.png"),
+    )
     process = started(arguments)
     wait_for_points(process, 8)
     children = children_of(process)
@@ -411,7 +438,7 @@ def test_what_makes_no_sense_is_refused(more, words, data, base, tmp_path):
 
 def test_options_of_the_study_are_for_the_study(data, base, tmp_path):
     arguments = [word for word in command(data, base, tmp_path) if word != "--forms"]
-    for option in (("--jobs", "2"), ("--device", "cpu"), ("--no-graphs",)):
+    for option in (("--jobs", "2"), ("--side-by-side", "2"), ("--device", "cpu"), ("--no-graphs",)):
         done = run(cli.app, [*arguments, *option])
         assert "is of --forms" in str(done.exception), done.output
 

@@ -7,7 +7,7 @@
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class Point:
 Found = Mapping[Point, Mapping[str, Any]]
 """The results of points that are done."""
 Group = list[Point]
-"""Points of one system, to be trained side by side."""
+"""Points of as many tokens, to be trained side by side."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,17 @@ class Study:
     tokens: int
     seeds: tuple[int, ...]
 
-    def groups(self, found: Found) -> tuple[list[Group], int]:
-        """What is left to train as far as results tell, and how many tokens are left that wait
-        for results."""
+    def groups(
+        self, found: Found, under_way: Collection[Point] = (), side_by_side: int = 1
+    ) -> tuple[list[Group], int]:
+        """What is left to begin as far as results tell, and how many tokens are left that wait
+        for results.
+
+        Args:
+            found: results.
+            under_way: points that are being trained.
+            side_by_side: points of a group; those of one system stay together, however many.
+        """
         width, ffn_size = self.base.model.hidden_size, self.base.model.ffn_size
         rates = [
             [Point(system, self.tokens, self.seeds[0], rate) for rate in RATES]
@@ -89,8 +97,9 @@ class Study:
             ]
         else:
             waiting += LONGER * self.tokens * (2 + len(BUDGETS))
-        left = ([point for point in group if point not in found] for group in groups)
-        return [group for group in left if group], waiting
+        begun = {*found, *under_way}
+        left = [[point for point in group if point not in begun] for group in groups]
+        return _together(left, side_by_side), waiting
 
     def longer(self, groups: Sequence[Group], found: Found) -> list[System]:
         """Dense, the paper's form, and the best within each budget of bytes."""
@@ -105,6 +114,18 @@ class Study:
             if losses:
                 chosen.append(min(losses, key=lambda system: losses[system]))
         return list(dict.fromkeys(chosen))
+
+
+def _together(groups: Sequence[Group], most: int) -> list[Group]:
+    """Neighbours in one, as long as there are no more than so many points."""
+    found: list[Group] = []
+    for group in filter(None, groups):
+        last = found[-1] if found else []
+        if last and last[0].tokens == group[0].tokens and len(last) + len(group) <= most:
+            last += [point for point in group if point not in last]
+        else:
+            found.append(list(group))
+    return found
 
 
 def best_rate(group: Sequence[Point], found: Found) -> float | None:

@@ -38,6 +38,7 @@ def bench_forms(
     work: Path,
     device: str,
     jobs: int,
+    side_by_side: int,
     graphs: bool | None,
     results: Results,
 ) -> None:
@@ -50,7 +51,8 @@ def bench_forms(
         seeds: of the main stages.
         work: where the points' files go.
         device: `cpu` or `cuda`.
-        jobs: groups of points that are trained at the same time.
+        jobs: processes that train.
+        side_by_side: points that each trains at the same time.
         graphs: capture steps as CUDA graphs; None: on a GPU.
 
     Raises:
@@ -75,7 +77,7 @@ def bench_forms(
     folder = PointFolder(work, base)
     try:
         with _interruptible(), workers(jobs, place) as started:
-            _train_all(study, folder, started, results)
+            _train_all(study, folder, started, side_by_side, results)
     finally:
         if results.found:
             results.finish(draw)
@@ -121,7 +123,9 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _train_all(study: Study, folder: PointFolder, started: Workers, results: Results) -> None:
+def _train_all(
+    study: Study, folder: PointFolder, started: Workers, side_by_side: int, results: Results
+) -> None:
     found: dict[Point, Result] = {}
     pace = Pace()
 
@@ -130,7 +134,8 @@ def _train_all(study: Study, folder: PointFolder, started: Workers, results: Res
         results.add(result, say=lambda shown: f"{in_words(shown)}{pace.in_words()}")
 
     while True:
-        groups, waiting = study.groups(found)
+        under_way = {point for group in started.in_work for point in group}
+        groups, waiting = study.groups(found, under_way, side_by_side)
         before = len(found)
         for group in groups:
             for point in group:
@@ -139,11 +144,10 @@ def _train_all(study: Study, folder: PointFolder, started: Workers, results: Res
                     take(point, kept)
         if len(found) > before:  # which may tell what else there is to do
             continue
-        under_way = {point for group in started.in_work for point in group}
-        pace.left = waiting + sum(point.tokens for group in groups for point in group)
-        for group in groups:
-            if started.has_idle and under_way.isdisjoint(group):
-                started.begin(group)
+        left = [*under_way, *(point for group in groups for point in group)]
+        pace.left = waiting + sum(point.tokens for point in left)
+        for group in groups[: started.num_idle]:
+            started.begin(group)
         if not started.in_work:
             return
         for group, answer in started.finished():
@@ -157,8 +161,8 @@ def _train_all(study: Study, folder: PointFolder, started: Workers, results: Res
 
 def _no_memory(group: Group, why: str) -> UserError:
     return UserError(
-        f"{len(group)} x {group[0].system.name}: {why}. Run the command again with fewer --jobs: "
-        "it goes on."
+        f"{len(group)} models side by side, the first {group[0].system.name}: {why}. Run the "
+        "command again with fewer --jobs: it goes on."
     )
 
 

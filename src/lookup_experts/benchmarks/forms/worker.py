@@ -74,9 +74,9 @@ class Workers:
             self._idle.append(ours)
 
     @property
-    def has_idle(self) -> bool:
-        """Whether a group could begin now."""
-        return bool(self._idle)
+    def num_idle(self) -> int:
+        """How many groups could begin now."""
+        return len(self._idle)
 
     @property
     def in_work(self) -> list[Group]:
@@ -97,21 +97,35 @@ class Workers:
         """
         for pipe in wait(list(self._busy)):
             assert isinstance(pipe, Connection)
-            try:
-                answer = pipe.recv()
-            except (EOFError, OSError):
-                process = self._processes[pipe]
-                process.join()
-                systems = {point.system.name for point in self._busy[pipe]}
-                raise UserError(
-                    f"The process that trained {', '.join(systems)} {ending(process.exitcode)}. "
-                    "Run the command again, with fewer --jobs if memory ran out: it goes on."
-                ) from None
+            answer = self._answer(pipe)
             group = self._busy.pop(pipe)
             self._idle.append(pipe)
-            if isinstance(answer, BaseException):
-                raise answer
             yield group, answer
+
+    def wait_until_ready(self) -> None:
+        """Until all processes have their text and their device.
+
+        Raises:
+            UserError: a process has ended.
+        """
+        for pipe in self._idle:
+            self._answer(pipe)
+
+    def _answer(self, pipe: Connection) -> Any:
+        try:
+            answer = pipe.recv()
+        except (EOFError, OSError):
+            process = self._processes[pipe]
+            process.join()
+            systems = {point.system.name for point in self._busy.get(pipe, ())}
+            what = ", ".join(sorted(systems)) or "nothing yet"
+            raise UserError(
+                f"The process that trained {what} {ending(process.exitcode)}. Run the command "
+                "again, with fewer --jobs if memory ran out: it goes on."
+            ) from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
     def stop(self) -> None:
         """End all processes, whatever they are doing."""
@@ -127,6 +141,7 @@ def workers(count: int, place: Place) -> Iterator[Workers]:
     """`Workers` that have ended when the block has."""
     started = Workers(count, place)
     try:
+        started.wait_until_ready()
         yield started
     finally:
         started.stop()
@@ -138,6 +153,7 @@ def _serve(pipe: Connection, place: Place) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         trainer = GroupTrainer(place)
+        pipe.send(None)
         while True:
             pipe.send(trainer.train(pipe.recv()))
     except EOFError:

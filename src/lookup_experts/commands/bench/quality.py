@@ -45,6 +45,14 @@ def quality(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Of --forms: processes that train. Default: 1.")
     ] = None,
+    side_by_side: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of --forms: models that each process trains at a time, at least "
+            "those of one form that differ in their seeds.",
+        ),
+    ] = None,
     graphs: Annotated[
         bool | None,
         typer.Option(
@@ -79,10 +87,25 @@ def quality(
             raise UserError("--forms names its own systems; leave systems and --ablation out.")
         results = Results("quality", json, plot, work)
         kept = work / "points"
-        on, count = device or "cpu", jobs or 1
-        bench_forms(base, data, num_tokens, tuple(seed_numbers), kept, on, count, graphs, results)
+        bench_forms(
+            base,
+            data,
+            num_tokens,
+            tuple(seed_numbers),
+            kept,
+            device or "cpu",
+            jobs or 1,
+            side_by_side or 1,
+            graphs,
+            results,
+        )
         return
-    for option, value in (("--device", device), ("--jobs", jobs), ("--graphs", graphs)):
+    for option, value in (
+        ("--device", device),
+        ("--jobs", jobs),
+        ("--side-by-side", side_by_side),
+        ("--graphs", graphs),
+    ):
         if value is not None:
             raise UserError(f"{option} is of --forms; a recipe's runs know none.")
     try:
