@@ -5,6 +5,7 @@ import typer
 from lookup_experts.commands.bench.build import build
 from lookup_experts.commands.bench.cache import cache
 from lookup_experts.commands.bench.decode import decode
+from lookup_experts.commands.bench.gpu import gpu
 from lookup_experts.commands.bench.latency import latency
 from lookup_experts.commands.bench.memory import memory
 from lookup_experts.commands.bench.prefill import prefill
@@ -19,5 +20,17 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-for measurement in (decode, prefill, read, build, memory, cache, latency, quality, train, serve):
+for measurement in (
+    decode,
+    prefill,
+    read,
+    build,
+    memory,
+    cache,
+    latency,
+    quality,
+    train,
+    serve,
+    gpu,
+):
     app.command()(measurement)
