@@ -172,6 +172,7 @@ def serve(reports: Sequence[Result]) -> str:
         "system": "{system}",
         "tokens/s": "{tokens_per_second:.1f}",
         "× dense": "{ratio_to_dense:.2f}",
+        "× eager?": "{ratio_to_eager:.2f}",
         **SERVED,
     }
     return table(results_of(reports), columns)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lookup_experts import allocation, console
@@ -36,8 +37,11 @@ class Comparison:
     """Where the table is kept."""
     device: str = "cpu"
 
-    def prepare(self) -> tuple[dict[str, Any], TextWindows]:
+    def prepare(self, text: np.ndarray | None = None) -> tuple[dict[str, Any], TextWindows]:
         """The models by name, `mole` and `dense`, and text for them.
+
+        Args:
+            text: token ids, in place of those that `ids` names.
 
         Raises:
             UserError: no such device, shape, encoding or text.
@@ -46,7 +50,9 @@ class Comparison:
         check_device(self.device)
         allocation.keep_freed_memory()
         table = random_table(self.case, self.work)
-        ids = id_stream(self.ids, self.case.layout.shape.vocab_size, self.work)
+        ids = text
+        if ids is None:
+            ids = id_stream(self.ids, self.case.layout.shape.vocab_size, self.work)
         dense = dense_model(self.case, self.device)
         mole = table_model(self.case, table, self.store, self.cache_bytes, console.say, self.device)
         return {"mole": mole, "dense": dense}, TextWindows(ids, device=self.device)
@@ -111,7 +117,7 @@ def speeds(
         "encoding": reader.table.layout.encoding.name,
         "cache_bytes": read.cache_bytes,
         "bytes_per_step": bytes_per_step,
-        "hit_rate": read.cache_hits / max(1, read.ids_unique),
+        "hit_rate": read.cache_hits / read.ids_unique if read.ids_unique else None,
         "wait_ms": read.wait_seconds / batches * 1e3,
         "page_cache_bypassed": from_disk >= read.bytes_read if past_page_cache else None,
         "share_of_disk_bandwidth": (

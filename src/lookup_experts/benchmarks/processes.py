@@ -146,7 +146,7 @@ def _start(work: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Connec
     process = multiprocessing.get_context("spawn").Process(
         target=_answer, args=(theirs, work, arguments)
     )
-    with _signals_blocked():
+    with signals_blocked():
         process.start()
     theirs.close()
     return ours, process
@@ -199,7 +199,7 @@ def _passing_on_signals(pipes: Iterable[Connection]) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Have a process that is started here begin, and stay, with the signals blocked.
 
     A terminal and a service manager send them to all processes, and it would get them twice: from

@@ -5,6 +5,7 @@ import typer
 from lookup_experts.commands.bench.build import build
 from lookup_experts.commands.bench.cache import cache
 from lookup_experts.commands.bench.decode import decode
+from lookup_experts.commands.bench.gpu import gpu
 from lookup_experts.commands.bench.latency import latency
 from lookup_experts.commands.bench.memory import memory
 from lookup_experts.commands.bench.prefill import prefill
@@ -21,6 +22,17 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 for measurement in (
-    *(decode, prefill, read, build, memory, cache, latency, quality, scale, train, serve),
+    decode,
+    prefill,
+    read,
+    build,
+    memory,
+    cache,
+    latency,
+    quality,
+    scale,
+    train,
+    serve,
+    gpu,
 ):
     app.command()(measurement)

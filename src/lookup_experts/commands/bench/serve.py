@@ -31,17 +31,22 @@ def serve(
     json: bench_options.JsonFile = None,
     plot: bench_options.Plot = None,
 ) -> None:
-    """`mole serve` under concurrent streams of OpenAI's client: MoLE from disk beside dense.
+    """`mole serve` under concurrent streams: MoLE beside dense, on a GPU also without CUDA graphs.
 
     Example: `mole bench serve --streams 1,8,32 --json serve.json --plot serve.png`
     """
     from lookup_experts.benchmarks.results import Results
-    from lookup_experts.benchmarks.serve import bench_serve
+    from lookup_experts.benchmarks.serve import EAGER, bench_serve
 
     common = ("--device", device, "--max-batch", max(bench_options.counts(streams)))
-    servers = {"dense": common, "mole": ("--store", store, "--cache", cache, *common)}
-    if soak:
-        del servers["dense"]
+    servers: dict[str, tuple[object, ...]]
+    servers = {"mole": ("--store", store, "--cache", cache, *common)}
+    if not soak:
+        servers = {"dense": common, **servers}
+        if device.startswith("cuda"):
+            servers |= {
+                f"{name}{EAGER}": (*words, "--no-graphs") for name, words in servers.items()
+            }
     bench_serve(
         bench_options.case_of(shape, experts, encoding, dtype),
         servers,

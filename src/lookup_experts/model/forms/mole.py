@@ -25,9 +25,10 @@ from lookup_experts.model.forms import (
     RowObserver,
     Sizes,
     is_called_plainly,
+    plain_weights,
 )
 from lookup_experts.model.router_losses import record_logits
-from lookup_experts.model.rows import TokenRows
+from lookup_experts.model.rows import Addition, StepRows, TokenRows
 from lookup_experts.model.settings import LookupSettings
 
 HAS_ROUTER = True
@@ -240,6 +241,16 @@ class LookupExperts(LookupBlock):
             return logits.softmax(dim=-1, dtype=torch.float32)
         return logits.softmax(dim=-1)
 
+    def begin(self, hidden_states: Tensor, rows: StepRows) -> Addition | None:
+        """See `LookupBlock.begin`."""
+        router, out_proj = self._modules["router"], self._modules.get("out_proj")
+        weights = plain_weights(*[router] if out_proj is None else [router, out_proj])
+        if weights is None:
+            return None
+        return rows.begin_routed(
+            self.layer, hidden_states, weights[0], None if out_proj is None else weights[1]
+        )
+
     def add_to(
         self,
         output: Tensor,
@@ -287,12 +298,7 @@ class LookupExperts(LookupBlock):
         route_mix_add = getattr(rows, "route_mix_add", None)
         if route_mix_add is None:
             return None
-        router: Any = self._modules["router"]
-        weight = router._parameters.get("weight")
-        if (
-            not is_called_plainly(router, nn.Linear)
-            or type(weight) is not nn.Parameter
-            or not (type(hidden_states) is type(output) is Tensor)
-        ):
+        weights = plain_weights(self._modules["router"])
+        if weights is None or not (type(hidden_states) is type(output) is Tensor):
             return None
-        return route_mix_add(self.layer, hidden_states, weight, output)
+        return route_mix_add(self.layer, hidden_states, *weights, output)
