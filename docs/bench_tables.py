@@ -326,3 +326,37 @@ def lead_curves(reports: Sequence[Result]) -> str:
         for tokens, loss in dense["curve"]
     ]
     return markdown(["after", dense["system"], *(r["system"] for r in others)], rows)
+
+
+ABLATIONS: dict[str, dict[str, float | None]] = {
+    "path": {
+        "MoE: 2 of 10 experts": 40.3,
+        "all 10 active": 41.8,
+        "1 shared and 4 routed experts of twice the size, all active": 41.5,
+        "routed experts see the embedding: MoLE": 40.8,
+    },
+    "losses": {
+        "of the language model alone": 41.9,
+        "and load balance": 41.7,
+        "and z-loss": 40.6,
+    },
+    "size": {"d": 40.8, "4d": 41.9, "16d": 41.7},
+    "number": {"2": 39.7, "4": 40.8, "8": None, "16": 41.9, "32": 42.3},
+}
+"""The paper's ablations (section 4.3), in the order of `mole bench quality --ablation`: what each
+system is, and its average accuracy over eight tasks there, in percent."""
+
+
+def ablation(name: str, reports: Sequence[Result]) -> str:
+    """A row for each system of `mole bench quality --ablation NAME`, beside the paper's figure."""
+    found = zip(ABLATIONS[name].items(), results_of(reports), strict=True)
+    rows = [{**result, "what": what, "paper": paper} for (what, paper), result in found]
+    columns: dict[str, Column] = {
+        name: "{what}",
+        "paper, accuracy": lambda row: "" if row["paper"] is None else f"{row['paper']:.1f}",
+        "validation loss": lambda row: row.get("failed") or loss_over_seeds(row),
+        "seeds": lambda row: str(len(row["seeds"])),
+        "parameters, trained?": "{parameters[trained]:,}",
+        "resident?": "{parameters[resident]:,}",
+    }
+    return table(rows, columns)

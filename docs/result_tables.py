@@ -5,6 +5,7 @@ here and in `bench_tables.py`, mostly one call of `table`, and name it in `RENDE
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 
 import bench_tables as bench
@@ -125,6 +126,7 @@ def readme_quality(reports: Sequence[Result]) -> str:
 
 
 RENDERERS: dict[str, Callable[[Sequence[Result]], str]] = {
+    **{f"ablation-{name}": partial(bench.ablation, name) for name in bench.ABLATIONS},
     "build": bench.build,
     "cache-policies": cache_policies,
     "decode": bench.decode,

@@ -149,6 +149,7 @@ def test_runs_are_trained_once_and_added_up_over_the_seeds(data, base, tmp_path)
         (("mole-4e", "--ablation", "size"), "not both"),
         (("mole-4e:sise=3",), "sise"),
         (("dense", "--plot", "curves"), "curves is no name of a picture"),
+        (("dense", "--set", "model.moe={num_experts: 2}"), "on a dense --recipe"),
     ],
 )
 def test_bad_input_is_told_in_one_line(data, base, tmp_path, arguments, words):

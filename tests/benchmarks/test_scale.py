@@ -205,6 +205,7 @@ def test_a_loss_that_is_not_finite_is_told(data, base, tmp_path):
     [
         (("dens",), "No system is called 'dens'"),
         (("meki:num_experts=4",), "no experts to count"),
+        (("dense", "--set", "model.moe={num_experts: 2}"), "on a dense --recipe"),
         (("dense", "--set", "training.length=3"), "training.length"),
         (("dense", "--set", "training.context_length=4096"), "at least as many"),
     ],

@@ -72,12 +72,22 @@ def bench_quality(
     the default ones; see `train_all` for the rest."""
     if names and ablation:
         raise UserError("Name systems, or an --ablation, which names its own; not both.")
+    require_dense(base)
     console.quiet_transformers()
     chosen = ablation_systems(ablation, base) if ablation else names or DEFAULT_SYSTEMS
     systems = [System.parse(name) for name in chosen]
     runs = train_all(systems, seeds, base, data, tokens, work, console.say, jobs)
     results.add(*add_up(runs), say=in_words)
     results.finish(draw_curves)
+
+
+def require_dense(base: Recipe) -> None:
+    """Refuse a recipe whose experts those of the systems would replace without a word."""
+    if base.model.experts is not None or base.model.moe is not None:
+        raise UserError(
+            "Systems are compared on a dense --recipe, to which each adds its experts; this one "
+            "has some."
+        )
 
 
 # ------------------------------------------------------------------------------------ systems

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from lookup_experts import console
-from lookup_experts.benchmarks.quality import System, draw_curves
+from lookup_experts.benchmarks.quality import System, draw_curves, require_dense
 from lookup_experts.benchmarks.results import Result, Results
 from lookup_experts.benchmarks.timing import clock_of
 from lookup_experts.errors import UserError
@@ -81,6 +81,7 @@ def bench_scale(
     """
     deadline = None if seconds is None else time.perf_counter() + seconds
     console.quiet_transformers()
+    require_dense(base)
     TokenShards(data, "validation")  # an error where no text was held out
     source = TrainingData([data])
     base = with_vocabulary(base, source.vocabulary.vocab_size)
