@@ -186,10 +186,10 @@ def test_what_fails_is_told_and_the_others_go_on(data, base, tmp_path, monkeypat
     done, out = bench(data, base, tmp_path, "moe-4e", "dense")
     assert done.exit_code == 0, done.output
     failed, trained = json.loads(out.read_text())["results"]
-    assert failed == {"system": "moe-4e", "failed": "RuntimeError: no such kernel"}
+    assert failed == {"system": "moe-4e", "failed": "RuntimeError: no such kernel."}
     assert trained["tokens"] == TOKENS
     rows = result_rows("scale", [trained, failed])
-    assert rows[1]["validation loss"] == "RuntimeError: no such kernel"
+    assert rows[1]["validation loss"] == "RuntimeError: no such kernel."
 
 
 def test_a_loss_that_is_not_finite_is_told(data, base, tmp_path):

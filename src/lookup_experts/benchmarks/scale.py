@@ -28,6 +28,7 @@ from lookup_experts.evaluation.recall import measure_recall, word_ids
 from lookup_experts.training.callbacks import LogAtMilestones, Record, RefuseNonFinite
 from lookup_experts.training.costs import costs
 from lookup_experts.training.data import TokenShards
+from lookup_experts.training.documents import first_line
 from lookup_experts.training.history import History
 from lookup_experts.training.models import build_model, count_parameters, with_vocabulary
 from lookup_experts.training.prepare import TOKENIZER_NAME
@@ -45,9 +46,9 @@ MOST_PASSES = 4
 """Over the training text; what is read more often teaches little (arXiv 2305.16264)."""
 WARM_UP_STEPS, TIMED_STEPS = 4, 8
 """Of what tells how fast a system is."""
-SECONDS_BESIDE = 4.0
+SECONDS_BESIDE = 3.0
 """That a system takes beside its steps and validations: its way to the device, recall."""
-RESERVE = 0.06
+RESERVE = 0.05
 """Of the time, for steps that are slower later."""
 LEAST_STEPS = 10
 RECALL_BATCH = 32
@@ -177,7 +178,7 @@ class _Study:
                 trials[system.name] = trial = self._trial(system, copy.deepcopy(model))
             # Torch's, out of memory among them, and a loss that isn't finite.
             except (RuntimeError, UserError) as error:
-                results.add({"system": system.name, "failed": _first_line(error)}, say=in_words)
+                results.add({"system": system.name, "failed": _in_a_line(error)}, say=in_words)
                 continue
             finally:
                 _free_memory()
@@ -239,7 +240,7 @@ class _Study:
             seconds = self._run(system, recipe, model, [watch])
             return self._result(system, recipe, model, watch, seconds, dense)
         except (RuntimeError, UserError) as error:  # as in `try_out`
-            return {"system": system.name, "seeds": [self._seed], "failed": _first_line(error)}
+            return {"system": system.name, "seeds": [self._seed], "failed": _in_a_line(error)}
         finally:
             del model
             _free_memory()
@@ -405,8 +406,8 @@ def _clock() -> Clock:
     return clock_of("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _free_memory() -> None:
