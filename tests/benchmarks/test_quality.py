@@ -19,6 +19,7 @@ from tiny_runs import make_data, tiny_recipe
 from typer.testing import CliRunner
 
 from lookup_experts import cli
+from lookup_experts.benchmarks import quality
 from lookup_experts.benchmarks.quality import (
     Pace,
     System,
@@ -275,6 +276,32 @@ def test_ctrl_c_ends_the_comparison_with_a_checkpoint_and_the_next_call_goes_on(
     assert again.returncode == 0, again.stderr
     assert f"Going on after step {step}." in again.stderr
     assert json.loads(again.stdout)["results"][0]["seeds"] == [0]
+
+
+@pytest.mark.slow
+def test_runs_at_the_same_time_give_the_same_and_finished_ones_start_nothing(
+    data, tmp_path, monkeypatch
+):
+    systems, base, said = [System.parse(name) for name in ("dense", "mole-2e")], tiny_recipe(), []
+
+    def compare(jobs, tokens=1000):
+        folder = tmp_path / str(jobs)
+        runs = train_all(systems, [0], base, data, tokens, folder, said.append, jobs)
+        return [(run.curve, run.table) for run in runs]
+
+    together = compare(2)
+    assert together == compare(1)
+    assert together[1][1]["table"] == pytest.approx(together[1][1]["experts"])
+    assert any("mole-2e: validation loss" in line for line in said)
+
+    def nothing(work, calls, *more):
+        assert not calls
+        return iter(())
+
+    monkeypatch.setattr(quality, "in_own_processes", nothing)
+    assert compare(2) == together
+    with pytest.raises(UserError, match="holds a run with another recipe"):
+        compare(2, tokens=2000)
 
 
 def test_time_left_is_that_of_the_same_system_or_else_of_all():
