@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import bench_tables as bench
+import forms_tables as forms
 from bench_tables import cache_budget
 from markdown_tables import Column, Result, loss_over_seeds, markdown, results_of, table
 
@@ -129,6 +130,11 @@ RENDERERS: dict[str, Callable[[Sequence[Result]], str]] = {
     "decode": bench.decode,
     "encodings": encodings,
     "evaluation": evaluation,
+    "forms": forms.forms,
+    "forms-budgets": forms.forms_budgets,
+    "forms-bytes": forms.forms_bytes,
+    "forms-longer": forms.forms_longer,
+    "forms-rates": forms.forms_rates,
     "latency": bench.latency,
     "latency-by-batch": bench.latency_by_batch,
     "memory": bench.memory,

@@ -87,7 +87,7 @@ def in_own_process(work: Callable[..., Answer], *arguments: Any) -> Answer:
         target=_answer, args=(theirs, work, arguments)
     )
     with _passing_on_signals(ours) as received:
-        with _signals_blocked():
+        with signals_blocked():
             process.start()
         theirs.close()
         try:
@@ -132,7 +132,7 @@ def _passing_on_signals(pipe: Connection) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Have a process that is started here begin, and stay, with the signals blocked.
 
     A terminal and a service manager send them to all processes, and it would get them twice: from
