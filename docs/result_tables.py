@@ -5,6 +5,7 @@ here and in `bench_tables.py`, mostly one call of `table`, and name it in `RENDE
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 
 import bench_tables as bench
@@ -125,6 +126,7 @@ def readme_quality(reports: Sequence[Result]) -> str:
 
 
 RENDERERS: dict[str, Callable[[Sequence[Result]], str]] = {
+    **{f"ablation-{name}": partial(bench.ablation, name) for name in bench.ABLATIONS},
     "build": bench.build,
     "cache-policies": cache_policies,
     "decode": bench.decode,
@@ -137,6 +139,7 @@ RENDERERS: dict[str, Callable[[Sequence[Result]], str]] = {
     "forms-rates": forms.forms_rates,
     "latency": bench.latency,
     "latency-by-batch": bench.latency_by_batch,
+    "lead-curves": bench.lead_curves,
     "memory": bench.memory,
     "prefill": bench.prefill,
     "prompt-memory": bench.prompt_memory,
@@ -145,6 +148,7 @@ RENDERERS: dict[str, Callable[[Sequence[Result]], str]] = {
     "read": bench.read,
     "readme-quality": readme_quality,
     "readme-speed": readme_speed,
+    "scale": bench.scale,
     "serve": bench.serve,
     "soak": bench.soak,
     "train": bench.train,

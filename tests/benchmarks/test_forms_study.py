@@ -438,7 +438,7 @@ def test_what_makes_no_sense_is_refused(more, words, data, base, tmp_path):
 
 def test_options_of_the_study_are_for_the_study(data, base, tmp_path):
     arguments = [word for word in command(data, base, tmp_path) if word != "--forms"]
-    for option in (("--jobs", "2"), ("--side-by-side", "2"), ("--device", "cpu"), ("--no-graphs",)):
+    for option in (("--side-by-side", "2"), ("--device", "cpu"), ("--no-graphs",)):
         done = run(cli.app, [*arguments, *option])
         assert "is of --forms" in str(done.exception), done.output
 

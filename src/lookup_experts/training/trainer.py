@@ -85,6 +85,8 @@ def training_arguments(recipe: RecipeFile, run: RunFolder, validates: bool) -> T
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
+        # A blocking copy of a batch would wait for all of the step before.
+        accelerator_config={"non_blocking": on_gpu},
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         use_cpu=not on_gpu,

@@ -42,9 +42,7 @@ def quality(
     device: Annotated[
         str | None, typer.Option(help="Of --forms: cpu, the default, or cuda.")
     ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Of --forms: processes that train. Default: 1.")
-    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that train at the same time.")] = 1,
     side_by_side: Annotated[
         int | None,
         typer.Option(
@@ -94,7 +92,7 @@ def quality(
             tuple(seed_numbers),
             kept,
             device or "cpu",
-            jobs or 1,
+            jobs,
             side_by_side or 1,
             graphs,
             results,
@@ -102,7 +100,6 @@ def quality(
         return
     for option, value in (
         ("--device", device),
-        ("--jobs", jobs),
         ("--side-by-side", side_by_side),
         ("--graphs", graphs),
     ):
@@ -110,7 +107,9 @@ def quality(
             raise UserError(f"{option} is of --forms; a recipe's runs know none.")
     try:
         results = Results("quality", json, plot)
-        bench_quality(systems or (), ablation, seed_numbers, base, data, num_tokens, work, results)
+        bench_quality(
+            systems or (), ablation, seed_numbers, base, data, num_tokens, work, jobs, results
+        )
     except TrainingInterrupted as interrupted:
         console.say(str(interrupted))
         raise typer.Exit(EXIT_INTERRUPTED) from None
