@@ -22,12 +22,10 @@ from lookup_experts import cli
 from lookup_experts.benchmarks.quality import (
     Pace,
     System,
-    TrainedRun,
     ablation_systems,
     add_up,
     in_words,
     train_all,
-    train_one,
 )
 from lookup_experts.errors import UserError
 from lookup_experts.training.checkpoints import checkpoint_step, last_checkpoint
@@ -151,6 +149,7 @@ def test_runs_are_trained_once_and_added_up_over_the_seeds(data, base, tmp_path)
         (("mole-4e", "--ablation", "size"), "not both"),
         (("mole-4e:sise=3",), "sise"),
         (("dense", "--plot", "curves"), "curves is no name of a picture"),
+        (("dense", "--set", "model.moe={num_experts: 2}"), "on a dense --recipe"),
     ],
 )
 def test_bad_input_is_told_in_one_line(data, base, tmp_path, arguments, words):
@@ -169,10 +168,9 @@ def test_without_held_out_text_nothing_is_trained(base, tmp_path):
 def test_a_system_without_enough_memory_is_reported_as_such(data, tmp_path):
     said = []
     system = System.parse("moe-4e:size=10000000000000")
-    recipe = system.recipe(tiny_recipe(), tokens=1000, seed=0, points=2)
-    failed = train_one(system, recipe, data, tmp_path / "run", said.append)
+    (failed,) = train_all([system], [0], tiny_recipe(), data, 1000, tmp_path, said.append)
     assert failed.summary is None
-    assert said == [f"{system.name}, seed 0: out of memory. The others go on."]
+    assert said[1:] == [f"{system.name}, seed 0: out of memory. The others go on."]
     (result,) = add_up([failed])
     assert in_words(result) == f"  {system.name}: out of memory"
     (row,) = result_rows("quality", [result])
@@ -209,7 +207,7 @@ def test_a_killed_run_is_reported_and_the_rest_goes_on(data, tmp_path):
     everything = [System.parse(name) for name in ("moe-4e", "mole-2e")]
 
     def compare(seeds):
-        return list(train_all(everything, seeds, base, data, 2000, work, said.append))
+        return train_all(everything, seeds, base, data, 2000, work, said.append)
 
     training = work / "moe-4e-seed0"
     with killing(
@@ -291,9 +289,7 @@ def test_time_left_is_that_of_the_same_system_or_else_of_all():
 
 
 def test_a_single_seed_has_no_spread(data, base, tmp_path):
-    system = System.parse("dense")
-    recipe = system.recipe(tiny_recipe(), tokens=500, seed=0, points=2)
-    trained: TrainedRun = train_one(system, recipe, data, tmp_path / "run", print)
-    (result,) = add_up([trained])
+    systems = [System.parse("dense")]
+    (result,) = add_up(train_all(systems, [0], tiny_recipe(), data, 500, tmp_path, print))
     assert "validation_loss_std" not in result
     assert "(1 seed," in in_words(result)
