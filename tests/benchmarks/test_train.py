@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from lookup_experts import cli
 from lookup_experts.benchmarks import train
+from lookup_experts.benchmarks.text import TextWindows
+from lookup_experts.benchmarks.train import TrainingCase
 from lookup_experts.errors import UserError
 
 run = CliRunner().invoke
@@ -143,3 +145,13 @@ def test_bad_input(ids, arguments, words):
     done = run(cli.app, [*common, *arguments])
     assert isinstance(done.exception, UserError)
     assert words in str(done.exception)
+
+
+def test_a_gpu_is_warmed_up_by_a_step_of_the_size_that_counts(ids):
+    """Where memory is taken and kernels are chosen; the device `meta` stands for it."""
+    windows = TextWindows(np.load(ids))
+    case = TrainingCase({"hidden_size": 64}, context=32, device="meta")
+    batch = train._warm_up_batch(case, windows, 128)
+    assert batch.shape == (4, 33) and batch.device.type == "meta"
+    on_cpu = TrainingCase({"hidden_size": 64}, context=32)
+    assert train._warm_up_batch(on_cpu, windows, 128).shape == (1, 33)

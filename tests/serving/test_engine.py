@@ -381,6 +381,50 @@ def test_only_the_sequences_whose_records_fail_end(model, monkeypatch, place):
         assert isinstance(bench.run(GenerationRequest([3, 4], 2))[0].end, Failed | Finished)
 
 
+class UnreadableLate:
+    """As a GPU does: a record that can't be read becomes numbers that are none, and the next time
+    that something is asked for tells why."""
+
+    def __init__(self, table, bad: int) -> None:
+        self._table, self._bad = table, bad
+        self._error = None
+
+    def rows(self, ids, ready=False, base_model=None):
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        if (ids == self._bad).any():
+            self._error = TableError(f"shard: record {self._bad} can't be read.")
+        return _NoNumbers(self._table.rows(ids, ready, base_model), ids == self._bad)
+
+
+class _NoNumbers:
+    def __init__(self, rows, is_bad) -> None:
+        self._rows, self._is_bad = rows, is_bad.view(-1, 1)
+        self.index, self.num_positions = rows.index, rows.num_positions
+
+    def mix(self, layer, weights, experts=None):
+        mixed = self._rows.mix(layer, weights, experts)
+        return mixed.masked_fill(self._is_bad, float("nan"))
+
+
+@pytest.mark.parametrize("place", ["prompt", "step"])
+def test_errors_that_are_told_late_end_their_own_sequences(model, monkeypatch, place):
+    prompts = [[5, 6, 7], [8, 9, 10], [12, 13, 14]]
+    expected = [expected_of(model, prompt, 20) for prompt in prompts]
+    others = {*prompts[0], *prompts[2], *expected[0], *expected[2]}
+    fed = [10] if place == "prompt" else expected[1][:-1]
+    bad = next(one for one in fed if one not in others)
+    context = model.lookup_entrance
+    monkeypatch.setattr(context, "source", UnreadableLate(context.source, bad))
+    with Bench(model) as bench:
+        done = bench.run(*(GenerationRequest(prompt, 20) for prompt in prompts))
+        assert [done[0].ids, done[2].ids] == [expected[0], expected[2]]
+        assert done[1].end == Failed("table_error", f"shard: record {bad} can't be read.")
+        assert b"mole_table_errors_total 1.0" in bench.metrics.exposition()
+        assert bench.run(GenerationRequest(prompts[0], 20))[0].ids == expected[0]
+
+
 def test_a_defect_fails_what_runs_and_the_engine_goes_on(model, monkeypatch, capsys):
     with Bench(model) as bench:
         with monkeypatch.context() as patched:

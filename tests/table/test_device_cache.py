@@ -302,7 +302,7 @@ def test_hot_records_by_the_tables_counts(tmp_path):
         assert cache.counts().records_read == 3
         assert np.array_equal(fetched(cache, [250, 3, 77]), records[[250, 3, 77]])
         assert cache.counts().hot_hits == 3
-        assert cache.fill() == 2
+        assert cache.fill() == 5
         before = cache.counts()
         assert np.array_equal(fetched(cache, [5, 6]), records[[5, 6]])
         assert cache.counts().ram_hits == before.ram_hits + 2

@@ -42,6 +42,7 @@ from lookup_experts.training.recipe import Recipe
 HEAD_CHUNK = 1024
 """Positions whose logits are in memory at a time; all of a large micro batch's would not fit."""
 WARM_UP_TOKENS = 128
+"""On a CPU."""
 
 Key = tuple[str, int | None]
 """A system's name, and its experts per layer; None for `dense`."""
@@ -214,7 +215,7 @@ def measure_training(
         dense. `speedup_over_unique` is of shared expert outputs. What doesn't apply is None.
     """
     case = systems.case
-    warm_up = windows.take(1, min(case.context, WARM_UP_TOKENS) + 1).to(case.device)
+    warm_up = _warm_up_batch(case, windows, tokens)
     for key in systems.keys:
         systems.step(key, [warm_up])
     seconds: dict[Key, list[float]] = {key: [] for key in [*systems.keys, MATMUL]}
@@ -276,6 +277,16 @@ def measure_training(
         }
 
     return [result_of(key) for key in systems.keys]
+
+
+def _warm_up_batch(case: TrainingCase, windows: TextWindows, tokens: int) -> Tensor:
+    """What the systems see before the first step that counts: a little text; on a GPU, where memory
+    is taken and kernels are chosen for the sizes of a step, a whole micro batch."""
+    if case.device == "cpu":
+        batch = windows.take(1, min(case.context, WARM_UP_TOKENS) + 1)
+    else:
+        batch = windows.take(tokens // case.context, case.context + 1)
+    return batch.to(case.device)
 
 
 class _Product:

@@ -151,6 +151,9 @@ def why_not_fixed(model: Any) -> str | None:
 class Decoding:
     """Greedy decoding of a batch whose sequences begin together, token by token.
 
+    A record that can't be read becomes numbers that are none in its own sequence; the next `begin`
+    raises the `TableError`.
+
     Args:
         model: a causal LM, in evaluation mode.
         most_tokens: of the longest sequence, prompt included.

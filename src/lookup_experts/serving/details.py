@@ -25,17 +25,18 @@ class LookupWatch:
         self._device = model.device
         source = getattr(model, "expert_source", None)
         self.table: TableExperts | None = source if isinstance(source, TableExperts) else None
-        self._embeddings: list[Any] = [
-            reader
-            for reader in getattr(model, "embedding_readers", {}).values()
-            if reader.rows_per_token == 1
-        ]
-        self._reads = self.table is not None and self.table.stats().store != "memory"
+        self._embeddings: list[TableExperts] = [*getattr(model, "embedding_readers", {}).values()]
+        # A GPU finds records itself, and tells nobody of single ones.
+        self._reads = (
+            self.table is not None
+            and self.table.stats().store != "memory"
+            and self._device.type == "cpu"
+        )
 
     def were_cached(self, token_ids: Sequence[int]) -> list[bool] | None:
         """For each id of the batch that was just forwarded, whether its record needed no reading.
 
-        None where nothing is read: no table, or the whole table in memory.
+        None where nothing is read: no table, or the whole table in memory; and on a GPU.
         """
         if self.table is None or not self._reads:
             return None
@@ -44,17 +45,30 @@ class LookupWatch:
 
     def read_error(self, token_id: int) -> TableError | None:
         """Why the record of a token can't be read, or None if it can."""
-        source = self._entrance.source if self._entrance is not None else None
-        reading = list(self._embeddings)
-        if source is not None and not isinstance(source, FFNExperts):  # which reads nothing
-            reading.append(source)
         ids = torch.tensor([[token_id]], device=self._device)
+        by_token = [reader for reader in self._embeddings if reader.rows_per_token == 1]
         try:
-            for reader in reading:
+            for reader in self._experts() + by_token:
                 reader.rows(ids).layer(0)
         except TableError as error:
             return error
         return None
+
+    def late_error(self) -> TableError | None:
+        """What a GPU met when it looked for records in a step that is over: such steps go on, with
+        numbers that are none, and the reader tells of it the next time that it is asked for
+        something. None where nothing went wrong."""
+        try:
+            for reader in self._experts() + self._embeddings:
+                reader.rows(torch.empty(1, 0, dtype=torch.int64, device=self._device))
+        except TableError as error:
+            return error
+        return None
+
+    def _experts(self) -> list[Any]:
+        """The source of the experts' rows, if it reads any."""
+        source = self._entrance.source if self._entrance is not None else None
+        return [] if source is None or isinstance(source, FFNExperts) else [source]
 
     @contextmanager
     def weights(self, asked: bool) -> Iterator[list[Tensor]]:

@@ -344,17 +344,22 @@ class Engine:
         sequences = [self._running[row] for row in rows]
         picked = choose(logits, [sequence.request.chooser for sequence in sequences])
         chosen, finite = torch.stack((picked, _finite_rows(logits, picked))).tolist()
+        failure = _NO_NUMBERS if all(finite) else self._why_no_numbers()
         scored = _scores(sequences, logits, picked)
         for place, row in reversed(list(enumerate(rows))):  # a row's end moves only later ones
             sequence = sequences[place]
             if finite[place]:
                 events = self._events_of(sequence, chosen[place], scored[place], lookup[place])
             else:
-                events = [_NO_NUMBERS]
+                events = [failure]
             for event in events:
                 self._reports.tell(sequence, event)
             if sequence.has_ended:
                 self._remove_row(row, wipe=not finite[place])
+
+    def _why_no_numbers(self) -> Failed:
+        error = self._watch.late_error()
+        return _NO_NUMBERS if error is None else Failed("table_error", str(error))
 
     def _events_of(
         self,

@@ -11,6 +11,7 @@ from lookup_experts.commands.bench.memory import memory
 from lookup_experts.commands.bench.prefill import prefill
 from lookup_experts.commands.bench.quality import quality
 from lookup_experts.commands.bench.read import read
+from lookup_experts.commands.bench.scale import scale
 from lookup_experts.commands.bench.serve import serve
 from lookup_experts.commands.bench.train import train
 
@@ -29,6 +30,7 @@ for measurement in (
     cache,
     latency,
     quality,
+    scale,
     train,
     serve,
     gpu,

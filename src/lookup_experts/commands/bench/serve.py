@@ -10,7 +10,9 @@ from lookup_experts.commands.bench import options as bench_options
 
 def serve(
     shape: bench_options.Shape = "160m",
-    experts: bench_options.Experts = 4,
+    experts: bench_options.Experts = None,
+    form: bench_options.Form = "mole",
+    row_size: bench_options.RowSize = None,
     encoding: bench_options.Encoding = "bfloat16",
     dtype: bench_options.Dtype = "bfloat16",
     store: options.Store = "direct",
@@ -48,7 +50,7 @@ def serve(
                 f"{name}{EAGER}": (*words, "--no-graphs") for name, words in servers.items()
             }
     bench_serve(
-        bench_options.case_of(shape, experts, encoding, dtype),
+        bench_options.case_of(shape, experts, encoding, dtype, form, row_size),
         servers,
         bench_options.counts(streams),
         rounds,
