@@ -1,6 +1,7 @@
 """Embeddings of released models in tables: the same logits, to the last bit."""
 
 import copy
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -648,26 +649,26 @@ def test_the_commands_take_it(tmp_path, capsys):
 
 
 IMAGE = 96
+_VISION = {"hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.3}
 
 
-def test_images(tmp_path):
-    """Where an image stands, Gemma 4 reads the row of the padding id."""
+def _gemma_4_with_images():
+    steps = torch.arange(4)
+    places = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1).reshape(1, 16, 2)
+    vision = {
+        "model_type": "gemma4_vision",
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "patch_size": 4,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 64,
+    }
     config = AutoConfig.for_model(
         "gemma4",
-        text_config={**tiny_config("gemma4_text", **FAMILIES["gemma4_text"]).to_dict()},
-        vision_config={
-            "model_type": "gemma4_vision",
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "patch_size": 4,
-            "pooling_kernel_size": 2,
-            "position_embedding_size": 64,
-            "initializer_range": 0.3,
-        },
+        text_config=tiny_config("gemma4_text", **FAMILIES["gemma4_text"]).to_dict(),
+        vision_config={**_VISION, **vision},
         audio_config=None,
         image_token_id=IMAGE,
         video_token_id=95,
@@ -675,7 +676,44 @@ def test_images(tmp_path):
         boi_token_id=93,
         eoi_token_id=92,
     )
+    image = {
+        "pixel_values": torch.randn(2, 16, 48).to(torch.bfloat16),
+        "image_position_ids": places.expand(2, -1, -1),
+    }
+    return config, image
+
+
+def _qwen4_exp_with_images():
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = tiny_config("qwen4_exp_text", **FAMILIES["qwen4_exp_text"], rope_parameters=rope)
+    vision = {
+        "depth": 2,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 8,
+        "num_position_embeddings": 16,
+    }
+    config = AutoConfig.for_model(
+        "qwen4_exp",
+        text_config=text.to_dict(),
+        vision_config={**_VISION, **vision},
+        image_token_id=IMAGE,
+        video_token_id=95,
+        vision_start_token_id=94,
+        vision_end_token_id=93,
+    )
+    image = {
+        "pixel_values": torch.randn(32, 3 * 2 * 8 * 8).to(torch.bfloat16),
+        "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+    }
+    return config, image
+
+
+@pytest.mark.parametrize("made", [_gemma_4_with_images, _qwen4_exp_with_images])
+def test_images(made, tmp_path):
+    """Where an image stands, Gemma 4 reads the row of the padding id, and Qwen4Exp hashes ids."""
     torch.manual_seed(0)
+    config, image = made()
     model = AutoModelForImageTextToText.from_config(config)
     randomize_zeros(model)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "plain")
@@ -685,16 +723,10 @@ def test_images(tmp_path):
         AutoModelForImageTextToText.from_pretrained(tmp_path / "out", store="direct").eval(),
         le.load(tmp_path / "out", store="direct"),
     ]
-    assert list(table_embeddings(models[1])) == ["model.language_model.embed_tokens_per_layer"]
+    assert all(name.startswith("model.language_model.") for name in table_embeddings(models[1]))
     ids = token_ids(2, 11, vocab_size=90)
     ids[:, 2:6] = IMAGE
-    steps = torch.arange(4)
-    places = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1).reshape(1, 16, 2)
-    image = {
-        "pixel_values": torch.randn(2, 16, 48).to(torch.bfloat16),
-        "image_position_ids": places.expand(2, -1, -1),
-        "mm_token_type_ids": (ids == IMAGE).int(),
-    }
+    image["mm_token_type_ids"] = (ids == IMAGE).int()
     with torch.inference_mode():
         first, *others = [logits_of(model, ids, **image) for model in models]
         assert all(torch.equal(first, other) for other in others)
@@ -703,3 +735,15 @@ def test_images(tmp_path):
         for model in models
     ]
     assert all(torch.equal(first, other) for other in others)
+
+
+def test_a_model_that_needs_another_package(tmp_path):
+    """Gemma 3n's part for images is timm's."""
+    if importlib.util.find_spec("timm") is not None:
+        pytest.skip("timm is installed.")
+    text = tiny_config("gemma3n_text", **FAMILIES["gemma3n_text"]).to_dict()
+    config = AutoConfig.for_model("gemma3n", text_config=text)
+    config.architectures = ["Gemma3nForConditionalGeneration"]
+    config.save_pretrained(tmp_path / "plain")
+    with pytest.raises(UserError, match="its model can't be made here"):
+        le.offload(tmp_path / "plain", tmp_path / "out")

@@ -99,6 +99,7 @@ class Subjects:
 
     def load(self, system: str) -> Any:
         """One of the systems."""
+        console.quiet_transformers()
         names = {f"{name}.weight" for name in embedding_settings(read_config(self.offloaded))}
         if system == "offloaded":
             model = load(

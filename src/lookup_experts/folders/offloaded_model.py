@@ -79,13 +79,18 @@ class OffloadedEmbeddingsMixin:
             new_num_tokens, pad_to_multiple_of, mean_resizing
         )
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """As transformers does; the tables are saved with the weights."""
+        if not is_main_process:  # which then writes nothing
+            super().save_pretrained(save_directory, is_main_process, **kwargs)  # type: ignore[misc]
+            return
         tables = {
             embedding_place(name): reader.folder for name, reader in self.embedding_readers.items()
         }
         with replaced_model(Path(save_directory), kwargs.get("variant"), tables) as folder:
-            super().save_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
+            super().save_pretrained(folder, is_main_process, **kwargs)  # type: ignore[misc]
 
 
 @cache

@@ -179,8 +179,11 @@ def _without_values(folder: Path, config: dict[str, Any]) -> Any:
                 "knows."
             )
         model_class = named[0]
-    with torch.device("meta"):
-        return model_class(loaded)
+    try:
+        with torch.device("meta"):
+            return model_class(loaded)
+    except ImportError as error:  # of a part that deals with images, say
+        raise UserError(f"{folder}: its model can't be made here: {first_line(error)}") from error
 
 
 # ------------------------------------------------------------------------------ which embeddings
