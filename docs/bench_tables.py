@@ -19,9 +19,14 @@ def cache_budget(result: Result) -> str:
 
 def experts_of(result: Result) -> str:
     """A system of `mole bench train`, whose dense model has no experts."""
-    count = result.get("num_experts")
-    name = result["system"].replace("_", " ")
-    return name if count is None else f"{name}, {count} experts"
+    words = [result["system"].replace("_", " ")]
+    if "form" in result:
+        words.append(result["form"])
+    elif "num_experts" in result:
+        words.append(f"{result['num_experts']} experts")
+    if "row_size" in result:
+        words.append(f"rows of {result['row_size']}")
+    return ", ".join(words)
 
 
 SPEED: dict[str, Column] = {
