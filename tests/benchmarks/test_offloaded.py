@@ -53,6 +53,7 @@ def test_cold_prompts(folders, capsys):
         ("mapped", True),
         ("offloaded", True),
     ]
+    assert all(result["rows_ms"] > 0 for result in found)
 
 
 @pytest.mark.slow

@@ -310,10 +310,16 @@ def _results(
 
 
 def _measure_cold(subjects: Subjects, tokens: int, pairs: int) -> list[Result]:
+    """`rows_ms`: what the rows alone of so many tokens take, their ids drawn at random."""
     seconds: dict[str, list[float]] = {"mapped": [], "offloaded": []}
+    of_rows: dict[str, list[float]] = {system: [] for system in seconds}
     for _ in range(pairs):
         for system, taken in seconds.items():
-            taken.append(in_fresh_process("A cold prompt", _first_prompt, subjects, system, tokens))
+            prompt, rows = in_fresh_process(
+                "A cold prompt", _first_prompt, subjects, system, tokens
+            )
+            taken.append(prompt)
+            of_rows[system].append(rows)
     return [
         {
             "what": "prefill",
@@ -321,6 +327,8 @@ def _measure_cold(subjects: Subjects, tokens: int, pairs: int) -> list[Result]:
             "system": system,
             "ms_per_step": median(taken) * 1e3,
             "ratio_to_mapped": median(pair_ratios(taken, seconds["mapped"])),
+            "rows_ms": median(of_rows[system]) * 1e3,
+            "rows_ratio_to_mapped": median(pair_ratios(of_rows[system], of_rows["mapped"])),
             "pairs": pairs,
             "tokens": tokens,
         }
@@ -329,8 +337,8 @@ def _measure_cold(subjects: Subjects, tokens: int, pairs: int) -> list[Result]:
 
 
 @torch.inference_mode()
-def _first_prompt(subjects: Subjects, system: str, tokens: int) -> float:
-    """Seconds; to be called in a fresh process."""
+def _first_prompt(subjects: Subjects, system: str, tokens: int) -> tuple[float, float]:
+    """Seconds, of the prompt and of rows alone; to be called in a fresh process."""
     for place in subjects.table_files(system):
         _forget(*place)
     model = subjects.load(system)
@@ -338,7 +346,14 @@ def _first_prompt(subjects: Subjects, system: str, tokens: int) -> float:
     prompt = windows.take(1, tokens)
     other = torch.full_like(prompt, int(prompt[0, 0]))
     model(other, logits_to_keep=1)  # what is set up once is no part of it; one row is touched
-    return interleave({"": lambda: model(prompt, logits_to_keep=1)}, 1)[""][0]
+    taken = interleave({"": lambda: model(prompt, logits_to_keep=1)}, 1)[""][0]
+    seconds = 0.0
+    for name, settings in embedding_settings(read_config(subjects.offloaded)).items():
+        module = model.get_submodule(name)
+        ids = torch.randint(0, module.num_embeddings, (1, tokens * settings.rows_per_token))
+        # A sum, so that all rows must have come.
+        seconds += interleave({"": lambda module=module, ids=ids: module(ids).sum()}, 1)[""][0]
+    return taken, seconds
 
 
 def _in_turn(subjects: Subjects, what: str, size: int, pairs: int, limit: str) -> list[Result]:
