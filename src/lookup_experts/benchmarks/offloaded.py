@@ -351,9 +351,14 @@ def _first_prompt(subjects: Subjects, system: str, tokens: int) -> tuple[float, 
     for name, settings in embedding_settings(read_config(subjects.offloaded)).items():
         module = model.get_submodule(name)
         ids = torch.randint(0, module.num_embeddings, (1, tokens * settings.rows_per_token))
-        # A sum, so that all rows must have come.
-        seconds += interleave({"": lambda module=module, ids=ids: module(ids).sum()}, 1)[""][0]
+        seconds += interleave({"": partial(_sum_of_rows, module, ids)}, 1)[""][0]
     return taken, seconds
+
+
+def _sum_of_rows(embedding: Any, ids: Tensor) -> Tensor:
+    """A sum, so that all rows must have come."""
+    total: Tensor = embedding(ids).sum()
+    return total
 
 
 def _in_turn(subjects: Subjects, what: str, size: int, pairs: int, limit: str) -> list[Result]:
