@@ -152,6 +152,10 @@ class Expected:
             assert torch.equal(rows.layer(layer)[rows.index], self.layer(layer, ids))
             weights = self.weights(ids, layer)
             self.assert_close(rows.mix(layer, weights), self.mixed(layer, ids, weights))
+        if not getattr(rows, "in_parts", True):  # what an embedding asks for
+            every = [self.layer(layer, ids) for layer in range(self.num_layers)]
+            found = rows.every_layer()[rows.index]
+            assert torch.equal(found, torch.stack(every, dim=-3))
 
     def assert_close(self, found: Tensor, expected: Tensor) -> None:
         assert found.dtype == self.dtype
