@@ -25,7 +25,8 @@ from lookup_experts.folders.load import load
 from lookup_experts.folders.model_folder import local_folder, read_config
 from lookup_experts.folders.tokenizer import load_tokenizer
 from lookup_experts.generation.inspection import inspect_folder
-from lookup_experts.table.reader import TableExperts
+from lookup_experts.model.fast_linears import describe_linears
+from lookup_experts.table.reader import ReaderStatistics, TableExperts
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,12 @@ def _evaluate(
 ) -> ModelSummary:
     trusted = loading.get("trust_remote_code", False)
     tokenizer = load_tokenizer(tokenizer_folder or folder, trusted)
+    unrounded = None
+    if request.text is not None and loading.get("weights") == "int8":
+        model = load(folder, notify=console.say, **loading | {"weights": "auto"})
+        unrounded = _perplexity(model, tokenizer, request)
+        _close(model)
+        del model  # before it is loaded again
     model = load(folder, notify=console.say, **loading)
     found = ModelSummary(
         model=folder,
@@ -120,12 +127,20 @@ def _evaluate(
         dtype=str(model.dtype).removeprefix("torch."),
         tasks=_tasks(folder, model, tokenizer, request, loading) if request.tasks else None,
         perplexity=_perplexity(model, tokenizer, request) if request.text else None,
+        perplexity_unrounded=unrounded,
         recall=_recall(model, tokenizer, request) if request.recall else None,
+        linear_layers=describe_linears(model),
     )
+    return replace(found, reader=_close(model))
+
+
+def _close(model: Any) -> ReaderStatistics | None:
+    """Close a model's table, where it has one, and say what it was asked for."""
     source = getattr(model, "expert_source", None)
-    if isinstance(source, TableExperts):
-        found = replace(found, reader=source.stats())
-        source.close()
+    if not isinstance(source, TableExperts):
+        return None
+    found = source.stats()
+    source.close()
     return found
 
 

@@ -52,6 +52,7 @@ from lookup_experts.folders.own_code import (
     require_trust,
 )
 from lookup_experts.made_classes import made_of, make_class
+from lookup_experts.model.fast_linears import make_fast
 from lookup_experts.model.freezing import allow_training, freeze_backbone
 from lookup_experts.model.moe import MoeGatelessLlamaConfig, check_experts_per_token
 from lookup_experts.model.settings import LookupSettings
@@ -68,6 +69,7 @@ _PREFIX = "LookupExperts"
 TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("auto", "plain", "int8")
 
 
 def load(
@@ -77,6 +79,7 @@ def load(
     cache: int | str = 0,
     device: str | torch.device = "cpu",
     dtype: str = "auto",
+    weights: str = "auto",
     verify_checksums: bool = False,
     num_experts_per_tok: int | None = None,
     trust_remote_code: bool = False,
@@ -95,6 +98,9 @@ def load(
         cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off.
         device: where the model runs.
         dtype: of the weights: `float32`, `bfloat16`, `float16`, or `auto` for that of the folder.
+        weights: of the linear layers, on a CPU: `auto` has them as the processor multiplies them
+            fastest, the numbers being the same (`model/fast_linears.py`); `plain` leaves them as
+            torch has them, to be changed; `int8` rounds them to 8 bits.
         verify_checksums: compare every record that is read with its checksum.
         num_experts_per_tok: of the paper's mixture-of-experts baseline, how many experts each token
             selects; default: what the folder says, else 2.
@@ -105,10 +111,17 @@ def load(
 
     Raises:
         UserError: no such folder, no model in it, or one that can't be loaded; a table that is
-            missing, damaged or of another model.
+            missing, damaged or of another model; 8 bits for a GPU, or for a quantised model.
     """
+    if weights not in WEIGHTS:
+        raise unknown_name("weights", weights, WEIGHTS)
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
+    if weights == "int8" and torch.device(device).type != "cpu":
+        raise UserError(
+            f"weights='int8' is for a model on the CPU, and the device is {device}. Leave one of "
+            "the two out."
+        )
     check_device(device)
     path = local_folder(folder)
     config = read_config(path)
@@ -118,21 +131,24 @@ def load(
         backbone = BACKBONES[kind]
         model_class = attached_class(backbone) if kind == "mole" else backbone
         model = load_official(path, kind, config, model_class, _torch_dtype(dtype), **selection)
-        return model.to(device).eval()
-    if needs_own_code(config):
-        require_trust(path, trust_remote_code)
-    selection["trust_remote_code"] = trust_remote_code
-    if config.get("model_type") == MODEL_TYPE:
-        weight_files(path)
-        options = {
-            **selection,
-            "store": store,
-            "cache": cache,
-            "verify_checksums": verify_checksums,
-            "notify": notify,
-        }
-        return _load_huggingface(path, device, dtype, options).eval()
-    return _load_huggingface(path, device, dtype, selection).eval()
+        model.to(device)
+    else:
+        if needs_own_code(config):
+            require_trust(path, trust_remote_code)
+        selection["trust_remote_code"] = trust_remote_code
+        if config.get("model_type") == MODEL_TYPE:
+            weight_files(path)
+            selection |= {
+                "store": store,
+                "cache": cache,
+                "verify_checksums": verify_checksums,
+                "notify": notify,
+            }
+        model = _load_huggingface(path, device, dtype, selection)
+    model.eval()
+    if weights != "plain":
+        make_fast(model, int8=weights == "int8", notify=notify)
+    return model
 
 
 def _expert_selection(

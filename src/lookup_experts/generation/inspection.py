@@ -315,7 +315,7 @@ def _mismatches(path: Path, table: Table, trust_remote_code: bool) -> list[str]:
     """What of the model beside a table isn't what the table was made from."""
     found = []
     try:
-        model = load(path, store="mmap", trust_remote_code=trust_remote_code)
+        model = load(path, store="mmap", weights="plain", trust_remote_code=trust_remote_code)
     except TableError as error:
         return [str(error)]
     if table.manifest.embedding_hash != embedding_hash(model.get_input_embeddings()):
