@@ -27,6 +27,9 @@ def experts_of(result: Result) -> str:
 SPEED: dict[str, Column] = {
     "encoding?": "{encoding}",
     "weights?": "{dtype}",
+    "linear layers?": "{weights}",
+    "tokens/s?": "{tokens_per_second:,.1f}",
+    "faster than plain?": "{speedup_over_plain:.2f} ×",
     "ms": "{ms_per_step:.1f}",
     "× dense": "{ratio_to_dense:.3f}",
     "10–90 % of pairs": "{spread[0]:.2f}–{spread[1]:.2f}",

@@ -9,8 +9,10 @@ from result_rows import result_rows
 from tiny_models import attached_model, gateless_model, token_ids
 
 from lookup_experts.benchmarks import decode
+from lookup_experts.benchmarks.beside_dense import weight_bytes
 from lookup_experts.benchmarks.decode import DecodingByGraphs, added_time, medians_ms
 from lookup_experts.benchmarks.models import Case, dense_model
+from lookup_experts.model import fast_linears
 from lookup_experts.model.cache_names import cache_argument, cache_of
 
 
@@ -40,6 +42,22 @@ def test_decode(tmp_path, ids, encoding):
     assert rows[0]["× dense"] == f"{mole['ratio_to_dense']:.3f}"
 
 
+def test_kinds_of_linear_layers_are_measured_in_turn(tmp_path, ids, monkeypatch):
+    monkeypatch.setattr(fast_linears, "SMALLEST", 2**12)
+    arguments = ("--ids", ids, "--batch", 2, "--pairs", 4, "--weights", "auto,plain,int8")
+    results = bench(tmp_path, "decode", *arguments)["results"]
+    kinds = [(result["weights"], result["system"]) for result in results]
+    assert kinds == [(w, s) for w in ("auto", "plain", "int8") for s in ("dense", "mole")]
+    for result in results:
+        assert result["tokens_per_second"] == pytest.approx(2000 / result["ms_per_step"])
+        assert result["speedup_over_plain"] > 0
+    assert results[2]["speedup_over_plain"] == results[3]["speedup_over_plain"] == 1
+    rows = result_rows("decode", results)
+    assert [row["linear layers"] for row in rows] == ["auto", "plain", "int8"]
+    dense = [result["share_of_memory_bandwidth"] * result["ms_per_step"] for result in results[::2]]
+    assert dense[0] == pytest.approx(dense[1]) and dense[2] < 0.8 * dense[1]
+
+
 def test_without_a_cache_nothing_is_hit(tmp_path, ids):
     arguments = ("--ids", ids, "--batch", "2", "--pairs", 4, "--cache", 0)
     mole = bench(tmp_path, "decode", *arguments)["results"][1]
@@ -51,9 +69,9 @@ def test_a_step_reads_every_weight_but_the_embedding_of_absent_tokens():
     model = dense_model(Case("tiny"))
     embedding = model.get_input_embeddings().weight
     whole = sum(weight.numel() for weight in model.parameters()) * 2
-    assert decode.weight_bytes(model, 3) == whole - embedding.numel() * 2 + 3 * 64 * 2
+    assert weight_bytes(model, 3) == whole - embedding.numel() * 2 + 3 * 64 * 2
     model.lm_head.weight = embedding
-    assert decode.weight_bytes(model, 3) == whole - embedding.numel() * 2
+    assert weight_bytes(model, 3) == whole - embedding.numel() * 2
 
 
 class SlowSource:

@@ -12,7 +12,15 @@ from torch import Tensor
 from transformers import StaticCache
 
 from lookup_experts import console
-from lookup_experts.benchmarks.beside_dense import Comparison, disk_rate, draw_ratios, speeds
+from lookup_experts.benchmarks.beside_dense import (
+    Comparison,
+    System,
+    disk_rate,
+    draw_ratios,
+    moles_of,
+    speeds,
+    weight_bytes,
+)
 from lookup_experts.benchmarks.machine import memory_bytes_per_second
 from lookup_experts.benchmarks.processes import DiskCounter
 from lookup_experts.benchmarks.results import Result, Results
@@ -54,9 +62,9 @@ def bench_decode(
 
 @torch.inference_mode()
 def measure_decode(
-    models: dict[str, Any], windows: TextWindows, batch: int, pairs: int, advance: Advance
+    models: dict[System, Any], windows: TextWindows, batch: int, pairs: int, advance: Advance
 ) -> list[Result]:
-    """Decoding steps of `batch` sequences, dense and MoLE in turn.
+    """Decoding steps of `batch` sequences, all models in turn.
 
     Returns:
         What `speeds` says, and `share_of_memory_bandwidth`: a step's weights and rows, over its
@@ -64,46 +72,58 @@ def measure_decode(
         what asking for the records takes before the first block, and what attaching added to all
         blocks, waiting included.
     """
-    mole = models["mole"]
-    reader: TableExperts = mole.expert_source
+    moles, length = moles_of(models), CONTEXT + SEQUENCE_STEPS
+    readers = {weights: mole.expert_source for weights, mole in moles.items()}
+    mole = next(iter(moles.values()))
     memory_rate, bytes_per_second = memory_bytes_per_second(mole.device), disk_rate(mole)
-    length = CONTEXT + SEQUENCE_STEPS
-    warm_cache(reader, windows)
+    for reader in readers.values():
+        warm_cache(reader, windows)
     # Not counted: on a GPU attention is planned anew for each length that it meets first, which
     # takes several steps' time, and with graphs the first steps are compiled.
     _decode_sequences(models, windows.take(batch, length))
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    reader.reset_stats()
-    read, from_disk = reader.stats(), 0
-    while len(seconds["dense"]) < pairs:
+    seconds: dict[System, list[float]] = {name: [] for name in models}
+    for reader in readers.values():
+        reader.reset_stats()
+    read = {weights: reader.stats() for weights, reader in readers.items()}
+    from_disk, done = 0, 0
+    while done < pairs:
         taken, statistics, disk_bytes = _decode_sequences(models, windows.take(batch, length))
         for name, values in taken.items():
             seconds[name] += values
-        read, from_disk = _sum(read, statistics), from_disk + disk_bytes
-        advance(min(len(seconds["dense"]), pairs), pairs)
-    size = {"batch": batch}
-    results = speeds("decode", size, mole, seconds, read, from_disk, bytes_per_second)
-    if reader.device.type == "cpu":
-        # Apart from the steps that are compared: looking at the clock takes time as well.
-        with added_time(mole) as added:
-            _decode_sequences(models, windows.take(batch, length))
-        # Nor is the first of them, which is the prompt.
-        entrance_ms, blocks_ms = medians_ms(*added, skip=1 + WARM_UP_STEPS)
-        results[1].update(entrance_ms=entrance_ms, blocks_ms=blocks_ms)
-    rows = read.ids_unique / read.batches * reader.table.layout.record_bytes
-    for result, row_bytes in zip(results, (0, rows), strict=True):
-        num_bytes = weight_bytes(models[result["system"]], batch) + row_bytes
+        read = {weights: _sum(before, statistics[weights]) for weights, before in read.items()}
+        from_disk += disk_bytes
+        done = min(map(len, seconds.values()))
+        advance(min(done, pairs), pairs)
+    results = speeds("decode", {"batch": batch}, models, seconds, read, from_disk, bytes_per_second)
+    for result in results:
+        weights, system = result["weights"], result["system"]
+        num_bytes = float(weight_bytes(models[weights, system], batch))
+        if system == "mole":
+            record_bytes = readers[weights].table.layout.record_bytes
+            num_bytes += read[weights].ids_unique / read[weights].batches * record_bytes
+            if mole.device.type == "cpu":
+                result |= _added_ms(moles[weights], windows.take(batch, length))
         rate = num_bytes / (result["ms_per_step"] / 1e3)
         result["share_of_memory_bandwidth"] = rate / memory_rate
-    return list(results)
+    return results
+
+
+def _added_ms(mole: Any, tokens: Tensor) -> Result:
+    """`entrance_ms` and `blocks_ms` of a model, apart from the steps that are compared: looking at
+    the clock takes time as well."""
+    with added_time(mole) as added:
+        _decode_sequences({("", "mole"): mole}, tokens)
+    # The first of them is the prompt.
+    entrance_ms, blocks_ms = medians_ms(*added, skip=1 + WARM_UP_STEPS)
+    return {"entrance_ms": entrance_ms, "blocks_ms": blocks_ms}
 
 
 def _decode_sequences(
-    models: dict[str, Any], tokens: Tensor
-) -> tuple[dict[str, list[float]], ReaderStatistics, int]:
-    """Seconds of each step that counts, what all steps asked of the reader, and bytes that came
+    models: dict[System, Any], tokens: Tensor
+) -> tuple[dict[System, list[float]], dict[str, ReaderStatistics], int]:
+    """Seconds of each step that counts, what all steps asked of the readers, and bytes that came
     from the disk meanwhile."""
-    reader = models["mole"].expert_source
+    readers = {weights: mole.expert_source for weights, mole in moles_of(models).items()}
     pasts = {
         name: {
             cache_argument(model): cache_of(
@@ -112,9 +132,10 @@ def _decode_sequences(
         }
         for name, model in models.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[System, list[float]] = {name: [] for name in models}
     clock = clock_of(tokens.device)
-    reader.reset_stats()
+    for reader in readers.values():
+        reader.reset_stats()
     disk = DiskCounter()
     for number in range(SEQUENCE_STEPS):
         column = tokens[:, CONTEXT + number, None]
@@ -124,7 +145,8 @@ def _decode_sequences(
         }
         for name, taken in interleave(steps, 1, number, clock).items():
             seconds[name] += taken if number >= WARM_UP_STEPS else []
-    return seconds, reader.stats(), disk.bytes_read()
+    read = {weights: reader.stats() for weights, reader in readers.items()}
+    return seconds, read, disk.bytes_read()
 
 
 def _sum(first: ReaderStatistics, second: ReaderStatistics) -> ReaderStatistics:
@@ -134,15 +156,6 @@ def _sum(first: ReaderStatistics, second: ReaderStatistics) -> ReaderStatistics:
         if field.name not in ("store", "backend", "cache_bytes")
     }
     return replace(first, **counts)
-
-
-def weight_bytes(model: Any, batch: int) -> int:
-    """What a decoding step of `batch` sequences reads of a model's weights."""
-    total = sum(weight.nbytes for weight in model.parameters())
-    embedding = model.get_input_embeddings().weight
-    if embedding is model.get_output_embeddings().weight:
-        return total
-    return total - embedding.nbytes + batch * embedding[0].nbytes
 
 
 def warm_cache(reader: TableExperts, windows: TextWindows) -> None:

@@ -52,7 +52,7 @@ from lookup_experts.folders.own_code import (
     require_trust,
 )
 from lookup_experts.made_classes import made_of, make_class
-from lookup_experts.model.fast_linears import make_fast
+from lookup_experts.model.fast_linears import check_weights, make_fast
 from lookup_experts.model.freezing import allow_training, freeze_backbone
 from lookup_experts.model.moe import MoeGatelessLlamaConfig, check_experts_per_token
 from lookup_experts.model.settings import LookupSettings
@@ -69,7 +69,6 @@ _PREFIX = "LookupExperts"
 TABLE_OPTIONS = ("store", "cache", "verify_checksums", "notify")
 """Keyword arguments of `from_pretrained` that are for the reader of the table."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WEIGHTS = ("auto", "plain", "int8")
 
 
 def load(
@@ -113,15 +112,9 @@ def load(
         UserError: no such folder, no model in it, or one that can't be loaded; a table that is
             missing, damaged or of another model; 8 bits for a GPU, or for a quantised model.
     """
-    if weights not in WEIGHTS:
-        raise unknown_name("weights", weights, WEIGHTS)
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
-    if weights == "int8" and torch.device(device).type != "cpu":
-        raise UserError(
-            f"weights='int8' is for a model on the CPU, and the device is {device}. Leave one of "
-            "the two out."
-        )
+    check_weights(weights, device)
     check_device(device)
     path = local_folder(folder)
     config = read_config(path)
@@ -145,10 +138,7 @@ def load(
                 "notify": notify,
             }
         model = _load_huggingface(path, device, dtype, selection)
-    model.eval()
-    if weights != "plain":
-        make_fast(model, int8=weights == "int8", notify=notify)
-    return model
+    return make_fast(model.eval(), weights, notify)
 
 
 def _expert_selection(

@@ -26,9 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lookup_experts.errors import UserError
+from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.model.forms import LookupBlock, is_called_plainly
 
+WEIGHTS = ("auto", "plain", "int8")
+"""How a model has its linear layers: of the fastest kind for the same numbers, as torch has them,
+or in 8 bits."""
 SMALLEST = 2**16
 """Numbers of a weight below which it stays as it is: there a call of oneDNN takes longer than the
 product, whichever way the weight lies."""
@@ -293,9 +296,20 @@ def _name(dtype: torch.dtype) -> str:
 # ------------------------------------------------------------------------------------ of a model
 
 
+def check_weights(weights: str, device: str | torch.device) -> None:
+    """Raise a `UserError` for what is none of `WEIGHTS`, or not to be had on a device."""
+    if weights not in WEIGHTS:
+        raise unknown_name("weights", weights, WEIGHTS)
+    if weights == "int8" and torch.device(device).type != "cpu":
+        raise UserError(
+            f"weights='int8' is for a model on the CPU, and the device is {device}. Leave one of "
+            "the two out."
+        )
+
+
 def make_fast(
-    model: Any, int8: bool = False, notify: Callable[[str], None] = lambda message: None
-) -> None:
+    model: Any, weights: str = "auto", notify: Callable[[str], None] = lambda message: None
+) -> Any:
     """Let the linear layers of a model on a CPU be of the fastest kind for its dtype and this
     processor; where there is none, they stay.
 
@@ -304,13 +318,18 @@ def make_fast(
 
     Args:
         model: a causal LM, in evaluation mode.
-        int8: round the weights to 8 bits.
+        weights: one of `WEIGHTS`; `plain` changes nothing.
         notify: told of dtypes that this processor doesn't multiply in.
+
+    Returns:
+        The model.
 
     Raises:
         UserError: 8 bits for a model that is quantised.
     """
-    if int8 and getattr(model, "is_quantized", False):
+    if weights == "plain":
+        return model
+    if weights == "int8" and getattr(model, "is_quantized", False):
         raise UserError("The model is quantised already; leave weights='int8' out.")
     shared = _shared_weights(model)
     head = model.get_output_embeddings()
@@ -324,13 +343,14 @@ def make_fast(
             continue
         kind = kind_for(weight)
         if kind is not None:
-            turn_into(Int8Linear if int8 else kind, module, ties)
+            turn_into(Int8Linear if weights == "int8" else kind, module, ties)
     if any(isinstance(module, ConvertingLinear) for module in model.modules()):
         notify(
             f"This processor doesn't multiply in {_name(model.dtype)}: linear layers convert their "
             "weights to float32 in every call, so steps take longer than with dtype float32, which "
             "needs twice the memory."
         )
+    return model
 
 
 def describe_linears(model: Any) -> str:

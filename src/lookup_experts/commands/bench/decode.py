@@ -15,6 +15,7 @@ def decode(
     row_size: bench_options.RowSize = None,
     encoding: bench_options.Encoding = "bfloat16",
     dtype: bench_options.Dtype = "bfloat16",
+    weights: bench_options.Weights = "auto",
     store: options.Store = "direct",
     cache: options.Cache = "256MB",
     batch: bench_options.Counts = "1,8,32",
@@ -38,6 +39,7 @@ def decode(
     from lookup_experts.units import parse_bytes
 
     case = bench_options.case_of(shape, experts, encoding, dtype, form, row_size)
-    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device)
+    kinds = tuple(weights.split(","))
+    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device, kinds)
     sizes = bench_options.counts(batch)
     bench_decode(comparison, sizes, pairs, graphs, Results("decode", json, plot))

@@ -16,6 +16,12 @@ RowSize = Annotated[
 ]
 Encoding = Annotated[str, typer.Option(help="Of the table.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="Of the linear layers: auto, plain or int8; with commas, each is measured, in turn."
+    ),
+]
 Work = Annotated[
     Path, typer.Option(help="Where tables with random numbers are kept; make room for them.")
 ]

@@ -15,6 +15,7 @@ def prefill(
     row_size: bench_options.RowSize = None,
     encoding: bench_options.Encoding = "bfloat16",
     dtype: bench_options.Dtype = "bfloat16",
+    weights: bench_options.Weights = "auto",
     store: options.Store = "direct",
     cache: options.Cache = "0",
     tokens: bench_options.Counts = "512,2048",
@@ -35,6 +36,7 @@ def prefill(
     from lookup_experts.units import parse_bytes
 
     case = bench_options.case_of(shape, experts, encoding, dtype, form, row_size)
-    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device)
+    kinds = tuple(weights.split(","))
+    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device, kinds)
     sizes = bench_options.counts(tokens)
     bench_prefill(comparison, sizes, pairs, Results("prefill", json, plot))
