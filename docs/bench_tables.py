@@ -61,6 +61,23 @@ def prefill(reports: Sequence[Result]) -> str:
     return table(results_of(reports, system="mole"), columns)
 
 
+def systems(reports: Sequence[Result]) -> str:
+    """Tokens per second of everything that `mole bench decode` or `prefill` measured, peers too."""
+    columns: dict[str, Column] = {
+        "": lambda result: (
+            f"batch {result['batch']}" if "batch" in result else f"{result['tokens']:,} tokens"
+        ),
+        "system": "{system}",
+        "weights?": "{dtype}",
+        "linear layers?": "{weights}",
+        "tokens/s": "{tokens_per_second:,.1f}",
+        "faster than plain?": "{speedup_over_plain:.2f} ×",
+        "× dense?": "{ratio_to_dense:.3f}",
+        "of memory's bandwidth?": "{share_of_memory_bandwidth:.0%}",
+    }
+    return table(results_of(reports), columns)
+
+
 def memory(reports: Sequence[Result]) -> str:
     """Resident bytes of `mole bench memory`."""
     columns: dict[str, Column] = {

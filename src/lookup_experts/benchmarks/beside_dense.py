@@ -15,6 +15,7 @@ import torch
 from lookup_experts import allocation, console
 from lookup_experts.benchmarks.machine import disk_bytes_per_second
 from lookup_experts.benchmarks.models import Case, dense_model, random_table, table_model
+from lookup_experts.benchmarks.peers import Peer, find_peers
 from lookup_experts.benchmarks.results import Result
 from lookup_experts.benchmarks.text import TextWindows, id_stream
 from lookup_experts.benchmarks.timing import median, pair_ratios, spread
@@ -42,6 +43,16 @@ class Comparison:
     device: str = "cpu"
     weights: tuple[str, ...] = ("auto",)
     """How linear layers are had; two models for each."""
+    with_peers: bool = False
+    """Also measure what people would run instead."""
+
+    def peers(self) -> list[Peer]:
+        """Other engines with the dense model, where they are asked for.
+
+        Raises:
+            UserError: none is installed.
+        """
+        return find_peers(self.case, self.device, self.work) if self.with_peers else []
 
     def prepare(self) -> tuple[dict[System, Any], TextWindows]:
         """The models, and text for them.
@@ -166,7 +177,7 @@ def draw_ratios(results: list[Result], path: Path) -> None:
     """Time over that of the dense backbone."""
     from lookup_experts.benchmarks.plots import draw_bars
 
-    found = [result for result in results if result["system"] != "dense"]
+    found = [result for result in results if result["system"] == "mole"]
     draw_bars(
         path,
         f"{found[0]['what']}: {found[0]['encoding']} table, store {found[0]['store']}",

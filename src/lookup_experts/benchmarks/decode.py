@@ -22,6 +22,7 @@ from lookup_experts.benchmarks.beside_dense import (
     weight_bytes,
 )
 from lookup_experts.benchmarks.machine import memory_bytes_per_second
+from lookup_experts.benchmarks.peers import measured_peers
 from lookup_experts.benchmarks.processes import DiskCounter
 from lookup_experts.benchmarks.results import Result, Results
 from lookup_experts.benchmarks.text import TextWindows
@@ -48,6 +49,7 @@ def bench_decode(
         raise UserError(
             f"CUDA graphs need a GPU; give --device cuda instead of {comparison.device}."
         )
+    peers = comparison.peers()
     models, windows = comparison.prepare()
     if graphs:
         longest = CONTEXT + SEQUENCE_STEPS
@@ -57,6 +59,7 @@ def bench_decode(
         with console.progress_bar(f"decode {batch}") as advance:
             found = measure_decode(models, windows, batch, pairs, advance)
         results.add(*(result | options for result in found))
+        results.add(*measured_peers(peers, comparison.case, batch=batch))
     results.finish(draw_ratios)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lookup_experts import __version__, console
 from lookup_experts.errors import DiskFullError
@@ -25,6 +26,8 @@ from lookup_experts.table.shard_writer import ShardWriter
 from lookup_experts.table.store_choice import open_store
 from lookup_experts.units import format_bytes
 
+SMOLLM2 = "smollm2-135m"
+"""The shape of a real model: deep and narrow, one weight for embedding and head."""
 FINGERPRINT = "random numbers"
 DISTINCT_RECORDS = 512
 SPREAD = 0.02
@@ -35,7 +38,7 @@ class Case:
     """A model to measure."""
 
     shape: str = "160m"
-    """160m, 410m or 1b."""
+    """160m, 410m, 1b or smollm2-135m."""
     num_experts: int = 4
     encoding: str = "bfloat16"
     """Of the table."""
@@ -49,7 +52,7 @@ class Case:
     @property
     def layout(self) -> RecordLayout:
         """Of its table."""
-        config = paper_config(self.shape)
+        config = backbone_of(self.shape)[1]
         row_size = self.row_size or config.hidden_size
         shape = TableShape(config.vocab_size, config.num_hidden_layers, self.num_experts, row_size)
         return RecordLayout(shape, get_encoding(self.encoding))
@@ -57,7 +60,7 @@ class Case:
     @property
     def settings(self) -> LookupSettings:
         """In training form, as `attach` settles them."""
-        config = paper_config(self.shape)
+        config = backbone_of(self.shape)[1]
         defaults = get_form(self.form).defaults(config.hidden_size, config.intermediate_size)
         return LookupSettings(
             num_experts=self.num_experts,
@@ -71,7 +74,7 @@ class Case:
     @property
     def sizes(self) -> Sizes:
         """Of its backbone."""
-        config = paper_config(self.shape)
+        config = backbone_of(self.shape)[1]
         return Sizes(config.vocab_size, config.hidden_size, config.hidden_size)
 
     @property
@@ -92,6 +95,22 @@ class Case:
         return f"{self.name}-built"
 
 
+def backbone_of(shape: str) -> tuple[Any, Any]:
+    """The class and the configuration of the dense model of a shape."""
+    if shape != SMOLLM2:
+        return GatelessLlamaForCausalLM, paper_config(shape)
+    return LlamaForCausalLM, LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+
+
 def random_model(model_class: Any, config: Any, dtype: torch.dtype, seed: int = 0) -> Any:
     """A model of a class of transformers with random weights, to generate with."""
     torch.manual_seed(seed)
@@ -105,8 +124,8 @@ def random_model(model_class: Any, config: Any, dtype: torch.dtype, seed: int = 
 
 def dense_model(case: Case, device: str = "cpu") -> Any:
     """The backbone alone, with random weights."""
-    config = paper_config(case.shape)
-    return random_model(GatelessLlamaForCausalLM, config, case.dtype).to(device)
+    model_class, config = backbone_of(case.shape)
+    return random_model(model_class, config, case.dtype).to(device)
 
 
 def table_model(

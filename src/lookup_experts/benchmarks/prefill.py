@@ -17,6 +17,7 @@ from lookup_experts.benchmarks.beside_dense import (
     weight_bytes,
 )
 from lookup_experts.benchmarks.machine import matmul_flops_per_second, memory_bytes_per_second
+from lookup_experts.benchmarks.peers import measured_peers
 from lookup_experts.benchmarks.processes import DiskCounter
 from lookup_experts.benchmarks.results import Result, Results
 from lookup_experts.benchmarks.text import TextWindows
@@ -27,11 +28,13 @@ def bench_prefill(
     comparison: Comparison, lengths: Sequence[int], pairs: int, results: Results
 ) -> None:
     """`mole bench prefill`: so many pairs of prompts of each length in tokens."""
+    peers = comparison.peers()
     models, windows = comparison.prepare()
     for tokens in lengths:
         with console.progress_bar(f"prefill {tokens}") as advance:
             found = measure_prefill(models, windows, tokens, pairs, advance)
         results.add(*(result | {"dtype": comparison.case.dtype_name} for result in found))
+        results.add(*measured_peers(peers, comparison.case, tokens=tokens))
     results.finish(draw_ratios)
 
 

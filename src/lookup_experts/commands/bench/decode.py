@@ -20,6 +20,7 @@ def decode(
     cache: options.Cache = "256MB",
     batch: bench_options.Counts = "1,8,32",
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of steps, dense and MoLE.")] = 200,
+    peers: bench_options.Peers = False,
     device: options.Device = "cpu",
     graphs: Annotated[
         bool, typer.Option("--graphs", help="On a GPU: static caches and CUDA graphs.")
@@ -40,6 +41,6 @@ def decode(
 
     case = bench_options.case_of(shape, experts, encoding, dtype, form, row_size)
     kinds = tuple(weights.split(","))
-    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device, kinds)
+    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device, kinds, peers)
     sizes = bench_options.counts(batch)
     bench_decode(comparison, sizes, pairs, graphs, Results("decode", json, plot))

@@ -5,7 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-Shape = Annotated[str, typer.Option(help="The paper's shape: 160m, 410m or 1b.")]
+Shape = Annotated[
+    str, typer.Option(help="The paper's 160m, 410m or 1b; in some places smollm2-135m too.")
+]
 Experts = Annotated[
     int | None, typer.Option("--experts", help="Routed experts per layer. Default: 4 of mole.")
 ]
@@ -20,6 +22,14 @@ Weights = Annotated[
     str,
     typer.Option(
         help="Of the linear layers: auto, plain or int8; with commas, each is measured, in turn."
+    ),
+]
+Peers = Annotated[
+    bool,
+    typer.Option(
+        "--peers",
+        help="Also llama.cpp (llama-bench) and vLLM, those that are on the path, on the same dense "
+        "shape.",
     ),
 ]
 Work = Annotated[

@@ -20,6 +20,7 @@ def prefill(
     cache: options.Cache = "0",
     tokens: bench_options.Counts = "512,2048",
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of prompts, dense and MoLE.")] = 200,
+    peers: bench_options.Peers = False,
     device: options.Device = "cpu",
     ids: bench_options.Ids = None,
     work: bench_options.Work = bench_options.WORK,
@@ -37,6 +38,6 @@ def prefill(
 
     case = bench_options.case_of(shape, experts, encoding, dtype, form, row_size)
     kinds = tuple(weights.split(","))
-    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device, kinds)
+    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device, kinds, peers)
     sizes = bench_options.counts(tokens)
     bench_prefill(comparison, sizes, pairs, Results("prefill", json, plot))
