@@ -20,7 +20,6 @@ from lookup_experts.model.fast_linears import (
     EIGHT_BITS_UP_TO,
     SMALLEST,
     ConvertingLinear,
-    FastLinear,
     Int8Linear,
     PackedLinear,
     describe_linears,
@@ -97,10 +96,29 @@ def test_models_with_lookup_experts_are_packed_in_both_forms(tmp_path):
     le.reparameterize(tmp_path / "experts", tmp_path / "table", encoding="float32")
     for loaded in (le.load(tmp_path / "experts"), le.load(tmp_path / "table", store="direct")):
         assert any(isinstance(module, PackedLinear) for module in loaded.modules())
-        added = [module for block in loaded.lookup_blocks for module in block.modules()]
-        assert not any(isinstance(module, FastLinear) for module in added)
         torch.testing.assert_close(logits_of(loaded, IDS), expected, rtol=1e-4, atol=1e-4)
         assert greedy_reference(loaded, IDS[:1, :4], 6).shape == (1, 6)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("options", [{"num_experts": 2}, {"form": "meki", "row_size": 256}])
+def test_what_reads_rows_is_packed_and_not_rounded(tmp_path, options):
+    model = gateless_model(**LARGE).to(torch.bfloat16)
+    le.attach(model, **options, expert_size=64, init="normal")
+    le.reparameterize(model.eval(), tmp_path / "table", encoding="bfloat16")
+    plain, packed, rounded = (
+        le.load(tmp_path / "table", store="direct", weights=kind)
+        for kind in ("plain", "auto", "int8")
+    )
+    for fast, tolerance in ((packed, 0.02), (rounded, 0.1)):
+        added = [module for block in fast.lookup_blocks for module in block.modules()]
+        kinds = {type(module) for module in added if isinstance(module, nn.Linear)}
+        assert kinds == {PackedLinear}
+        for length in (1, 15):  # a single row goes another way
+            found, expected = (logits_of(each, IDS[:1, :length]).float() for each in (fast, plain))
+            assert (found - expected).norm() / expected.norm() < tolerance
+    found, expected = packed.state_dict(), plain.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("bias", [False, True])

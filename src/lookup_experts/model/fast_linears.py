@@ -48,8 +48,8 @@ class FastLinear(nn.Linear):
     """What the kinds have in common.
 
     Attributes:
-        shares_weight: whether the weight is the embedding's too, where rows are looked up: then it
-            stays, and what the product takes lies beside it.
+        shares_weight: whether others use the weight as well, such as the embedding, where rows are
+            looked up: then it stays, and what the product takes lies beside it.
     """
 
     shares_weight: bool
@@ -81,11 +81,10 @@ class FastLinear(nn.Linear):
         return nn.Linear.train(self, mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        shares_weight = self.shares_weight
+        kind, shares_weight, dtype = type(self), self.shares_weight, self.weight.dtype
         self._turn_plain()
         nn.Linear._apply(self, fn, recurse)
-        kind = kind_for(self.weight)
-        if kind is not None:
+        if self.weight.dtype == dtype and kind_for(self.weight, 0) is kind:
             turn_into(kind, self, shares_weight)
         return self
 
@@ -106,7 +105,7 @@ class PackedLinear(FastLinear):
     """
 
     packed: Tensor
-    packed_of: tuple[Tensor, int] | None
+    packed_of: tuple[Tensor, int | None] | None
 
     @property
     def words(self) -> str:
@@ -120,7 +119,7 @@ class PackedLinear(FastLinear):
     def _begin(self) -> None:
         weight = self.weight
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        self.packed_of = (weight, weight._version) if self.shares_weight else None
+        self.packed_of = (weight, _version(weight)) if self.shares_weight else None
         if not self.shares_weight:
             torch.utils.swap_tensors(weight, nn.Parameter(self.packed, weight.requires_grad))
 
@@ -132,15 +131,17 @@ class PackedLinear(FastLinear):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
-        bias = self._parameters["bias"]
-        if torch.is_grad_enabled() or states.dtype != self.packed.dtype:
+        # Each call here is one that a step of decoding makes some hundred times, with the code long
+        # gone from the processor's caches.
+        packed, packed_of, bias = self.packed, self.packed_of, self._parameters["bias"]
+        if torch.is_grad_enabled() or states.dtype is not packed.dtype:
             return F.linear(states, self.plain_weight(), bias)
-        if self.packed_of and not _is_still(self._parameters["weight"], self.packed_of):
+        if packed_of is not None and not _is_still(self._parameters["weight"], packed_of):
             self._turn_plain()  # the embedding has changed since, and with it the head
             return F.linear(states, self.weight, bias)
         if torch.compiler.is_compiling():
-            return torch.ops.lookup_experts.packed_linear(states, self.packed, bias)
-        return _packed_product(states, self.packed, bias)
+            return torch.ops.lookup_experts.packed_linear(states, packed, bias)
+        return _packed_product(states, packed, bias, "none", [], "")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -157,7 +158,7 @@ class PackedLinear(FastLinear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if kind_for(self.weight) is PackedLinear:
+        if kind_for(self.weight, 0) is PackedLinear:
             self._begin()
         else:  # unpickled on another kind of processor
             del self.shares_weight
@@ -240,15 +241,16 @@ class Int8Linear(FastLinear):
 # ------------------------------------------------------------------------------------- products
 
 
-def _packed_product(states: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    output: Tensor = torch.ops.mkldnn._linear_pointwise(states, packed, bias, "none", [], "")
-    return output
+# The overload itself: resolving it takes longer than a small product.
+_packed_product: Any = (
+    torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+)
 
 
 @torch.library.custom_op("lookup_experts::packed_linear", mutates_args=())
 def _packed_operation(states: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """As one that a compiled graph doesn't look into: inductor takes no packed inputs."""
-    return _packed_product(states, packed, bias)
+    return _packed_product(states, packed, bias, "none", [], "")
 
 
 @_packed_operation.register_fake
@@ -285,8 +287,13 @@ def _product_dtype() -> torch.dtype:
     return torch.bfloat16 if supported else torch.float32
 
 
-def _is_still(weight: Any, then: tuple[Tensor, int]) -> bool:
-    return weight is then[0] and weight._version == then[1]
+def _is_still(weight: Any, then: tuple[Tensor, int | None]) -> bool:
+    return weight is then[0] and _version(weight) == then[1]
+
+
+def _version(weight: Tensor) -> int | None:
+    """Counts changes in place; None of a tensor that is made for inference and can't be changed."""
+    return None if weight.is_inference() else weight._version
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -313,8 +320,8 @@ def make_fast(
     """Let the linear layers of a model on a CPU be of the fastest kind for its dtype and this
     processor; where there is none, they stay.
 
-    So do those that another library has replaced or hooks, whose weight others have too, and those
-    of lookup blocks.
+    So do those that another library has replaced or hooks, those whose weight others have too (a
+    head with the embedding's aside), and what makes rows in training form.
 
     Args:
         model: a causal LM, in evaluation mode.
@@ -334,16 +341,16 @@ def make_fast(
     shared = _shared_weights(model)
     head = model.get_output_embeddings()
     is_tied = head is not None and head.weight is model.get_input_embeddings().weight
-    for module in _backbone_modules(model):
-        if not is_called_plainly(module, nn.Linear):
-            continue
+    for module in _called_by(model):
         weight: Any = module.weight
-        ties = is_tied and module is head and not weight.is_inference()
-        if type(weight) is not nn.Parameter or (id(weight) in shared and not ties):
-            continue
-        kind = kind_for(weight)
-        if kind is not None:
-            turn_into(Int8Linear if weights == "int8" else kind, module, ties)
+        ties = is_tied and module is head
+        if id(weight) not in shared or ties:
+            kind = kind_for(weight)
+            if kind is not None:
+                turn_into(Int8Linear if weights == "int8" else kind, module, ties)
+    for block in model.modules():
+        if isinstance(block, LookupBlock):
+            _make_block_fast(block)
     if any(isinstance(module, ConvertingLinear) for module in model.modules()):
         notify(
             f"This processor doesn't multiply in {_name(model.dtype)}: linear layers convert their "
@@ -363,12 +370,31 @@ def describe_linears(model: Any) -> str:
     return ", ".join(f"{count} {words}" for words, count in found.items()) or "none"
 
 
-def _backbone_modules(module: nn.Module) -> Iterator[nn.Module]:
-    yield module
+def _make_block_fast(block: LookupBlock) -> None:
+    """What reads rows stays in its dtype, 8 bits or not.
+
+    A router is a small product, but for several rows in bfloat16 torch arranges its weight anew in
+    every call, which takes longer; packed it uses the code that the FFN has just used as well. For
+    a single row the plain weight is best, so it stays.
+    """
+    for name, module in block.named_children():
+        if is_called_plainly(module, nn.Linear):
+            weight: Any = module.weight
+            is_router = name == "router"
+            kind = kind_for(weight, 0 if is_router else SMALLEST)
+            packs = kind is PackedLinear and weight.dtype == torch.bfloat16
+            if kind is not None and (packs or not is_router):
+                turn_into(kind, module, shares_weight=is_router)
+
+
+def _called_by(module: nn.Module) -> Iterator[Any]:
+    """The backbone's `nn.Linear`s that do what these do and nothing beside."""
     for child in module.children():
+        if is_called_plainly(child, nn.Linear) and type(child.weight) is nn.Parameter:
+            yield child
         # What an adapter of PEFT wraps is PEFT's, which also writes to it.
-        if not isinstance(child, LookupBlock) and not hasattr(child, "base_layer"):
-            yield from _backbone_modules(child)
+        elif not isinstance(child, LookupBlock) and not hasattr(child, "base_layer"):
+            yield from _called_by(child)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
@@ -377,12 +403,12 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return {weight for weight, count in uses.items() if count > 1}
 
 
-def kind_for(weight: Tensor) -> type[FastLinear] | None:
-    """The fastest kind for a weight as it is; None: torch's own."""
+def kind_for(weight: Tensor, smallest: int = SMALLEST) -> type[FastLinear] | None:
+    """The fastest kind for a weight as it is, from so many numbers on; None: torch's own."""
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     if not (is_x86 and torch.backends.mkldnn.is_available()):
         return None
-    if weight.device.type != "cpu" or weight.numel() < SMALLEST:
+    if weight.device.type != "cpu" or weight.numel() < smallest:
         return None
     operations = torch.ops.mkldnn
     multiplied = {
