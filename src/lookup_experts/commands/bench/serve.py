@@ -13,6 +13,7 @@ def serve(
     experts: bench_options.Experts = 4,
     encoding: bench_options.Encoding = "bfloat16",
     dtype: bench_options.Dtype = "bfloat16",
+    weights: options.Weights = "auto",
     store: options.Store = "direct",
     cache: options.Cache = "256MB",
     streams: bench_options.Counts = "1,8,32",
@@ -38,7 +39,8 @@ def serve(
     from lookup_experts.benchmarks.results import Results
     from lookup_experts.benchmarks.serve import bench_serve
 
-    common = ("--device", device, "--max-batch", max(bench_options.counts(streams)))
+    most = max(bench_options.counts(streams))
+    common = ("--device", device, "--weights", weights, "--max-batch", most)
     servers = {"dense": common, "mole": ("--store", store, "--cache", cache, *common)}
     if soak:
         del servers["dense"]
