@@ -98,8 +98,9 @@ def load(
         device: where the model runs.
         dtype: of the weights: `float32`, `bfloat16`, `float16`, or `auto` for that of the folder.
         weights: of the linear layers, on a CPU: `auto` has them as the processor multiplies them
-            fastest, the numbers being the same (`model/fast_linears.py`); `plain` leaves them as
-            torch has them, to be changed; `int8` rounds them to 8 bits.
+            fastest, the numbers being the same (`model/fast_linears.py`), and steps attend by what
+            is fastest there (`model/attention.py`); `plain` leaves all as torch and transformers
+            have it; `int8` is `auto` with weights rounded to 8 bits.
         verify_checksums: compare every record that is read with its checksum.
         num_experts_per_tok: of the paper's mixture-of-experts baseline, how many experts each token
             selects; default: what the folder says, else 2.

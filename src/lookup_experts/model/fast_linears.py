@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lookup_experts.errors import UserError, unknown_name
+from lookup_experts.model.attention import use_fast_attention
 from lookup_experts.model.forms import LookupBlock, is_called_plainly
 
 WEIGHTS = ("auto", "plain", "int8")
@@ -318,7 +319,7 @@ def make_fast(
     model: Any, weights: str = "auto", notify: Callable[[str], None] = lambda message: None
 ) -> Any:
     """Let the linear layers of a model on a CPU be of the fastest kind for its dtype and this
-    processor; where there is none, they stay.
+    processor, and its attention too; where there is none, they stay.
 
     So do those that another library has replaced or hooks, those whose weight others have too (a
     head with the embedding's aside), and what makes rows in training form.
@@ -351,6 +352,7 @@ def make_fast(
     for block in model.modules():
         if isinstance(block, LookupBlock):
             _make_block_fast(block)
+    use_fast_attention(model)
     if any(isinstance(module, ConvertingLinear) for module in model.modules()):
         notify(
             f"This processor doesn't multiply in {_name(model.dtype)}: linear layers convert their "
