@@ -19,9 +19,14 @@ def cache_budget(result: Result) -> str:
 
 def experts_of(result: Result) -> str:
     """A system of `mole bench train`, whose dense model has no experts."""
-    count = result.get("num_experts")
-    name = result["system"].replace("_", " ")
-    return name if count is None else f"{name}, {count} experts"
+    words = [result["system"].replace("_", " ")]
+    if "form" in result:
+        words.append(result["form"])
+    elif "num_experts" in result:
+        words.append(f"{result['num_experts']} experts")
+    if "row_size" in result:
+        words.append(f"rows of {result['row_size']}")
+    return ", ".join(words)
 
 
 SPEED: dict[str, Column] = {
@@ -192,6 +197,7 @@ def serve(reports: Sequence[Result]) -> str:
         "system": "{system}",
         "tokens/s": "{tokens_per_second:.1f}",
         "× dense": "{ratio_to_dense:.2f}",
+        "× eager?": "{ratio_to_eager:.2f}",
         **SERVED,
     }
     return table(results_of(reports), columns)
@@ -305,3 +311,77 @@ def quality_curves(reports: Sequence[Result]) -> str:
         for points in zip(*(result["curve"] for result in trained), strict=True)
     )
     return markdown(["after", *(result["system"] for result in trained)], rows)
+
+
+def scale(reports: Sequence[Result]) -> str:
+    """A row for each system of `mole bench scale`."""
+
+    def recalled(result: Result) -> str:
+        distances = result["recall"]["distances"]
+        return ", ".join(f"{at['distance']}: {at['accuracy']:.0%}" for at in distances)
+
+    columns: dict[str, Column] = {
+        "system": "{system}",
+        "tokens?": "{tokens:,}",
+        "parameters, trained?": "{parameters[trained]:,}",
+        "resident?": "{parameters[resident]:,}",
+        "validation loss": lambda result: (
+            result.get("failed") or f"{result['validation_loss']:.4f}"
+        ),
+        "tokens/s?": "{tokens_per_second:,.0f}",
+        "time, × dense?": "{ratio_to_dense:.2f}",
+        "FLOPs, × dense?": "{flop_ratio_to_dense:.2f}",
+        "memory?": megabytes("peak_bytes", ",.0f"),
+        "recall over distances?": recalled,
+    }
+    return table(results_of(reports), columns)
+
+
+def lead_curves(reports: Sequence[Result]) -> str:
+    """Dense's validation loss against tokens, and how many nats below it each other system is."""
+    trained = [result for result in results_of(reports) if "curve" in result]
+    dense, *others = sorted(trained, key=lambda result: result["system"] != "dense")
+    losses = [dict(result["curve"]) for result in others]
+    rows = [
+        [
+            f"{tokens / 1e6:.2f} M tokens",
+            f"{loss:.3f}",
+            *(f"{loss - found[tokens]:+.3f}" if tokens in found else "" for found in losses),
+        ]
+        for tokens, loss in dense["curve"]
+    ]
+    return markdown(["after", dense["system"], *(r["system"] for r in others)], rows)
+
+
+ABLATIONS: dict[str, dict[str, float | None]] = {
+    "path": {
+        "MoE: 2 of 10 experts": 40.3,
+        "all 10 active": 41.8,
+        "1 shared and 4 routed experts of twice the size, all active": 41.5,
+        "routed experts see the embedding: MoLE": 40.8,
+    },
+    "losses": {
+        "of the language model alone": 41.9,
+        "and load balance": 41.7,
+        "and z-loss": 40.6,
+    },
+    "size": {"d": 40.8, "4d": 41.9, "16d": 41.7},
+    "number": {"2": 39.7, "4": 40.8, "8": None, "16": 41.9, "32": 42.3},
+}
+"""The paper's ablations (section 4.3), in the order of `mole bench quality --ablation`: what each
+system is, and its average accuracy over eight tasks there, in percent."""
+
+
+def ablation(name: str, reports: Sequence[Result]) -> str:
+    """A row for each system of `mole bench quality --ablation NAME`, beside the paper's figure."""
+    found = zip(ABLATIONS[name].items(), results_of(reports), strict=True)
+    rows = [{**result, "what": what, "paper": paper} for (what, paper), result in found]
+    columns: dict[str, Column] = {
+        name: "{what}",
+        "paper, accuracy": lambda row: "" if row["paper"] is None else f"{row['paper']:.1f}",
+        "validation loss": lambda row: row.get("failed") or loss_over_seeds(row),
+        "seeds": lambda row: str(len(row["seeds"])),
+        "parameters, trained?": "{parameters[trained]:,}",
+        "resident?": "{parameters[resident]:,}",
+    }
+    return table(rows, columns)

@@ -5,9 +5,11 @@ here and in `bench_tables.py`, mostly one call of `table`, and name it in `RENDE
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 
 import bench_tables as bench
+import forms_tables as forms
 from bench_tables import cache_budget
 from markdown_tables import Column, Result, loss_over_seeds, markdown, results_of, table
 
@@ -124,14 +126,21 @@ def readme_quality(reports: Sequence[Result]) -> str:
 
 
 RENDERERS: dict[str, Callable[[Sequence[Result]], str]] = {
+    **{f"ablation-{name}": partial(bench.ablation, name) for name in bench.ABLATIONS},
     "build": bench.build,
     "cache-policies": cache_policies,
     "decode": bench.decode,
     "systems": bench.systems,
     "encodings": encodings,
     "evaluation": evaluation,
+    "forms": forms.forms,
+    "forms-budgets": forms.forms_budgets,
+    "forms-bytes": forms.forms_bytes,
+    "forms-longer": forms.forms_longer,
+    "forms-rates": forms.forms_rates,
     "latency": bench.latency,
     "latency-by-batch": bench.latency_by_batch,
+    "lead-curves": bench.lead_curves,
     "memory": bench.memory,
     "prefill": bench.prefill,
     "prompt-memory": bench.prompt_memory,
@@ -140,6 +149,7 @@ RENDERERS: dict[str, Callable[[Sequence[Result]], str]] = {
     "read": bench.read,
     "readme-quality": readme_quality,
     "readme-speed": readme_speed,
+    "scale": bench.scale,
     "serve": bench.serve,
     "soak": bench.soak,
     "train": bench.train,

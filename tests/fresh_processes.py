@@ -54,3 +54,41 @@ def peak_of_prompt(
     gateless_llama.SHAPES["of a test"], gateless_llama.PAPER_VOCAB_SIZE = shape, vocab_size
     case = Case("of a test", 4, "nf4")
     return memory.peak_of_prompt(case, random_table(case, folder).folder, "auto:0", prompt)
+
+
+def meet(folder: Path, wanted: int, seconds: float = 0, signals_parent: bool = False) -> int:
+    """How many processes are here, once there are as many as wanted; stays for some seconds."""
+    (folder / str(os.getpid())).touch()
+    while (here := len(list(folder.iterdir()))) < wanted:
+        time.sleep(0.01)
+    if signals_parent:
+        os.kill(os.getppid(), signal.SIGINT)
+    _sleep(seconds)
+    return here
+
+
+def _sleep(seconds: float) -> None:
+    """In pieces: an interruption by another thread wakes nobody."""
+    ends_at = time.monotonic() + seconds
+    while time.monotonic() < ends_at:
+        time.sleep(0.01)
+
+
+def be_alone(folder: Path) -> str:
+    """Fails where another process is here."""
+    (folder / "held").mkdir()
+    time.sleep(0.05)
+    (folder / "held").rmdir()
+    return "alone"
+
+
+def exit_or_answer(code: int) -> str:
+    if code:
+        os._exit(code)
+    return "answer"
+
+
+def wait_or_divide(by: int) -> None:
+    if by:
+        _sleep(60)
+    _ = 1 / by

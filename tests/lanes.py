@@ -3,10 +3,11 @@
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lookup_experts.table.lanes import HostLane, Mark
@@ -49,6 +50,16 @@ class LateLane(HostLane):
             assert target.is_contiguous() and source.is_contiguous()
             target.copy_(source)
 
+    def beside(self, work: Callable[[], None], tensors: Sequence[Tensor]) -> Mark:
+        seconds = self._random.uniform(0, self._most_seconds)
+        mode = torch.is_inference_mode_enabled()  # which is each thread's own
+        return LateMark(self._thread.submit(self._work, seconds, mode, work))
+
+    def _work(self, seconds: float, mode: bool, work: Callable[[], None]) -> None:
+        time.sleep(seconds)
+        with torch.inference_mode(mode), torch.no_grad():
+            work()
+
     def lead(self, mark: Mark) -> None:
         mark.wait()
 
@@ -71,6 +82,10 @@ class NotingLane(HostLane):
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Mark:
         self.note("copy")
         return super().copy(targets, sources)
+
+    def beside(self, work: Callable[[], None], tensors: Sequence[Tensor]) -> Mark:
+        self.note("beside")
+        return super().beside(work, tensors)
 
     def lead(self, mark: Mark) -> None:
         self.note("lead")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lookup_experts.model.rows import TokenRows, mix_reference
@@ -26,6 +27,9 @@ from lookup_experts.table.uring import Ring
 
 WAYS = ("memory", "mmap", "io_uring", "threads", "page cache")
 """The stores, `direct` in each way that it may read."""
+
+ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "row_size": 512, "encoding": "float16"}
+"""A record of 4096 bytes."""
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -85,7 +89,7 @@ def open_reader_by(
     """A reader over `table`, of the stored dtype where none is given."""
     dtype = dtype or table.layout.encoding.torch_dtype or torch.float32
     with open_by(way, table, verify_checksums) as store:
-        reader = TableExperts(table, store, dtype, cache_bytes=cache_bytes)
+        reader = TableExperts(table, store, dtype, cache=cache_bytes)
         yield reader
         reader.close()
 
@@ -177,14 +181,19 @@ def resident_bytes() -> int:
 
 @contextmanager
 def open_on(lane, table, way="threads", dtype=None, cache_bytes=0, group_bytes=2**24):
-    """A reader whose device is at the end of this lane."""
+    """A reader whose device is at the end of this lane; what is missing there is read by a thread
+    of the test."""
+    from miss_worker_here import workers_here  # which is built on this file's stores
+
     dtype = dtype or table.layout.encoding.torch_dtype or torch.float32
-    with pytest.MonkeyPatch.context() as patch, open_by(way, table) as store:
+    with pytest.MonkeyPatch.context() as patch, open_by(way, table) as store, workers_here(patch):
         patch.setattr(reader_module, "open_lane", lambda device: lane)
         patch.setattr(reader_module, "GROUP_BYTES", group_bytes)
-        reader = TableExperts(table, store, dtype, cache_bytes=cache_bytes)
-        yield reader
-        reader.close()
+        reader = TableExperts(table, store, dtype, cache=cache_bytes)
+        try:
+            yield reader
+        finally:
+            reader.close()
 
 
 class RowsInTraining:
@@ -197,3 +206,13 @@ class RowsInTraining:
 
     def layer(self, layer: int) -> Tensor:
         return self._rows.layer(layer, self._experts[layer])
+
+
+@st.composite
+def batches(draw, vocab_size: int):
+    """Token ids [B, T], around the sizes where the way changes; some with few unique ones."""
+    length = draw(st.sampled_from([0, 1, 2, 63, 64, 65, 255, 256, 257]))
+    most = draw(st.sampled_from([1, min(vocab_size, 5), vocab_size]))
+    random = np.random.default_rng(draw(st.integers(0, 99)))
+    ids = torch.from_numpy(random.integers(0, most, length))
+    return ids.view(-1, 3) if length % 3 == 0 else ids.view(1, -1)

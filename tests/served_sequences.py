@@ -60,12 +60,17 @@ class Bench:
     """An engine over a model, with what it needs around it."""
 
     def __init__(
-        self, model: Any, max_batch: int = 8, max_queue: int = 256, end_ids: tuple[int, ...] = ()
+        self,
+        model: Any,
+        max_batch: int = 8,
+        max_queue: int = 256,
+        end_ids: tuple[int, ...] = (),
+        captures: bool = True,
     ) -> None:
         source = getattr(model, "expert_source", None)
         self.metrics = ServingMetrics(source if hasattr(source, "stats") else None)
         self.engine = Engine(
-            model, end_ids, Limits(max_batch, max_queue), self.metrics, self._deliver
+            model, end_ids, Limits(max_batch, max_queue), self.metrics, self._deliver, captures
         )
 
     @staticmethod

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from result_rows import result_rows
 
+from lookup_experts.benchmarks.quality import ablation_systems
 from lookup_experts.errors import UserError
 from lookup_experts.evaluation.tasks import TASKS
+from lookup_experts.training.recipe import load_recipe
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 ABSOLUTE_PATH = re.compile(r"""(?:^|[\s"'=:(,])/\w""")
@@ -142,6 +144,32 @@ def test_what_failed_has_a_row_as_well():
         "after",
         "dense",
     ]
+
+
+def test_an_ablation_stands_beside_the_papers():
+    trained = {
+        "seeds": [0, 1],
+        "validation_loss": 5.25,
+        "validation_loss_std": 0.125,
+        "parameters": {"trained": 7, "resident": 7},
+    }
+    names = ablation_systems("size", load_recipe("dense-tiny"))
+    results = [trained | {"system": name} for name in names[:2]]
+    results.append({"system": names[2], "seeds": [0], "failed": "out of memory"})
+    first, _, third = result_rows("ablation-size", results)
+    assert list(first) == ["size", "paper, accuracy", "validation loss", "seeds",
+                           "parameters, trained", "resident"]  # fmt: skip
+    assert (first["size"], first["paper, accuracy"]) == ("d", "40.8")
+    assert first["validation loss"] == "5.2500 ± 0.1250"
+    assert (third["size"], third["validation loss"]) == ("16d", "out of memory")
+
+
+@pytest.mark.parametrize("name", ["path", "losses", "size", "number"])
+def test_every_system_of_an_ablation_has_a_name(name):
+    loss = {"seeds": [0], "validation_loss": 5.0, "parameters": {"trained": 7, "resident": 7}}
+    names = ablation_systems(name, load_recipe("dense-tiny"))
+    rows = result_rows(f"ablation-{name}", [loss | {"system": system} for system in names])
+    assert len(rows) == len(names)
 
 
 def test_rows_of_a_prompt():

@@ -7,13 +7,16 @@ import torch
 from benches import bench
 from result_rows import result_rows
 from tiny_models import attached_model, gateless_model, token_ids
+from typer.testing import CliRunner
 
+from lookup_experts import cli
 from lookup_experts.benchmarks import decode
-from lookup_experts.benchmarks.beside_dense import weight_bytes
-from lookup_experts.benchmarks.decode import DecodingByGraphs, added_time, medians_ms
+from lookup_experts.benchmarks.beside_dense import Comparison, weight_bytes
+from lookup_experts.benchmarks.decode import added_time, measure_decode, medians_ms
 from lookup_experts.benchmarks.models import Case, dense_model
+from lookup_experts.errors import UserError
+from lookup_experts.generation.captured import Decoding
 from lookup_experts.model import fast_linears
-from lookup_experts.model.cache_names import cache_argument, cache_of
 
 
 @pytest.fixture(autouse=True)
@@ -115,25 +118,46 @@ def test_a_pass_is_the_sum_of_its_blocks():
     assert medians_ms(entrance, blocks, skip=1) == pytest.approx((2.0, 5.0))
 
 
-def test_sequences_one_after_the_other_by_one_graph():
-    model, graphs = gateless_model(num_hidden_layers=1), []
+def test_captured_steps_are_measured_alike(tmp_path, ids, monkeypatch):
+    """Here without capturing: the same steps run one operation after the other."""
+    monkeypatch.setattr(decode, "CONTEXT", 5)
+    comparison = Comparison(Case("tiny"), "memory", 0, ids, tmp_path)
+    models, windows = comparison.prepare()
+    decodings = {name: Decoding(model, 17) for name, model in models.items()}
+    told = []
+    results = measure_decode(models, windows, 3, 10, lambda *now: told.append(now), decodings)
+    dense, mole = results
+    assert (dense["system"], mole["system"]) == ("dense", "mole")
+    assert dense["pairs"] == mole["pairs"] == 12 and told[-1] == (10, 10)
+    assert dense["ms_per_step"] > 0 and mole["ratio_to_dense"] > 0
+    assert mole["share_of_memory_bandwidth"] > 0
 
-    def count(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
 
-    torch._dynamo.reset()
-    by_graphs = DecodingByGraphs(model, 20, {"backend": count})
-    assert by_graphs.config is model.config
+def test_captured_steps_take_the_text(tmp_path, ids, monkeypatch):
+    monkeypatch.setattr(decode, "CONTEXT", 5)
+    model = gateless_model()
+    tokens = token_ids(2, 17)
+    decodings = {("auto", "dense"): Decoding(model, 17)}
     with torch.inference_mode():
-        for seed in range(3):
-            ids = token_ids(2, 20, seed=seed)
-            prompt = by_graphs(ids[:, :10], use_cache=True, logits_to_keep=1)
-            cache = {cache_argument(model): cache_of(prompt)}
-            for step in range(10, 20):
-                column = ids[:, step, None]
-                found = by_graphs(column, use_cache=True, **cache).logits[:, -1]
-            expected = model(ids, use_cache=False).logits[:, -1]
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert len(graphs) == 1
-    torch._dynamo.reset()
+        seconds, _, _ = decode._replay_sequences(decodings, {"auto": Unread()}, tokens)
+    assert len(seconds["auto", "dense"]) == 12 - decode.WARM_UP_STEPS
+    (last,) = decodings["auto", "dense"].tokens(1)
+    assert torch.equal(last, model(tokens).logits[:, -1].argmax(-1))
+
+
+class Unread:
+    """A reader that nothing was asked of."""
+
+    def reset_stats(self):
+        pass
+
+    def stats(self):
+        return None
+
+
+def test_graphs_need_a_gpu(tmp_path, ids):
+    arguments = ["bench", "decode", "--shape", "tiny", "--ids", ids, "--graphs"]
+    with pytest.raises(UserError, match="CUDA graphs need a GPU; give --device cuda"):
+        CliRunner().invoke(
+            cli.app, [*map(str, arguments), "--work", str(tmp_path)], catch_exceptions=False
+        )

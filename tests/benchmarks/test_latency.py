@@ -133,11 +133,16 @@ def test_every_way_runs_on_a_gpu(tmp_path):
         assert "host_copy_bytes" not in built.facts  # it isn't in the GPU's memory
 
 
-def test_mole_counts_what_it_reads(tmp_path):
-    plan, (_, mole) = Plan("tiny", 0, tmp_path), parse_systems(["mole-2e"])
+@pytest.mark.parametrize(
+    ("name", "row_bytes"), [("mole-2e", 2 * 64 * 2), ("mole-2e-r16", 2 * 16 * 2), ("meki-r24", 48)]
+)
+def test_a_table_of_any_form_counts_what_it_reads(tmp_path, name, row_bytes):
+    plan, (_, mole) = Plan("tiny", 0, tmp_path), parse_systems([name])
     prepare_tables(plan, [mole])
-    found = Runner(build(mole, plan), "cpu").prompt(np.arange(12).reshape(2, 6))
-    assert found.counts.bytes_loaded >= 12 * plan.case(2).layout.stride
+    built = build(mole, plan)
+    assert built.model.expert_source.table.layout.layer_bytes == row_bytes
+    found = Runner(built, "cpu").prompt(np.arange(12).reshape(2, 6))
+    assert found.counts.bytes_loaded >= 12 * 3 * row_bytes
 
 
 def test_a_system_without_enough_memory_says_so(tmp_path, monkeypatch):
@@ -158,6 +163,7 @@ def test_a_system_without_enough_memory_says_so(tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         (["moe-10"], "No system is called 'moe-10'"),
+        (["meki-4e"], "No system is called 'meki-4e'"),
         (["mole-4e-ram"], "No system is called 'mole-4e-ram'"),
         (["--shape", "161m"], "Did you mean '160m'"),
         (["dense", "--prompt", "2040"], "more than the model's context of 2048"),

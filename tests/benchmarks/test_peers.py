@@ -96,7 +96,6 @@ def test_a_peer_gets_the_dense_model(tmp_path, monkeypatch, shape):
         del sizes["model_type"]
         small = LlamaConfig(**sizes)
         monkeypatch.setattr(models, "backbone_of", lambda shape: (LlamaForCausalLM, small))
-        monkeypatch.setattr(peers, "backbone_of", models.backbone_of)
     case = Case(shape)
     model = peers.dense_model(case)
     found = GGUFReader(peers.write_gguf(case, tmp_path))

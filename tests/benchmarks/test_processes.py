@@ -5,15 +5,25 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from fresh_processes import be_killed, growth_by_an_array, signal_parent_and_wait
+from fresh_processes import (
+    be_alone,
+    be_killed,
+    exit_or_answer,
+    growth_by_an_array,
+    meet,
+    signal_parent_and_wait,
+    wait_or_divide,
+)
 
 from lookup_experts.benchmarks.processes import (
     ProcessFailedError,
     in_fresh_process,
     in_own_process,
+    in_own_processes,
     is_out_of_memory,
 )
 from lookup_experts.errors import UserError
@@ -52,6 +62,35 @@ def test_a_signal_interrupts_the_process_once_however_often_it_is_sent(number):
     with pytest.raises(KeyboardInterrupt, match=r"^1 in "):
         in_own_process(signal_parent_and_wait, number)
     assert signal.getsignal(number) is before
+
+
+def test_several_at_the_same_time_and_no_more(tmp_path):
+    begun = []
+    (tmp_path / "many").mkdir()
+    found = dict(in_own_processes(meet, [(tmp_path / "many", 3)] * 3, 3, begun.append))
+    assert found == {0: 3, 1: 3, 2: 3}  # each has seen the two others
+    assert begun == [0, 1, 2]
+    found = dict(in_own_processes(be_alone, [(tmp_path,)] * 3, 1))
+    assert found == {0: "alone", 1: "alone", 2: "alone"}
+
+
+def test_one_of_several_that_is_killed_is_told_and_the_others_answer():
+    outcomes = dict(in_own_processes(exit_or_answer, [(3,), (0,), (0,)], 2))
+    assert str(outcomes.pop(0)) == "ended with code 3"
+    assert outcomes == {1: "answer", 2: "answer"}
+
+
+def test_an_exception_of_one_interrupts_the_others():
+    with pytest.raises(ZeroDivisionError):
+        list(in_own_processes(wait_or_divide, [(1,), (0,), (1,)], 2))
+
+
+def test_a_signal_interrupts_all(tmp_path):
+    calls = [(tmp_path, 2, 60, True), (tmp_path, 2, 60)]
+    begun_at = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(in_own_processes(meet, calls, 2))
+    assert time.monotonic() - begun_at < 60
 
 
 WAIT = """

@@ -19,15 +19,14 @@ from tiny_runs import make_data, tiny_recipe
 from typer.testing import CliRunner
 
 from lookup_experts import cli
+from lookup_experts.benchmarks import quality
 from lookup_experts.benchmarks.quality import (
     Pace,
     System,
-    TrainedRun,
     ablation_systems,
     add_up,
     in_words,
     train_all,
-    train_one,
 )
 from lookup_experts.errors import UserError
 from lookup_experts.training.checkpoints import checkpoint_step, last_checkpoint
@@ -151,6 +150,7 @@ def test_runs_are_trained_once_and_added_up_over_the_seeds(data, base, tmp_path)
         (("mole-4e", "--ablation", "size"), "not both"),
         (("mole-4e:sise=3",), "sise"),
         (("dense", "--plot", "curves"), "curves is no name of a picture"),
+        (("dense", "--set", "model.moe={num_experts: 2}"), "on a dense --recipe"),
     ],
 )
 def test_bad_input_is_told_in_one_line(data, base, tmp_path, arguments, words):
@@ -169,10 +169,9 @@ def test_without_held_out_text_nothing_is_trained(base, tmp_path):
 def test_a_system_without_enough_memory_is_reported_as_such(data, tmp_path):
     said = []
     system = System.parse("moe-4e:size=10000000000000")
-    recipe = system.recipe(tiny_recipe(), tokens=1000, seed=0, points=2)
-    failed = train_one(system, recipe, data, tmp_path / "run", said.append)
+    (failed,) = train_all([system], [0], tiny_recipe(), data, 1000, tmp_path, said.append)
     assert failed.summary is None
-    assert said == [f"{system.name}, seed 0: out of memory. The others go on."]
+    assert said[1:] == [f"{system.name}, seed 0: out of memory. The others go on."]
     (result,) = add_up([failed])
     assert in_words(result) == f"  {system.name}: out of memory"
     (row,) = result_rows("quality", [result])
@@ -209,7 +208,7 @@ def test_a_killed_run_is_reported_and_the_rest_goes_on(data, tmp_path):
     everything = [System.parse(name) for name in ("moe-4e", "mole-2e")]
 
     def compare(seeds):
-        return list(train_all(everything, seeds, base, data, 2000, work, said.append))
+        return train_all(everything, seeds, base, data, 2000, work, said.append)
 
     training = work / "moe-4e-seed0"
     with killing(
@@ -279,6 +278,32 @@ def test_ctrl_c_ends_the_comparison_with_a_checkpoint_and_the_next_call_goes_on(
     assert json.loads(again.stdout)["results"][0]["seeds"] == [0]
 
 
+@pytest.mark.slow
+def test_runs_at_the_same_time_give_the_same_and_finished_ones_start_nothing(
+    data, tmp_path, monkeypatch
+):
+    systems, base, said = [System.parse(name) for name in ("dense", "mole-2e")], tiny_recipe(), []
+
+    def compare(jobs, tokens=1000):
+        folder = tmp_path / str(jobs)
+        runs = train_all(systems, [0], base, data, tokens, folder, said.append, jobs)
+        return [(run.curve, run.table) for run in runs]
+
+    together = compare(2)
+    assert together == compare(1)
+    assert together[1][1]["table"] == pytest.approx(together[1][1]["experts"])
+    assert any("mole-2e: validation loss" in line for line in said)
+
+    def nothing(work, calls, *more):
+        assert not calls
+        return iter(())
+
+    monkeypatch.setattr(quality, "in_own_processes", nothing)
+    assert compare(2) == together
+    with pytest.raises(UserError, match="holds a run with another recipe"):
+        compare(2, tokens=2000)
+
+
 def test_time_left_is_that_of_the_same_system_or_else_of_all():
     pace = Pace()
     assert pace.seconds_left([("dense", 1.0)]) is None
@@ -291,9 +316,7 @@ def test_time_left_is_that_of_the_same_system_or_else_of_all():
 
 
 def test_a_single_seed_has_no_spread(data, base, tmp_path):
-    system = System.parse("dense")
-    recipe = system.recipe(tiny_recipe(), tokens=500, seed=0, points=2)
-    trained: TrainedRun = train_one(system, recipe, data, tmp_path / "run", print)
-    (result,) = add_up([trained])
+    systems = [System.parse("dense")]
+    (result,) = add_up(train_all(systems, [0], tiny_recipe(), data, 500, tmp_path, print))
     assert "validation_loss_std" not in result
     assert "(1 seed," in in_words(result)

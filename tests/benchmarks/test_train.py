@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from lookup_experts import cli
 from lookup_experts.benchmarks import train
+from lookup_experts.benchmarks.text import TextWindows
+from lookup_experts.benchmarks.train import Rows, TrainingCase
 from lookup_experts.errors import UserError
 
 run = CliRunner().invoke
@@ -55,6 +57,25 @@ def test_every_system_beside_what_flops_say(tmp_path, ids):
     assert "micro batches" not in rows[0] and rows[0]["faster than per position"] == ""
 
 
+def test_narrow_rows_beside_wide_ones(tmp_path, ids):
+    plot = tmp_path / "plot.png"
+    arguments = ("--tokens", 64, "--experts", "2,2-r8,meki-r8", "--rounds", 1, "--plot", plot)
+    results = bench(tmp_path, ids, *arguments, "--no-peak")
+    found = [(r["system"], r.get("form"), r.get("row_size")) for r in results if "row_size" in r]
+    assert found == [
+        ("unique", None, 8), ("per_position", None, 8),
+        ("unique", "meki", 8), ("per_position", "meki", 8),
+    ]  # fmt: skip
+    _, wide, _, narrow, _, meki, _ = results
+    assert narrow["flop_ratio_to_dense"] < wide["flop_ratio_to_dense"]
+    assert meki["flop_ratio_to_dense"] < wide["flop_ratio_to_dense"]
+    names = [row["system"] for row in result_rows("train", results)]
+    assert names[1::2] == [
+        "unique, 2 experts", "unique, 2 experts, rows of 8", "unique, meki, rows of 8",
+    ]  # fmt: skip
+    assert plot.stat().st_size > 1000
+
+
 def test_accumulation_with_shared_outputs(tmp_path, ids):
     arguments = ("--tokens", 32, "--experts", 2, "--accumulate", 3, "--rounds", 1, "--no-peak")
     dense, unique, shared = bench(tmp_path, ids, *arguments)
@@ -80,7 +101,7 @@ def test_the_trainer_beside_a_bare_loop(tmp_path, ids):
 def test_peak_memory_is_of_a_process_of_its_own():
     case = train.case_of_shape("tiny", 1, context=32, head=False)
     held = np.ones(800_000_000, np.uint8)
-    peak = train.peak_bytes(case, ("unique", 2), [torch.ones(1, 33, dtype=torch.int64)])
+    peak = train.peak_bytes(case, ("unique", Rows(2)), [torch.ones(1, 33, dtype=torch.int64)])
     assert 100e6 < peak < held.nbytes
 
 
@@ -100,7 +121,7 @@ def test_every_row_has_its_peak_memory(tmp_path):
 def test_the_steps_gradients_are_those_of_the_model_s_own_loss():
     """The head in chunks of positions, with and without a rest."""
     case = train.case_of_shape("tiny", 1, context=32)
-    model = case.build(2)
+    model = case.build(Rows(2))
     batch = torch.randint(0, 500, (2, 33))
     train.HEAD_CHUNK, before = 48, train.HEAD_CHUNK
     try:
@@ -120,12 +141,12 @@ def test_flops_are_those_of_the_operations_that_run():
     from torch.utils.flop_counter import FlopCounterMode
 
     case = train.case_of_shape("160m", 1, context=64, head=False)
-    model = case.build(2)
+    model = case.build(Rows(2))
     batch = torch.randint(0, 20, (4, 65))
     ratio = 256 / len(batch[:, :-1].unique())
     with FlopCounterMode(display=False) as counter:
         train.forward_and_backward(model, batch, head=False)
-    expected = 256 * case.flops("unique", 2, ratio)
+    expected = 256 * case.flops("unique", Rows(2), ratio)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
 
 
@@ -134,7 +155,10 @@ def test_flops_are_those_of_the_operations_that_run():
     [
         (["--tokens", "48"], "--tokens 48 is no multiple of --context 32"),
         (["--dtype", "float31"], "Did you mean 'float32'"),
-        (["--experts", "4,x"], "numbers like"),
+        (
+            ["--experts", "4,x"],
+            "numbers like 4,16, or narrow rows like 4-r192 and meki-r96; got 'x'",
+        ),
         (["--trainer", "--plot", "x.png"], "leave it out with --trainer"),
     ],
 )
@@ -143,3 +167,13 @@ def test_bad_input(ids, arguments, words):
     done = run(cli.app, [*common, *arguments])
     assert isinstance(done.exception, UserError)
     assert words in str(done.exception)
+
+
+def test_a_gpu_is_warmed_up_by_a_step_of_the_size_that_counts(ids):
+    """Where memory is taken and kernels are chosen; the device `meta` stands for it."""
+    windows = TextWindows(np.load(ids))
+    case = TrainingCase({"hidden_size": 64}, context=32, device="meta")
+    batch = train._warm_up_batch(case, windows, 128)
+    assert batch.shape == (4, 33) and batch.device.type == "meta"
+    on_cpu = TrainingCase({"hidden_size": 64}, context=32)
+    assert train._warm_up_batch(on_cpu, windows, 128).shape == (1, 33)

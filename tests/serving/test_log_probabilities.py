@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from tiny_models import tiny_model
 from tiny_tokenizers import byte_fallback_tokenizer, writing_model, writing_tokenizer
 
@@ -162,7 +163,9 @@ def test_special_tokens_leave_no_holes(make_client):
     script = iter(ids * 2)
     chooser = "lookup_experts.serving.engine.choose"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(chooser, lambda logits, choosers: [next(script) for _ in choosers])
+        patched.setattr(
+            chooser, lambda logits, choosers: torch.tensor([next(script) for _ in choosers])
+        )
         whole = complete(client, max_tokens=len(ids), logprobs=0)
         pieces = chunks(client, COMPLETIONS, prompt="the", max_tokens=len(ids))
     assert whole["text"] == "".join(piece["text"] for piece in pieces) == "🦊"

@@ -24,6 +24,7 @@ from lookup_experts.model.forms.mole import LayerExperts
 from lookup_experts.table import build
 from lookup_experts.table.build import (
     JOURNAL,
+    Ranks,
     build_table,
     check_sample,
     copy_table,
@@ -259,7 +260,7 @@ def test_a_folder_with_other_things_is_refused(begun):
     assert begun.contents() == {"notes.txt": b"mine"}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"plan": 1, "finished_ids": "x"}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"plan": 1}'])
 def test_a_damaged_journal_is_an_error_in_one_line(begun, content):
     begun.run_until(40)
     (begun.folder / JOURNAL).write_text(content)
@@ -452,5 +453,20 @@ def test_a_table_is_copied_where_it_can_not_be_linked(begun, expected, tmp_path,
 def test_the_journal_says_what_is_being_built(begun):
     begun.run_until(40)
     journal = json.loads((begun.folder / JOURNAL).read_text())
-    assert journal["plan"] == begun.plan.to_json()
-    assert 20 < journal["finished_ids"] < 40 + begun.plan.chunk_ids
+    assert journal == {"plan": begun.plan.to_json()}
+
+
+def test_what_an_older_version_began_goes_on(begun, expected):
+    """Its journal said how many ids were finished, too."""
+    begun.run_until(40)
+    journal = {"plan": begun.plan.to_json(), "finished_ids": 20}
+    (begun.folder / JOURNAL).write_text(json.dumps(journal))
+    begun.run()
+    assert begun.contents() == expected
+
+
+def test_who_helps_with_another_table_is_refused(begun, tmp_path):
+    begun.run_until(40)
+    other = Build(begun.folder, seed=1)
+    with pytest.raises(TableError, match="unfinished build of another table"):
+        build_table(other.folder, other.plan, other.rows_of, ranks=Ranks(1, 2))

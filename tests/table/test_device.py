@@ -14,20 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lanes import LateLane, NotingLane
 from random_tables import make_table
-from reading import Expected, open_on, ways_here
+from reading import ONE_BLOCK, Expected, batches, open_on, ways_here
 from tiny_models import greedy, logits_of, token_ids
 
 import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.model.rows import mix_reference
 from lookup_experts.model.wiring import forward_pass
-from lookup_experts.table import device as device_module
+from lookup_experts.table import additions, device_rows
 from lookup_experts.table import reader as reader_module
-from lookup_experts.table import transfer
-from lookup_experts.table.cache import SlotCache
+from lookup_experts.table.cache_budget import parse_cache
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
 from lookup_experts.table.lanes import HostLane, open_lane
-from lookup_experts.table.layout import RecordLayout, TableShape
 from lookup_experts.table.mixing import (
     decode_and_mix,
     decode_and_mix_reference,
@@ -35,29 +33,15 @@ from lookup_experts.table.mixing import (
     route_mix_add,
 )
 from lookup_experts.table.reader import TableExperts
-from lookup_experts.table.rows import MemoryRows, WaitClock
-from lookup_experts.table.transfer import PinnedRing, copy_groups
+from lookup_experts.table.rows import MemoryRows
 
 pytestmark = pytest.mark.timeout(60)
-
-ONE_BLOCK = {"num_layers": 2, "num_experts": 2, "row_size": 512, "encoding": "float16"}
-"""A record of 4096 bytes."""
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """(table, its records) of 300 ids."""
     return make_table(tmp_path_factory.mktemp("wide"), vocab_size=300, **ONE_BLOCK)
-
-
-@st.composite
-def batches(draw, vocab_size: int):
-    """Token ids [B, T], around the sizes where the way changes; some with few unique ones."""
-    length = draw(st.sampled_from([0, 1, 2, 63, 64, 65, 255, 256, 257]))
-    most = draw(st.sampled_from([1, min(vocab_size, 5), vocab_size]))
-    random = np.random.default_rng(draw(st.integers(0, 99)))
-    ids = torch.from_numpy(random.integers(0, most, length))
-    return ids.view(-1, 3) if length % 3 == 0 else ids.view(1, -1)
 
 
 # -------------------------------------------------------------------------------- right rows
@@ -82,11 +66,9 @@ def test_rows_of_any_table_and_batch(tmp_path_factory, data):
     group_bytes = data.draw(st.sampled_from([1, 2**24]), "group_bytes")
     way = data.draw(st.sampled_from(ways_here()), "way")
     expected = Expected(table, records, dtype)
-    copy_bytes = data.draw(st.sampled_from([1, 2**22]), "copy_bytes")
     no_gradients = data.draw(st.sampled_from([torch.no_grad, torch.inference_mode]), "mode")
     with pytest.MonkeyPatch.context() as patch, no_gradients():
-        patch.setattr(transfer, "COPY_BYTES", copy_bytes)
-        copy_groups.cache_clear()
+        patch.setattr(device_rows, "AT_ONCE_BYTES", data.draw(st.sampled_from([1, 2**19]), "once"))
         lane = LateLane(1e-3)
         with open_on(lane, table, way, dtype, cache_bytes, group_bytes) as reader:
             for _ in range(4):
@@ -95,7 +77,6 @@ def test_rows_of_any_table_and_batch(tmp_path_factory, data):
                 layers = list(range(expected.num_layers))
                 order = data.draw(st.sampled_from([layers, layers + layers, layers[::-1]]))
                 expected.assert_right(reader.rows(ids, ready=ready), ids, order)
-        copy_groups.cache_clear()
 
 
 def test_a_cache_under_pressure_never_gives_another_ids_rows(wide):
@@ -113,7 +94,7 @@ def test_a_cache_under_pressure_never_gives_another_ids_rows(wide):
         assert 0 < statistics.cache_hits < statistics.ids_unique
 
 
-def test_threads_share_slots_and_ring(wide):
+def test_threads_share_a_cache(wide):
     table, records = wide
     expected = Expected(table, records)
     problems: list[BaseException] = []
@@ -156,60 +137,42 @@ def test_gradients_reach_the_weights(wide):
             torch.testing.assert_close(weights.grad, again.grad, rtol=2e-2, atol=2e-2)
 
 
-# -------------------------------------------------------------------------- what is copied when
+# -------------------------------------------------------------------------- what is brought when
 
 
-def test_hits_are_not_copied_again(wide):
-    lane = LateLane()
-    ids = torch.tensor([[3, 4, 3]])
-    with open_on(lane, wide[0], cache_bytes=100 * 4096) as reader, torch.no_grad():
-        reader.rows(ids, ready=True)
-        assert lane.bytes_copied == 2 * 4096
-        for _ in range(3):
-            reader.rows(ids, ready=True)
-        assert lane.bytes_copied == 2 * 4096
-        assert reader.stats().cache_hits == 6
-        assert reader.missed == frozenset()
-        reader.rows(torch.tensor([[4, 5]]), ready=True)
-        assert lane.bytes_copied == 3 * 4096
-        assert reader.missed == {5}
-
-
-def test_the_host_fetches_ids_once_per_batch(wide):
+def test_a_steps_ids_never_come_to_the_host(wide):
     lane = NotingLane()
     with open_on(lane, wide[0]) as reader, torch.no_grad():
-        for number, length in enumerate((1, 64, 200), start=1):
-            rows = reader.rows(torch.arange(length).view(1, -1))
-            rows.mix(0, torch.rand(length, 2))
-            assert lane.ids_fetched == number
+        for length in (1, 64):
+            reader.rows(torch.arange(length).view(1, -1)).mix(0, torch.rand(length, 2))
+            assert lane.ids_fetched == 0
+        reader.rows(torch.arange(65).view(1, -1)).mix(0, torch.rand(65, 2))
+        assert lane.ids_fetched == 1
 
 
-def test_layers_are_waited_for_group_by_group(wide, monkeypatch):
-    monkeypatch.setattr(transfer, "COPY_BYTES", 1)
-    copy_groups.cache_clear()
-    lane = NotingLane()
-    with open_on(lane, wide[0]) as reader, torch.no_grad():
-        rows = reader.rows(torch.arange(3).view(1, -1))
-        del lane.notes[:]
-        rows.mix(0, torch.rand(3, 2))
-        assert lane.notes == ["copy", "copy", "lead"]
-        rows.mix(0, torch.rand(3, 2))
-        assert lane.notes == ["copy", "copy", "lead"]
-        rows.mix(1, torch.rand(3, 2))
-        assert lane.notes == ["copy", "copy", "lead", "lead"]
-    copy_groups.cache_clear()
+def test_steps_are_counted_where_they_are_found(wide):
+    with open_on(HostLane(), wide[0], cache_bytes="409600:40960") as reader, torch.no_grad():
+        for ids in ([3, 4, 3], [3, 4, 5]):
+            reader.rows(torch.tensor([ids])).layer(0)
+        found = reader.stats()
+        assert (found.batches, found.ids_asked, found.cache_hits) == (2, 6, 2)
+        assert found.bytes_read == 3 * 4096
+        reader.rows(torch.arange(100).view(1, -1)).layer(0)
+        assert reader.stats().ids_unique == 106
+        reader.reset_stats()
+        assert reader.stats().ids_asked == 0
+        assert reader.missed is None  # which ones had to be read is known to the device alone
 
 
-def test_slots_get_a_new_owner_only_after_what_still_reads_them(wide):
-    lane = NotingLane()
-    with open_on(lane, wide[0]) as reader, torch.no_grad():
-        for first in range(0, 192, 64):  # each batch takes all slots
-            rows = reader.rows(torch.arange(first, first + 64).view(1, -1))
-            lane.note("mix")
-            rows.mix(0, torch.rand(64, 2))
-            del rows
-        order = [note for note in lane.notes if note != "lead"]
-    assert order[:6] == ["mix", "copy", "follow", "mix", "copy", "follow"]
+@pytest.mark.parametrize(
+    ("cache", "taken"), [(0, 0), ("81920", 10), ("81920:8192", 2), ("2MB", 300)]
+)
+def test_the_cache_is_split_as_it_is_asked_for(wide, cache, taken):
+    with open_on(HostLane(), wide[0], cache_bytes=cache) as reader:
+        assert reader._on_device._records.num_hot == taken
+        assert reader.cache_bytes == parse_cache(cache).total
+    with open_on(HostLane(), wide[0], "memory", cache_bytes=cache) as reader:
+        assert reader.cache_bytes == 0
 
 
 def test_a_prompts_buffers_are_copied_into_after_what_still_reads_them(tmp_path):
@@ -225,83 +188,28 @@ def test_a_prompts_buffers_are_copied_into_after_what_still_reads_them(tmp_path)
     assert len(order) > 6 and order == ["follow", "copy"] * (len(order) // 2)
 
 
-def test_memory_is_what_was_asked_for(wide):
-    table, _ = wide
-    for asked, taken in ((0, 64), (10, 64), (64, 64), (200, 200), (1000, 300)):
-        with open_on(HostLane(), table, cache_bytes=asked * 4096 + 5) as reader:
-            assert reader._on_device.device_bytes == taken * 4096
-            assert reader.cache_bytes == asked * 4096 + 5
-    with open_on(HostLane(), table, "memory", cache_bytes=4096) as reader:
-        assert reader.cache_bytes == 4096  # RAM is not where the model is
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 900), st.integers(1, 64))
-def test_groups_of_copies_cover_a_record_once(layers, experts, hidden, num_records):
-    layout = RecordLayout(TableShape(10, layers, experts, hidden), get_encoding("int8"))
-    groups = copy_groups(layout, num_records)
-    assert [group.start for group in groups[1:]] == [group.stop for group in groups[:-1]]
-    assert (groups[0].start, groups[-1].stop) == (0, layout.record_bytes)
-    assert [group.end * layout.layer_bytes for group in groups] == [g.stop for g in groups]
-    for group in groups:
-        one_layer = num_records * layout.layer_bytes
-        assert num_records * (group.stop - group.start) <= max(transfer.COPY_BYTES, one_layer)
-
-
-# ---------------------------------------------------------------------------------- the ring
-
-
-def test_page_locked_memory_is_used_to_its_rounded_size():
-    ring = PinnedRing(HostLane(), 3 * 4096, 64, WaitClock())
-    assert ring.memory.shape == (2**20 // (3 * 4096), 3 * 4096)
-    assert len(ring.take(64)) == 64
-
-
-def test_a_row_is_not_lent_while_it_is_copied():
-    ring, lane = PinnedRing(HostLane(), 4096, 4, WaitClock()), LateLane(0.05)
-    first = ring.take(3)
-    target = torch.zeros(4096, dtype=torch.uint8)
-    ring.memory[first[0]] = 7
-    mark = lane.copy([target], [ring.rows[first[0]]])
-    ring.give_back(first, copied=mark)
-    second = ring.take(2)  # one is free, so this waits
-    assert mark.is_reached() and len(set(second)) == 2
-    assert int(target[0]) == 7
-
-
-def test_rows_that_nobody_waits_for_block_nobody(wide):
-    """One thread may hold the rows of many batches before it looks at the first."""
-    table, records = wide
-    expected = Expected(table, records)
-    with open_on(LateLane(), table, cache_bytes=300 * 4096) as reader, torch.no_grad():
-        several = [torch.arange(first, first + 40).view(1, -1) for first in range(0, 240, 40)]
-        held = [(ids, reader.rows(ids)) for ids in several]
-        for ids, rows in held:
-            expected.assert_right(rows, ids)
-
-
 # ------------------------------------------------------------------------------------ faults
 
 
 class Fault:
     """Makes the store fail as often as it is told to."""
 
-    def __init__(self, store, monkeypatch) -> None:
+    def __init__(self, store, monkeypatch, operation="_fetch") -> None:
         self.failures = 0
-        fetch = store._fetch
+        really = getattr(store, operation)
 
-        def fail_or_fetch(*arguments):
+        def fail_or_do_it(*arguments):
             if self.failures:
                 self.failures -= 1
                 raise TableError("the disk is gone")
-            return fetch(*arguments)
+            return really(*arguments)
 
-        monkeypatch.setattr(store, "_fetch", fail_or_fetch)
+        monkeypatch.setattr(store, operation, fail_or_do_it)
 
 
 @pytest.mark.parametrize("ready", [False, True])
-@pytest.mark.parametrize("length", [5, 64, 200])
-def test_a_fault_is_an_error_and_leaves_no_wrong_rows(wide, monkeypatch, length, ready):
+def test_a_prompts_fault_is_an_error_and_leaves_no_wrong_rows(wide, monkeypatch, ready):
+    length = 200
     table, records = wide
     expected = Expected(table, records)
     ids, half = torch.arange(length).view(1, -1), torch.arange(0, length, 2).view(1, -1)
@@ -309,26 +217,37 @@ def test_a_fault_is_an_error_and_leaves_no_wrong_rows(wide, monkeypatch, length,
         fault = Fault(reader._store, monkeypatch)
         expected.assert_right(reader.rows(half), half)
         for _ in range(3):
-            fault.failures = 2 if length > 64 else 1
+            fault.failures = 2
             with pytest.raises(TableError, match="the disk is gone"):
                 reader.rows(ids, ready=ready).mix(0, torch.rand(length, 2))
             fault.failures = 0
             expected.assert_right(reader.rows(half), half)
         expected.assert_right(reader.rows(ids, ready=ready), ids)
-        cache: SlotCache = reader._on_device._cache
-        gc.collect()
-        reader._on_device._release_dropped()
-        assert not cache._held
+
+
+def test_a_steps_fault_gives_no_number_and_is_told_next(wide, monkeypatch):
+    table, records = wide
+    expected = Expected(table, records)
+    ids, weights = torch.arange(5).view(1, -1), torch.rand(5, 2).half()
+    with open_on(LateLane(), table, cache_bytes="409600:8192") as reader, torch.no_grad():
+        store = reader._on_device._records._process.store
+        fault = Fault(store, monkeypatch, "begin")
+        for _ in range(3):
+            fault.failures = 100
+            assert reader.rows(ids).mix(0, weights).isnan().all()
+            fault.failures = 0
+            with pytest.raises(TableError, match="the disk is gone"):
+                reader.rows(ids)
+        expected.assert_right(reader.rows(ids), ids)
 
 
 @pytest.mark.parametrize("ready", [False, True])
-@pytest.mark.parametrize("length", [5, 64, 200])
-def test_a_thread_that_ends_while_it_reads(wide, monkeypatch, length, ready):
+def test_a_thread_that_ends_while_it_reads(wide, monkeypatch, ready):
     def end(*_):
         raise SystemExit
 
     table, records = wide
-    ids = torch.arange(length).view(1, -1)
+    ids = torch.arange(200).view(1, -1)
     with open_on(LateLane(5e-4), table, cache_bytes=2**20) as reader, torch.no_grad():
         with monkeypatch.context() as patch:
             patch.setattr(reader._store, "_fetch", end)
@@ -350,29 +269,15 @@ def test_the_thread_of_prompts_is_gone(wide):
                 rows.layer(layer)
 
 
-def test_a_read_that_cannot_begin(wide, monkeypatch):
-    table, records = wide
-    expected = Expected(table, records)
-    ids = torch.arange(4).view(1, -1)
-    with open_on(HostLane(), table) as reader, torch.no_grad():
-        with monkeypatch.context() as patch:
-
-            def refuse(*_):
-                raise TableError("too many open files")
-
-            patch.setattr(reader._store, "begin", refuse)
-            for _ in range(200):  # more than there are rows in the ring
-                with pytest.raises(TableError, match="too many open files"):
-                    reader.rows(ids)
-        expected.assert_right(reader.rows(ids), ids)
-
-
 @pytest.mark.parametrize("wrong", [-1, 300, 1 << 40])
 def test_ids_outside_of_the_table(wide, wrong):
     with open_on(HostLane(), wide[0]) as reader, torch.no_grad():
-        for ids in (torch.tensor([[1, wrong]]), torch.full((1, 300), wrong)):
-            with pytest.raises(TableError, match=f"Token id {wrong} is"):
-                reader.rows(ids)
+        with pytest.raises(TableError, match=f"Token id {wrong} is"):
+            reader.rows(torch.full((1, 300), wrong))
+        mixed = reader.rows(torch.tensor([[1, wrong]])).mix(0, torch.rand(2, 2).half())
+        assert mixed[0].isfinite().all() and mixed[1].isnan().all()
+        with pytest.raises(TableError, match=f"Token id {wrong} is"):
+            reader.rows(torch.tensor([[1]]))
         assert reader.rows(torch.tensor([[1]])).layer(0).isfinite().all()
 
 
@@ -513,10 +418,10 @@ def test_a_block_takes_one_operation_if_nobody_looks(
 ):
     plain, calls, seen = le.load(training_folder), [], []
     fuses = all(limits)
-    monkeypatch.setattr(device_module, "MOST_EXPERTS", limits[0])
-    monkeypatch.setattr(device_module, "MOST_ROUTER_WEIGHTS", limits[1])
+    monkeypatch.setattr(additions, "MOST_EXPERTS", limits[0])
+    monkeypatch.setattr(additions, "MOST_ROUTER_WEIGHTS", limits[1])
     monkeypatch.setattr(
-        device_module,
+        additions,
         "route_mix_add",
         lambda *arguments: calls.append(arguments) or route_mix_add(*arguments),
     )

@@ -32,7 +32,7 @@ def made(tmp_path):
 
 def reader_over(table, store="direct", cache_bytes=10**5, verify_checksums=True):
     opened = open_store(table, store, verify_checksums=verify_checksums, notify=silent)
-    return TableExperts(table, opened, torch.bfloat16, cache_bytes=cache_bytes)
+    return TableExperts(table, opened, torch.bfloat16, cache=cache_bytes)
 
 
 def by_pickle(reader):

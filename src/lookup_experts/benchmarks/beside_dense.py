@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lookup_experts import allocation, console
@@ -54,8 +55,11 @@ class Comparison:
         """
         return find_peers(self.case, self.device, self.work) if self.with_peers else []
 
-    def prepare(self) -> tuple[dict[System, Any], TextWindows]:
+    def prepare(self, text: np.ndarray | None = None) -> tuple[dict[System, Any], TextWindows]:
         """The models, and text for them.
+
+        Args:
+            text: token ids, in place of those that `ids` names.
 
         Raises:
             UserError: no such weights, device, shape, encoding or text.
@@ -66,7 +70,9 @@ class Comparison:
         check_device(self.device)
         allocation.keep_freed_memory()
         table = random_table(self.case, self.work)
-        ids = id_stream(self.ids, self.case.layout.shape.vocab_size, self.work)
+        ids = text
+        if ids is None:
+            ids = id_stream(self.ids, self.case.layout.shape.vocab_size, self.work)
         models = {}
         for weights in self.weights:
             mole = table_model(
@@ -152,7 +158,9 @@ def speeds(
             "encoding": layout.encoding.name,
             "cache_bytes": statistics.cache_bytes,
             "bytes_per_step": bytes_per_step,
-            "hit_rate": statistics.cache_hits / max(1, statistics.ids_unique),
+            "hit_rate": (
+                statistics.cache_hits / statistics.ids_unique if statistics.ids_unique else None
+            ),
             "wait_ms": statistics.wait_seconds / batches * 1e3,
             "page_cache_bypassed": from_disk >= all_read if past_page_cache else None,
             "share_of_disk_bandwidth": rate / bytes_per_second if past_page_cache else None,

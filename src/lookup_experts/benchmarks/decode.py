@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
 
 from lookup_experts import console
 from lookup_experts.benchmarks.beside_dense import (
@@ -26,8 +25,15 @@ from lookup_experts.benchmarks.peers import measured_peers
 from lookup_experts.benchmarks.processes import DiskCounter
 from lookup_experts.benchmarks.results import Result, Results
 from lookup_experts.benchmarks.text import TextWindows
-from lookup_experts.benchmarks.timing import Advance, clock_of, interleave, median
+from lookup_experts.benchmarks.timing import (
+    Advance,
+    clock_of,
+    interleave,
+    interleave_queued,
+    median,
+)
 from lookup_experts.errors import UserError
+from lookup_experts.generation.captured import Decoding
 from lookup_experts.model.blocks import find_ffns
 from lookup_experts.model.cache_names import cache_argument, cache_of
 from lookup_experts.table.reader import ReaderStatistics, TableExperts
@@ -43,21 +49,22 @@ CACHE_WARM_UP_TOKENS = 60_000
 def bench_decode(
     comparison: Comparison, batches: Sequence[int], pairs: int, graphs: bool, results: Results
 ) -> None:
-    """`mole bench decode`: so many pairs of steps of each batch size; with `graphs` on a GPU, by
-    CUDA graphs."""
+    """`mole bench decode`: so many pairs of steps of each batch size; with `graphs` on a GPU, each
+    system's steps captured as CUDA graphs and replayed."""
     if graphs and not comparison.device.startswith("cuda"):
         raise UserError(
             f"CUDA graphs need a GPU; give --device cuda instead of {comparison.device}."
         )
     peers = comparison.peers()
     models, windows = comparison.prepare()
+    decodings = None
     if graphs:
         longest = CONTEXT + SEQUENCE_STEPS
-        models = {name: DecodingByGraphs(model, longest) for name, model in models.items()}
+        decodings = {name: Decoding(model, longest) for name, model in models.items()}
     options = {"dtype": comparison.case.dtype_name, "cuda_graphs": True if graphs else None}
     for batch in batches:
         with console.progress_bar(f"decode {batch}") as advance:
-            found = measure_decode(models, windows, batch, pairs, advance)
+            found = measure_decode(models, windows, batch, pairs, advance, decodings)
         results.add(*(result | options for result in found))
         results.add(*measured_peers(peers, comparison.case, batch=batch))
     results.finish(draw_ratios)
@@ -65,9 +72,22 @@ def bench_decode(
 
 @torch.inference_mode()
 def measure_decode(
-    models: dict[System, Any], windows: TextWindows, batch: int, pairs: int, advance: Advance
+    models: dict[System, Any],
+    windows: TextWindows,
+    batch: int,
+    pairs: int,
+    advance: Advance,
+    decodings: dict[System, Decoding] | None = None,
 ) -> list[Result]:
     """Decoding steps of `batch` sequences, all models in turn.
+
+    Args:
+        models: what is run.
+        windows: text.
+        batch: sequences.
+        pairs: steps of each.
+        advance: told how far it is.
+        decodings: of the models, to measure captured steps; None: the models' own.
 
     Returns:
         What `speeds` says, and `share_of_memory_bandwidth`: a step's weights and rows, over its
@@ -78,32 +98,40 @@ def measure_decode(
     moles, length = moles_of(models), CONTEXT + SEQUENCE_STEPS
     readers = {weights: mole.expert_source for weights, mole in moles.items()}
     mole = next(iter(moles.values()))
+    run = partial(_decode_sequences, models)
+    if decodings is not None:
+        run = partial(_replay_sequences, decodings, readers)
     memory_rate, bytes_per_second = memory_bytes_per_second(mole.device), disk_rate(mole)
     for reader in readers.values():
         warm_cache(reader, windows)
     # Not counted: on a GPU attention is planned anew for each length that it meets first, which
-    # takes several steps' time, and with graphs the first steps are compiled.
-    _decode_sequences(models, windows.take(batch, length))
+    # takes several steps' time, and graphs are captured.
+    run(windows.take(batch, length))
     seconds: dict[System, list[float]] = {name: [] for name in models}
     for reader in readers.values():
         reader.reset_stats()
     read = {weights: reader.stats() for weights, reader in readers.items()}
-    from_disk, done = 0, 0
+    from_disk, unique_ids, num_steps, done = 0, 0, 0, 0
     while done < pairs:
-        taken, statistics, disk_bytes = _decode_sequences(models, windows.take(batch, length))
+        tokens = windows.take(batch, length)
+        taken, statistics, disk_bytes = run(tokens)
         for name, values in taken.items():
             seconds[name] += values
         read = {weights: _sum(before, statistics[weights]) for weights, before in read.items()}
         from_disk += disk_bytes
+        steps = tokens[:, CONTEXT:].cpu().unbind(1)
+        unique_ids += sum(len(column.unique()) for column in steps)
+        num_steps += len(steps)
         done = min(map(len, seconds.values()))
         advance(min(done, pairs), pairs)
+    # A step that is replayed isn't counted.
+    read = {weights: replace(found, batches=num_steps) for weights, found in read.items()}
     results = speeds("decode", {"batch": batch}, models, seconds, read, from_disk, bytes_per_second)
     for result in results:
         weights, system = result["weights"], result["system"]
         num_bytes = float(weight_bytes(models[weights, system], batch))
         if system == "mole":
-            record_bytes = readers[weights].table.layout.record_bytes
-            num_bytes += read[weights].ids_unique / read[weights].batches * record_bytes
+            num_bytes += unique_ids / num_steps * readers[weights].table.layout.record_bytes
             if mole.device.type == "cpu":
                 result |= _added_ms(moles[weights], windows.take(batch, length))
         rate = num_bytes / (result["ms_per_step"] / 1e3)
@@ -150,6 +178,27 @@ def _decode_sequences(
             seconds[name] += taken if number >= WARM_UP_STEPS else []
     read = {weights: reader.stats() for weights, reader in readers.items()}
     return seconds, read, disk.bytes_read()
+
+
+def _replay_sequences(
+    decodings: dict[System, Decoding], readers: dict[str, TableExperts], tokens: Tensor
+) -> tuple[dict[System, list[float]], dict[str, ReaderStatistics], int]:
+    """The same of captured steps, all asked for before the first is waited for: as in a loop whose
+    host is ahead of the device, what it takes to ask is hidden."""
+    for decoding in decodings.values():
+        decoding.begin(tokens[:, :CONTEXT])
+    for reader in readers.values():
+        reader.reset_stats()
+    disk = DiskCounter()
+    seconds = interleave_queued(
+        {name: decoding.step for name, decoding in decodings.items()},
+        {name: decoding.feed for name, decoding in decodings.items()},
+        tokens[:, CONTEXT:].unbind(1),
+        tokens.device,
+    )
+    counted = {name: taken[WARM_UP_STEPS:] for name, taken in seconds.items()}
+    read = {weights: reader.stats() for weights, reader in readers.items()}
+    return counted, read, disk.bytes_read()
 
 
 def _sum(first: ReaderStatistics, second: ReaderStatistics) -> ReaderStatistics:
@@ -215,46 +264,3 @@ def medians_ms(
         for first in range(skip * num_blocks, len(blocks), num_blocks)
     ]
     return median(entrance[skip:]) * 1e3, median(passes) * 1e3
-
-
-# ------------------------------------------------------------------------------------ on a GPU
-
-
-class DecodingByGraphs:
-    """A model whose steps with a cache are compiled and replayed as CUDA graphs, as transformers'
-    `generate` does it with a static cache.
-
-    It is called as the model is, and has the model's attributes. A call without a cache is a
-    prompt: it runs as ever, and fills the one static cache that all prompts of its batch size
-    share, so that the graphs' addresses stay.
-
-    Args:
-        model: a causal LM.
-        most_tokens: the longest sequence, prompt and steps.
-        options: of `torch.compile`.
-    """
-
-    def __init__(self, model: Any, most_tokens: int, options: dict[str, Any] | None = None) -> None:
-        self._model, self._most_tokens = model, most_tokens
-        self._cache_argument = cache_argument(model)
-        self._step = torch.compile(model, **(options or {"mode": "reduce-overhead"}))
-        self._caches: dict[int, StaticCache] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __call__(self, tokens: Tensor, **arguments: Any) -> Any:
-        if self._cache_argument in arguments:
-            torch.compiler.cudagraph_mark_step_begin()
-            return self._step(tokens, **arguments)
-        arguments[self._cache_argument] = self._cache(len(tokens))
-        return self._model(tokens, **arguments)
-
-    def _cache(self, batch: int) -> StaticCache:
-        if batch in self._caches:
-            self._caches[batch].reset()
-        else:
-            self._caches[batch] = StaticCache(
-                config=self._model.config, max_cache_len=self._most_tokens
-            )
-        return self._caches[batch]

@@ -15,6 +15,7 @@ import torch
 
 import lookup_experts
 from lookup_experts.benchmarks.timing import interleave
+from lookup_experts.table.format import BLOCK
 from lookup_experts.table.host_memory import aligned_buffer
 
 PROGRAMS = ("torch", "transformers", "lookup-experts")
@@ -112,14 +113,16 @@ def disk_bytes_per_second(path: Path, num_bytes: int = 2**28, start: int = 0) ->
     """Reading a file from end to end past the page cache, in large blocks.
 
     Args:
-        path: a file on the disk in question.
+        path: a file on the disk in question, of a block at least.
         num_bytes: how much of it to read.
         start: where to begin, a multiple of 4096.
     """
-    buffer = aligned_buffer(LARGE_READ).data
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     try:
-        end = min(os.fstat(fd).st_size, start + num_bytes) - LARGE_READ
+        end = min(os.fstat(fd).st_size, start + num_bytes)
+        at_once = min(LARGE_READ, (end - start) // BLOCK * BLOCK)
+        buffer = aligned_buffer(at_once).data
+        end -= at_once
         started_at, offset = time.perf_counter(), start
         while offset <= end:
             offset += os.preadv(fd, [buffer], offset)

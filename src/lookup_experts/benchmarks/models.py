@@ -48,11 +48,20 @@ class Case:
     """Of the rows."""
     row_size: int | None = None
     """Numbers of a row; None: as many as the shape is wide."""
+    vocab_size: int | None = None
+    """V; None: the paper's."""
+
+    @property
+    def config(self) -> Any:
+        """Of its backbone."""
+        _, config = backbone_of(self.shape)
+        config.vocab_size = self.vocab_size or config.vocab_size
+        return config
 
     @property
     def layout(self) -> RecordLayout:
         """Of its table."""
-        config = backbone_of(self.shape)[1]
+        config = self.config
         row_size = self.row_size or config.hidden_size
         shape = TableShape(config.vocab_size, config.num_hidden_layers, self.num_experts, row_size)
         return RecordLayout(shape, get_encoding(self.encoding))
@@ -60,7 +69,7 @@ class Case:
     @property
     def settings(self) -> LookupSettings:
         """In training form, as `attach` settles them."""
-        config = backbone_of(self.shape)[1]
+        config = self.config
         defaults = get_form(self.form).defaults(config.hidden_size, config.intermediate_size)
         return LookupSettings(
             num_experts=self.num_experts,
@@ -74,7 +83,7 @@ class Case:
     @property
     def sizes(self) -> Sizes:
         """Of its backbone."""
-        config = backbone_of(self.shape)[1]
+        config = self.config
         return Sizes(config.vocab_size, config.hidden_size, config.hidden_size)
 
     @property
@@ -87,7 +96,8 @@ class Case:
         """For files: `160m-4e-bfloat16`; of narrow rows `160m-meki-r96-bfloat16`."""
         rows = f"{self.num_experts}e" if get_form(self.form).HAS_ROUTER else self.form
         size = "" if self.row_size in (None, self.sizes.hidden_size) else f"-r{self.row_size}"
-        return f"{self.shape}-{rows}{size}-{self.encoding}"
+        ids = "" if self.vocab_size is None else f"-v{self.vocab_size}"
+        return f"{self.shape}-{rows}{size}{ids}-{self.encoding}"
 
     @property
     def built_name(self) -> str:
@@ -124,8 +134,8 @@ def random_model(model_class: Any, config: Any, dtype: torch.dtype, seed: int = 
 
 def dense_model(case: Case, device: str = "cpu") -> Any:
     """The backbone alone, with random weights."""
-    model_class, config = backbone_of(case.shape)
-    return random_model(model_class, config, case.dtype).to(device)
+    model_class, _ = backbone_of(case.shape)
+    return random_model(model_class, case.config, case.dtype).to(device)
 
 
 def table_model(

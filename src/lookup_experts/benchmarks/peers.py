@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lookup_experts.benchmarks.models import Case, backbone_of, dense_model
+from lookup_experts.benchmarks.models import Case, dense_model
 from lookup_experts.benchmarks.results import Result
 from lookup_experts.errors import UserError
 
@@ -209,7 +209,7 @@ def write_configuration(case: Case, folder: Path) -> Path:
     """A folder with the `config.json` of the dense model, as vLLM's own classes know it."""
     from transformers import LlamaConfig, NemotronConfig
 
-    ours = backbone_of(case.shape)[1]
+    ours = case.config
     sizes = {
         name: getattr(ours, name)
         for name in (

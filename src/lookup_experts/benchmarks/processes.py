@@ -1,7 +1,8 @@
 """Work in a process of its own, which nothing before has touched and whose end is its own; and what
 the kernel tells of a process: its memory, and what it had brought from a disk.
 
-`in_own_process` runs anything and tells how its process ended; `in_fresh_process` is for a
+`in_own_process` runs anything and tells how its process ended, `in_own_processes` several things at
+the same time; `in_fresh_process` is for a
 measurement without which nothing else makes sense.
 """
 
@@ -13,10 +14,10 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -82,27 +83,93 @@ def in_own_process(work: Callable[..., Answer], *arguments: Any) -> Answer:
         ProcessFailedError: the process ended without an answer, as when it is killed.
         KeyboardInterrupt: a signal came. Exceptions of `work` pass, also one of this class.
     """
+    ((_, answer),) = list(in_own_processes(work, [arguments]))
+    if isinstance(answer, ProcessFailedError):
+        raise answer
+    return answer
+
+
+def in_own_processes(
+    work: Callable[..., Answer],
+    calls: Sequence[tuple[Any, ...]],
+    jobs: int = 1,
+    begin: Callable[[int], None] = lambda number: None,
+) -> Iterator[tuple[int, Answer | ProcessFailedError]]:
+    """`in_own_process` for several arguments, up to `jobs` of them at the same time.
+
+    Args:
+        calls: the arguments of each.
+        begin: called with the number of a call before its process starts.
+
+    Yields:
+        The number of a call that has ended, and its answer or how its process failed.
+
+    Raises:
+        KeyboardInterrupt, and exceptions of `work`: as `in_own_process`, once the processes under
+            way have ended, which were interrupted.
+    """
+    waiting = list(range(len(calls)))[::-1]
+    under_way: dict[Connection, tuple[int, Any]] = {}
+    stopped_by: BaseException | None = None
+    with _passing_on_signals(under_way) as received:
+        try:
+            while under_way or (waiting and not received and stopped_by is None):
+                while waiting and len(under_way) < jobs and not received and stopped_by is None:
+                    number = waiting.pop()
+                    begin(number)
+                    pipe, process = _start(work, calls[number])
+                    under_way[pipe] = number, process
+                for ready in wait(list(under_way)):
+                    assert isinstance(ready, Connection)
+                    number, process = under_way.pop(ready)
+                    answer, error = _end(ready, process)
+                    if error is None:
+                        yield number, answer
+                    elif isinstance(error, ProcessFailedError):
+                        yield number, error
+                    else:
+                        stopped_by = stopped_by or error
+                        _interrupt(under_way)
+        finally:  # also where whoever asked has stopped asking
+            _interrupt(under_way)
+            for _, process in under_way.values():
+                process.join()
+    if received and not isinstance(stopped_by, KeyboardInterrupt):
+        raise KeyboardInterrupt
+    if stopped_by is not None:
+        raise stopped_by
+
+
+def _start(work: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Connection, Any]:
+    """Our end of the pipe to a new process that does the work, and the process."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(
         target=_answer, args=(theirs, work, arguments)
     )
-    with _passing_on_signals(ours) as received:
-        with _signals_blocked():
-            process.start()
-        theirs.close()
-        try:
-            answer, error = ours.recv()
-        except (EOFError, OSError):
-            answer, error = None, ProcessFailedError()
+    with signals_blocked():
+        process.start()
+    theirs.close()
+    return ours, process
+
+
+def _end(pipe: Connection, process: Any) -> tuple[Any, BaseException | None]:
+    """What a process that has an answer, or has ended, says: (answer, None) or (None, error)."""
+    try:
+        answer, error = pipe.recv()
+    except (EOFError, OSError):
+        answer, error = None, ProcessFailedError()
     process.join()
-    ours.close()
+    pipe.close()
     if isinstance(error, ProcessFailedError) and not error.args:
         error = ProcessFailedError(ending(process.exitcode))
-    if received and not isinstance(error, KeyboardInterrupt):
-        raise KeyboardInterrupt
-    if error is not None:
-        raise error
-    return answer
+    return answer, error
+
+
+def _interrupt(pipes: Iterable[Connection]) -> None:
+    """Interrupt the processes at the other ends."""
+    for pipe in list(pipes):
+        with suppress(OSError):  # it has ended
+            pipe.send(signal.SIGINT)
 
 
 def ending(code: int | None) -> str:
@@ -114,14 +181,14 @@ def ending(code: int | None) -> str:
 
 
 @contextmanager
-def _passing_on_signals(pipe: Connection) -> Iterator[list[int]]:
-    """Tell the other end of a pipe of every signal; gives those that came."""
+def _passing_on_signals(pipes: Iterable[Connection]) -> Iterator[list[int]]:
+    """Interrupt the processes at the other ends of the pipes, those that there are by then, at
+    every signal; gives the signals that came."""
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        with suppress(OSError):  # it has ended
-            pipe.send(number)
+        _interrupt(pipes)
 
     before = {number: signal.signal(number, pass_on) for number in _SIGNALS}
     try:
@@ -132,7 +199,7 @@ def _passing_on_signals(pipe: Connection) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Have a process that is started here begin, and stay, with the signals blocked.
 
     A terminal and a service manager send them to all processes, and it would get them twice: from

@@ -17,7 +17,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +29,7 @@ from lookup_experts import console
 from lookup_experts.benchmarks.plots import picture
 from lookup_experts.benchmarks.processes import (
     ProcessFailedError,
-    in_own_process,
+    in_own_processes,
     lack_of_memory_told,
 )
 from lookup_experts.benchmarks.results import Result, Results
@@ -41,9 +41,11 @@ from lookup_experts.model.forms import get_form
 from lookup_experts.model.settings import ROW_FORMS
 from lookup_experts.training.checkpoints import checkpoint_step, last_checkpoint
 from lookup_experts.training.data import TokenShards
+from lookup_experts.training.models import with_vocabulary
 from lookup_experts.training.progress import format_duration
 from lookup_experts.training.recipe import Recipe
-from lookup_experts.training.run_folder import RunFolder
+from lookup_experts.training.run_folder import RunFolder, write_text
+from lookup_experts.training.sources import TrainingData
 from lookup_experts.training.train import TrainingSummary, train
 
 DEFAULT_SYSTEMS = ("dense", "moe-10e", "mole-4e")
@@ -63,18 +65,29 @@ def bench_quality(
     data: Path,
     tokens: int,
     work: Path,
+    jobs: int,
     results: Results,
 ) -> None:
     """`mole bench quality`: the systems of these names, or those of an ablation of the paper, or
     the default ones; see `train_all` for the rest."""
     if names and ablation:
         raise UserError("Name systems, or an --ablation, which names its own; not both.")
+    require_dense(base)
     console.quiet_transformers()
     chosen = ablation_systems(ablation, base) if ablation else names or DEFAULT_SYSTEMS
     systems = [System.parse(name) for name in chosen]
-    runs = list(train_all(systems, seeds, base, data, tokens, work, console.say))
+    runs = train_all(systems, seeds, base, data, tokens, work, console.say, jobs)
     results.add(*add_up(runs), say=in_words)
     results.finish(draw_curves)
+
+
+def require_dense(base: Recipe) -> None:
+    """Refuse a recipe whose experts those of the systems would replace without a word."""
+    if base.model.experts is not None or base.model.moe is not None:
+        raise UserError(
+            "Systems are compared on a dense --recipe, to which each adds its experts; this one "
+            "has some."
+        )
 
 
 # ------------------------------------------------------------------------------------ systems
@@ -204,6 +217,7 @@ class _Plan:
 
     system: System
     recipe: Recipe
+    """With its vocabulary settled."""
     folder: Path
 
     def share_left(self) -> float:
@@ -215,6 +229,40 @@ class _Plan:
         done = checkpoint_step(checkpoint) if checkpoint else 0
         return 1 - done / self.recipe.training.num_steps
 
+    def is_finished(self, data: TrainingData) -> bool:
+        """Whether there is nothing left to do; a `UserError` where the folder holds another run."""
+        run = RunFolder(self.folder)
+        if not run.summary.exists() or (self.has_table and not self.agreement.exists()):
+            return False
+        run.check(self.recipe, data.identity())
+        return True
+
+    @property
+    def has_table(self) -> bool:
+        return self.system.section == "experts"
+
+    @property
+    def agreement(self) -> Path:
+        """The file of what `table_agreement` gave."""
+        return self.folder / "table-agreement.json"
+
+    def trained(self, failure: str | None) -> TrainedRun:
+        """What is in its folder.
+
+        Args:
+            failure: of its process.
+        """
+        seed, run = self.recipe.training.seed, RunFolder(self.folder)
+        if not run.summary.exists():
+            return TrainedRun(self.system.name, seed, None, failure=failure)
+        if failure is not None:
+            failure = f"the check of its table: {failure}"
+        summary, table = TrainingSummary.load(run.summary), None
+        if self.agreement.exists():
+            table = json.loads(self.agreement.read_text())
+        curve = read_curve(self.folder)
+        return TrainedRun(self.system.name, seed, summary, curve, table, failure)
+
 
 def train_all(
     systems: Sequence[System],
@@ -224,10 +272,14 @@ def train_all(
     tokens: int,
     out: Path,
     notify: Notify,
-) -> Iterator[TrainedRun]:
+    jobs: int = 1,
+) -> list[TrainedRun]:
     """Train what is not yet trained in `out`; every run has a folder of its own there.
 
     All systems with the first seed come first, so that an interrupted comparison compares.
+
+    Args:
+        jobs: runs at the same time, each in a process that may be killed.
 
     Raises:
         UserError: no text was held out, or a recipe, the data and a run's folder don't go
@@ -236,27 +288,46 @@ def train_all(
         KeyboardInterrupt: on a signal outside of the training; likewise.
     """
     TokenShards(data, "validation")  # an error where no text was held out
+    source = TrainingData([data])
     plans = [
         _Plan(
             system,
-            system.recipe(base, tokens=tokens, seed=seed, points=CURVE_POINTS),
+            with_vocabulary(
+                system.recipe(base, tokens=tokens, seed=seed, points=CURVE_POINTS),
+                source.vocabulary.vocab_size,
+            ),
             out / f"{system.folder_name}-seed{seed}",
         )
         for seed in seeds
         for system in systems
     ]
-    pace = Pace()
-    for number, plan in enumerate(plans, 1):
-        name, share = plan.system.name, plan.share_left()
-        left = pace.seconds_left([(p.system.name, p.share_left()) for p in plans[number - 1 :]])
+    left = [plan for plan in plans if not plan.is_finished(source)]
+    pace, begun = Pace(), {}
+    failures: dict[Path, str] = {}
+
+    def begin(number: int) -> None:
+        plan, name = left[number], left[number].system.name
+        seconds = pace.seconds_left([(p.system.name, p.share_left()) for p in left])
         notify(
-            f"Run {number} of {len(plans)}: {name}, seed {plan.recipe.training.seed}"
-            + ("" if left is None else f"  ETA of all runs {format_duration(left)}")
+            f"Run {plans.index(plan) + 1} of {len(plans)}: {name}, "
+            f"seed {plan.recipe.training.seed}"
+            + ("" if seconds is None else f"  ETA of all runs {format_duration(seconds / jobs)}")
         )
-        started_at = time.perf_counter()
-        run = train_one(plan.system, plan.recipe, data, plan.folder, notify)
-        pace.add(name, share, time.perf_counter() - started_at)
-        yield run
+        begun[number] = plan.share_left(), time.perf_counter()
+
+    # Several bars in one place tell nothing.
+    calls = [(plan, data, jobs == 1) for plan in left]
+    for number, outcome in in_own_processes(_train_and_compare, calls, jobs, begin):
+        plan, (share, begun_at) = left[number], begun[number]
+        pace.add(plan.system.name, share, time.perf_counter() - begun_at)
+        if isinstance(outcome, ProcessFailedError):
+            failures[plan.folder] = str(outcome)
+            _leave_progress_bar()
+            run = plan.trained(str(outcome))
+            notify(f"{run.system}, seed {run.seed}: {run.failure}. The others go on.")
+        elif jobs > 1:
+            notify(in_words(_add_up_system([plan.trained(None)])))
+    return [plan.trained(failures.get(plan.folder)) for plan in plans]
 
 
 class Pace:
@@ -281,27 +352,6 @@ class Pace:
         )
 
 
-def train_one(
-    system: System, recipe: Recipe, data: Path, folder: Path, notify: Notify
-) -> TrainedRun:
-    """Train one system, or take what is trained already; in a process that may be killed."""
-    table, failure = None, None
-    try:
-        table = in_own_process(_train_and_compare, system, recipe, data, folder)
-    except ProcessFailedError as error:
-        failure = str(error)
-        _leave_progress_bar()
-    seed, run = recipe.training.seed, RunFolder(folder)
-    trained = run.summary.exists()
-    if failure is not None:
-        failure = f"the check of its table: {failure}" if trained else failure
-        notify(f"{system.name}, seed {seed}: {failure}. The others go on.")
-    if not trained:
-        return TrainedRun(system.name, seed, None, failure=failure)
-    summary = TrainingSummary.load(run.summary)
-    return TrainedRun(system.name, seed, summary, read_curve(folder), table, failure)
-
-
 def _leave_progress_bar() -> None:
     """Give the terminal its cursor and a new line, which the bar of a killed process keeps."""
     from rich.console import Console
@@ -312,14 +362,13 @@ def _leave_progress_bar() -> None:
         terminal.print()
 
 
-def _train_and_compare(
-    system: System, recipe: Recipe, data: Path, folder: Path
-) -> dict[str, float] | None:
-    """A run in its process; the agreement of MoLE with its table."""
+def _train_and_compare(plan: _Plan, data: Path, progress: bool) -> None:
+    """A run in its process; where it has lookup experts, their agreement with their table."""
     console.quiet_transformers()
     with lack_of_memory_told():
-        train(recipe, data, folder)
-        return table_agreement(folder, data) if system.section == "experts" else None
+        train(plan.recipe, data, plan.folder, progress=progress)
+        if plan.has_table and not plan.agreement.exists():
+            write_text(plan.agreement, json.dumps(table_agreement(plan.folder, data)) + "\n")
 
 
 def read_curve(folder: Path) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 versions that gave it, and a picture."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,13 +59,22 @@ class Results:
         self._partial = beside.with_name(f"{beside.name}.partial") if beside else None
         self.found: list[Result] = []
 
-    def resume(self) -> None:
-        """Take over what the same command, of the same program, had when it was broken off."""
+    def resume(self, apart_from: str | None = None) -> None:
+        """Take over what the same command, of the same program, had when it was broken off.
+
+        Args:
+            apart_from: an option whose value may be another.
+        """
         if self._partial is None or not self._partial.exists():
             return
         before, now = json.loads(self._partial.read_text()), self._report()
+        value = re.compile(rf" {apart_from}[ =]\S+") if apart_from else None
         same = [
-            (report["command"], report["machine"]["versions"], report["machine"]["commit"])
+            (
+                value.sub("", report["command"]) if value else report["command"],
+                report["machine"]["versions"],
+                report["machine"]["commit"],
+            )
             for report in (before, now)
         ]
         if same[0] == same[1]:

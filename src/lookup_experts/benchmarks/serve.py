@@ -1,18 +1,25 @@
-"""Serving: `mole serve` in a process of its own, loaded by concurrent streams of OpenAI's client;
-dense and MoLE from disk in turn on the same machine, or MoLE alone under steady load."""
+"""Serving: `mole serve` in a process of its own, loaded by concurrent streams; dense and MoLE in
+turn on the same machine, or MoLE alone under steady load.
+
+The client is a few lines over a socket: OpenAI's own takes longer for each token than a GPU does
+for those of all streams, and would be what is measured. That it understands the server is a matter
+of tests.
+"""
 
 import asyncio
 import itertools
+import json
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lookup_experts import console
 from lookup_experts.benchmarks.models import (
@@ -33,6 +40,8 @@ from lookup_experts.table.opening import Table
 MOST_PROMPTS = 512
 REQUEST_SECONDS = 300.0
 SAMPLE_SECONDS = 5.0
+EAGER = " eager"
+"""Behind a system's name: without CUDA graphs."""
 WARM_UP_SHARE = 0.2
 """Of a soak; the memory after it is compared with that to its end."""
 
@@ -53,9 +62,36 @@ def bench_serve(
     generated for; or with `soak`, the largest for so many minutes.
 
     Args:
-        options: of `mole serve`, for each system that is measured.
+        options: of `mole serve`, for each system that is measured: `dense`, `mole`, and with
+            `EAGER` behind the name the same without CUDA graphs.
         rounds: loads of each system, in turn.
     """
+    with (
+        loaded(case, options, prompt, tokens, ids, work) as clients,
+        console.progress_bar("Serving") as progress,
+    ):
+
+        def add(*found: Result) -> None:
+            results.add(*(result | {"dtype": case.dtype_name} for result in found))
+
+        if soak:
+            (name,) = clients
+            add(asyncio.run(_soak(name, clients[name], max(streams), soak, progress)))
+        else:
+            asyncio.run(take_turns(clients, streams, rounds, progress, add))
+    results.finish(draw)
+
+
+@contextmanager
+def loaded(
+    case: Case,
+    options: Mapping[str, Sequence[object]],
+    prompt: int,
+    tokens: int,
+    ids: Path | None,
+    work: Path,
+) -> Iterator[dict[str, "Client"]]:
+    """A running server of each system and its client; see `bench_serve`."""
     console.quiet_transformers()
     table = random_table(case, work)
     text = id_stream(ids, case.layout.shape.vocab_size, work)
@@ -65,18 +101,18 @@ def bench_serve(
     prompts = [text[start : start + prompt].tolist() for start in starts]
     with ExitStack() as servers:
         clients = {}
-        for name, words in options.items():
-            folder = save_folder(name, case, table, work)
-            served = servers.enter_context(_server(folder, *words))
-            clients[name] = Client(*served, prompts, tokens)
-        with console.progress_bar("Serving") as progress:
-            if soak:
-                (name,) = clients
-                found = [asyncio.run(_soak(name, clients[name], max(streams), soak, progress))]
-            else:
-                found = asyncio.run(_take_turns(clients, streams, rounds, progress))
-    results.add(*(result | {"dtype": case.dtype_name} for result in found))
-    results.finish(draw)
+        kinds = sorted({name.removesuffix(EAGER) for name in options})
+        folders = {kind: save_folder(kind, case, table, work) for kind in kinds}
+        processes = {
+            name: servers.enter_context(_server(folders[name.removesuffix(EAGER)], *words))
+            for name, words in options.items()
+        }
+        for name, process in processes.items():  # all of them start at once
+            model, url, said = _when_it_serves(process)
+            for warning in re.findall(r"Steps run without .*", said):
+                console.say(f"{name}: {warning}")
+            clients[name] = Client(model, url, prompts, tokens)
+        yield clients
 
 
 # ------------------------------------------------------------------------------------ servers
@@ -118,8 +154,8 @@ def _counting_tokenizer(vocab_size: int) -> Any:
 
 
 @contextmanager
-def _server(folder: Path, *options: object) -> Iterator[tuple[str, str]]:
-    """A running server, which ends with the `with` block: the model's name, and its address."""
+def _server(folder: Path, *options: object) -> Iterator["subprocess.Popen[str]"]:
+    """A server that starts, and ends with the `with` block."""
     program = (sys.executable, "-u", "-c", "from lookup_experts.cli import main; main()")
     process = subprocess.Popen(
         [*program, "serve", str(folder), "--port", "0", *map(str, options)],
@@ -128,7 +164,7 @@ def _server(folder: Path, *options: object) -> Iterator[tuple[str, str]]:
         text=True,
     )
     try:
-        yield _when_it_serves(process)
+        yield process
     finally:
         process.terminate()
         try:
@@ -138,13 +174,14 @@ def _server(folder: Path, *options: object) -> Iterator[tuple[str, str]]:
             process.communicate()
 
 
-def _when_it_serves(process: "subprocess.Popen[str]") -> tuple[str, str]:
+def _when_it_serves(process: "subprocess.Popen[str]") -> tuple[str, str, str]:
+    """The model's name, its address, and all that was said before."""
     assert process.stderr is not None
     said = ""
     for line in process.stderr:
         said += line
         if match := re.search(r"Serving (\S+) at (http://\S+)", line):
-            return match[1], match[2]
+            return match[1], match[2], said
     raise UserError(f"mole serve did not start: {said.strip() or 'it said nothing'}")
 
 
@@ -164,61 +201,96 @@ class Stream:
 class Client:
     """Sends requests of a fixed size to one server, the prompts in turn.
 
-    Raises:
-        UserError: openai is not installed.
+    Args:
+        model: the served name.
+        url: the server's, `http://host:port`.
+        prompts: token ids of each.
+        tokens: that are generated after each.
     """
 
     def __init__(self, model: str, url: str, prompts: Sequence[list[int]], tokens: int) -> None:
-        try:
-            import openai
-        except ImportError as error:
-            raise UserError(
-                "mole bench serve loads the server with OpenAI's client: pip install openai."
-            ) from error
-        self._client = openai.AsyncOpenAI(
-            base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=REQUEST_SECONDS
-        )
+        address = urlsplit(url)
+        self._host, self._port = address.hostname or "", address.port or 80
         self.prompts = prompts
         self._model, self._tokens = model, tokens
         self._in_turn = itertools.cycle(prompts)
 
     async def resident_bytes(self) -> int:
         """Of the server."""
-        told: Any = await self._client.get("/stats", cast_to=object)
-        return int(told["resident_bytes"])
+        async with self._answer("GET", "/v1/stats") as lines:
+            told = [line async for line in lines if line.startswith(b"{")]
+        return int(json.loads(told[0])["resident_bytes"])
 
     async def request(self, prompt: list[int] | None = None, tokens: int | None = None) -> Stream:
         """Generate after the next prompt as many tokens as are usual, or as it is said."""
+        body = {
+            "model": self._model,
+            "prompt": prompt or next(self._in_turn),
+            "max_tokens": tokens or self._tokens,
+            "temperature": 0,
+            "stream": True,
+        }
         stream, ended = Stream(time.perf_counter()), False
         try:
-            chunks = await self._client.completions.create(
-                model=self._model,
-                prompt=prompt or next(self._in_turn),
-                max_tokens=tokens or self._tokens,
-                temperature=0,
-                stream=True,
-            )
-            async for chunk in chunks:
-                if chunk.choices[0].finish_reason is None:
-                    stream.token_times.append(time.perf_counter())
-                else:
-                    ended = True
-        except Exception as error:  # of the client, or of what it is built on: the request is lost
+            async with asyncio.timeout(REQUEST_SECONDS):
+                async with self._answer("POST", "/v1/completions", body) as lines:
+                    async for line in lines:
+                        if not line.startswith(b"data: {"):  # the size of a chunk, or blank
+                            continue
+                        event = json.loads(line[len(b"data: ") :])
+                        if "error" in event:
+                            raise UserError(event["error"]["message"])
+                        if event["choices"][0]["finish_reason"] is None:
+                            stream.token_times.append(time.perf_counter())
+                        else:
+                            ended = True
+        except (OSError, EOFError, ValueError, UserError) as error:  # the request is lost
             stream.error = f"{type(error).__name__}: {error}"
             return stream
         stream.complete = ended and len(stream.token_times) == (tokens or self._tokens)
         return stream
 
+    @asynccontextmanager
+    async def _answer(
+        self, method: str, path: str, body: Any = None
+    ) -> AsyncIterator[asyncio.StreamReader]:
+        """The lines of an answer, its head read.
+
+        Raises:
+            OSError, EOFError, ValueError: the connection failed, or the request.
+        """
+        reader, writer = await asyncio.open_connection(self._host, self._port)
+        try:
+            content = b"" if body is None else json.dumps(body).encode()
+            head = (
+                f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+            )
+            writer.write(head.encode() + content)
+            status = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[0].decode()
+            if " 200 " not in status:
+                raise ValueError(f"{status}: {(await reader.read()).decode(errors='replace')}")
+            yield reader
+        finally:
+            writer.close()
+
 
 # ------------------------------------------------------------------------------------ figures
 
 
-async def _take_turns(
-    clients: Mapping[str, Client], counts: Sequence[int], rounds: int, progress: Advance
-) -> list[Result]:
+async def take_turns(
+    clients: Mapping[str, Client],
+    counts: Sequence[int],
+    rounds: int,
+    progress: Advance,
+    add: Callable[..., None],
+) -> None:
     """For each number of streams: a round that isn't counted, and rounds in which each system is
-    loaded once, the other idle."""
-    results: list[Result] = []
+    loaded once, the others idle.
+
+    Each system's result is given to `add`. `ratio_to_dense` of tokens per second is to the dense
+    system served alike, `ratio_to_eager` to the same one without CUDA graphs.
+    """
     done, total = 0, len(counts) * (rounds + 1) * len(clients)
     for streams in counts:
         requests: dict[str, list[Stream]] = {name: [] for name in clients}
@@ -232,18 +304,17 @@ async def _take_turns(
                     speeds[name].append(_num_tokens(load) / (time.perf_counter() - started_at))
                 done += 1
                 progress(done, total)
-        results += [
-            {
+        for name in clients:
+            result: Result = {
                 "system": name,
                 "streams": streams,
                 "tokens_per_second": median(speeds[name]),
-                "ratio_to_dense": median(pair_ratios(speeds[name], speeds["dense"])),
-                **_latencies(requests[name]),
-                **_losses(requests[name]),
             }
-            for name in clients
-        ]
-    return results
+            dense, eager = f"dense{EAGER if name.endswith(EAGER) else ''}", f"{name}{EAGER}"
+            for key, other in (("ratio_to_dense", dense), ("ratio_to_eager", eager)):
+                if other in speeds:
+                    result[key] = median(pair_ratios(speeds[name], speeds[other]))
+            add(result | _latencies(requests[name]) | _losses(requests[name]))
 
 
 async def _soak(
@@ -337,7 +408,7 @@ def draw(results: list[Result], path: Path) -> None:
     """Tokens per second of each system, by the number of streams."""
     draw_bars(
         path,
-        "mole serve, OpenAI's client",
+        "mole serve",
         "tokens per second",
         [f"{result['system']}\n{result['streams']} streams" for result in results],
         [result["tokens_per_second"] for result in results],

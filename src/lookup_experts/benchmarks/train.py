@@ -8,12 +8,13 @@ FLOPs, with the unique ids counted on the very batches; and the peak of memory, 
 own.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,25 +33,69 @@ from lookup_experts.benchmarks.timing import (
     pair_ratios,
     spread,
 )
+from lookup_experts.errors import UserError
 from lookup_experts.model.gateless_llama import PAPER_VOCAB_SIZE, paper_config
 from lookup_experts.model.per_position import PerPositionExperts
 from lookup_experts.model.shared_outputs import shared_expert_outputs
 from lookup_experts.training.costs import costs
 from lookup_experts.training.models import build_model
 from lookup_experts.training.recipe import Recipe
+from lookup_experts.training.row_updates import static_rows
 
 HEAD_CHUNK = 1024
 """Positions whose logits are in memory at a time; all of a large micro batch's would not fit."""
 WARM_UP_TOKENS = 128
+"""On a CPU."""
 
-Key = tuple[str, int | None]
-"""A system's name, and its experts per layer; None for `dense`."""
+_ROWS = re.compile(r"(?:([1-9]\d*)|meki)(?:-r([1-9]\d*))?")
+
+
+class Rows(NamedTuple):
+    """What is trained beside a dense model."""
+
+    num_experts: int
+    """N of each layer."""
+    form: str = "mole"
+    row_size: int | None = None
+    """r; None: the model's width."""
+
+    @classmethod
+    def parse(cls, word: str) -> "Rows":
+        """From `4` for so many experts, `4-r192`, `meki` or `meki-r96`.
+
+        Raises:
+            UserError: another word.
+        """
+        found = _ROWS.fullmatch(word)
+        if found is None:
+            raise UserError(
+                f"--experts takes numbers like 4,16, or narrow rows like 4-r192 and meki-r96; got "
+                f"{word!r}."
+            )
+        row_size = int(found[2]) if found[2] else None
+        return cls(int(found[1] or 1), "mole" if found[1] else "meki", row_size)
+
+    def __str__(self) -> str:
+        name = f"{self.num_experts} experts" if self.form == "mole" else self.form
+        return name if self.row_size is None else f"{name}, rows of {self.row_size}"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The section of a recipe."""
+        settings: dict[str, Any] = {"form": self.form, "row_size": self.row_size}
+        if self.form == "mole":
+            settings["num_experts"] = self.num_experts
+        return {key: value for key, value in settings.items() if value is not None}
+
+
+Key = tuple[str, Rows | None]
+"""A system's name, and its rows; None for `dense`."""
 MATMUL: Key = ("matmul", None)
 
 
 def bench_train(
     case: "TrainingCase",
-    numbers: Sequence[int],
+    trained: Sequence[Rows],
     sizes: Sequence[int],
     windows: TextWindows,
     rounds: int,
@@ -58,7 +103,7 @@ def bench_train(
     peak: bool,
     results: Results,
 ) -> None:
-    """`mole bench train`: micro batches of each size in tokens, MoLE with each number of experts.
+    """`mole bench train`: micro batches of each size in tokens, and beside dense each of `trained`.
 
     Args:
         accumulate: micro batches of a step; from 2 on, shared expert outputs are measured in place
@@ -66,7 +111,7 @@ def bench_train(
         peak: measure memory as well.
     """
     names = ("unique", "per_position") if accumulate == 1 else ("unique", "shared")
-    keys: list[Key] = [("dense", None), *((name, count) for count in numbers for name in names)]
+    keys: list[Key] = [("dense", None), *((name, rows) for rows in trained for name in names)]
     peaks: dict[Any, int] = {}
     if peak:  # first, while this process holds little
         measured = [(size, key) for size in sizes for key in keys]
@@ -101,11 +146,11 @@ class TrainingCase:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
-    def recipe(self, num_experts: int | None) -> Recipe:
-        """Of the dense model, or of MoLE with so many experts per layer."""
+    def recipe(self, rows: Rows | None) -> Recipe:
+        """Of the dense model, or with such rows."""
         model: dict[str, Any] = dict(self.sizes)
-        if num_experts is not None:
-            model["experts"] = {"num_experts": num_experts}
+        if rows is not None:
+            model["experts"] = rows.recipe
         training = {
             "context_length": self.context,
             "sequences_per_step": 1,
@@ -115,14 +160,16 @@ class TrainingCase:
         }
         return Recipe.from_dict({"model": model, "training": training})
 
-    def build(self, num_experts: int | None) -> Any:
-        """Random weights."""
-        model = build_model(self.recipe(num_experts), PAPER_VOCAB_SIZE)
+    def build(self, rows: Rows | None) -> Any:
+        """Random weights; the gradients of static rows are sparse, as `RowAdamW` takes them."""
+        model = build_model(self.recipe(rows), PAPER_VOCAB_SIZE)
+        for static in static_rows(model):
+            static.sparse = True
         return model.to(self.device, self.dtype).train()
 
-    def flops(self, system: str, num_experts: int | None, ratio: float) -> float:
+    def flops(self, system: str, rows: Rows | None, ratio: float) -> float:
         """Per token, forward and backward, with `ratio` tokens per unique id."""
-        found = costs(self.recipe(num_experts), PAPER_VOCAB_SIZE, 1, ratio).flops_per_token
+        found = costs(self.recipe(rows), PAPER_VOCAB_SIZE, 1, ratio).flops_per_token
         experts = found.training_experts
         if system == "per_position":
             experts = found.training_experts_per_position
@@ -147,25 +194,25 @@ class Systems:
 
     Args:
         case: sizes.
-        keys: what to measure; systems with as many experts share a model.
+        keys: what to measure; systems with the same rows share a model.
     """
 
     def __init__(self, case: TrainingCase, keys: Sequence[Key]) -> None:
         self.case = case
         self.keys = list(keys)
-        self._models = {count: case.build(count) for _, count in keys}
+        self._models = {rows: case.build(rows) for _, rows in keys}
         self._sources = {
-            count: (model.expert_source, PerPositionExperts())
-            for count, model in self._models.items()
-            if count is not None
+            rows: (model.expert_source, PerPositionExperts())
+            for rows, model in self._models.items()
+            if rows is not None
         }
 
     def step(self, key: Key, batches: Sequence[Tensor]) -> None:
         """Forward and backward over micro batches, int64 [B, context + 1] each."""
-        system, count = key
-        model = self._models[count]
-        if count is not None:
-            unique, every = self._sources[count]
+        system, rows = key
+        model = self._models[rows]
+        if rows is not None:
+            unique, every = self._sources[rows]
             model.set_expert_source(every if system == "per_position" else unique)
         if system == "shared":
             with shared_expert_outputs(model, [batch[:, :-1] for batch in batches]):
@@ -214,7 +261,7 @@ def measure_training(
         dense. `speedup_over_unique` is of shared expert outputs. What doesn't apply is None.
     """
     case = systems.case
-    warm_up = windows.take(1, min(case.context, WARM_UP_TOKENS) + 1).to(case.device)
+    warm_up = _warm_up_batch(case, windows, tokens)
     for key in systems.keys:
         systems.step(key, [warm_up])
     seconds: dict[Key, list[float]] = {key: [] for key in [*systems.keys, MATMUL]}
@@ -243,22 +290,24 @@ def measure_training(
     flops = {key: case.flops(*key, step_tokens / unique[key]) for key in systems.keys}
 
     def result_of(key: Key) -> Result:
-        system, count = key
+        system, rows = key
         taken, ratios = median(seconds[key]), pair_ratios(seconds[key], seconds["dense", None])
 
         def over(other: str, *systems: str) -> tuple[float | None, float | None]:
             """How many times as fast as another system, measured and in FLOPs."""
-            if system not in systems or (other, count) not in flops:
+            if system not in systems or (other, rows) not in flops:
                 return None, None
-            measured = median(pair_ratios(seconds[other, count], seconds[key]))
-            return measured, flops[other, count] / flops[key]
+            measured = median(pair_ratios(seconds[other, rows], seconds[key]))
+            return measured, flops[other, rows] / flops[key]
 
         speedup_over_per_position, flop_speedup = over("per_position", "unique", "shared")
         speedup_over_unique, flop_speedup_over_unique = over("unique", "shared")
         return {
             "what": "train",
             "system": system,
-            "num_experts": count,
+            "num_experts": None if rows is None else rows.num_experts,
+            "form": None if rows is None or rows.form == "mole" else rows.form,
+            "row_size": None if rows is None else rows.row_size,
             "tokens": tokens,
             "accumulate": accumulate,
             "unique": unique[key],
@@ -276,6 +325,16 @@ def measure_training(
         }
 
     return [result_of(key) for key in systems.keys]
+
+
+def _warm_up_batch(case: TrainingCase, windows: TextWindows, tokens: int) -> Tensor:
+    """What the systems see before the first step that counts: a little text; on a GPU, where memory
+    is taken and kernels are chosen for the sizes of a step, a whole micro batch."""
+    if case.device == "cpu":
+        batch = windows.take(1, min(case.context, WARM_UP_TOKENS) + 1)
+    else:
+        batch = windows.take(tokens // case.context, case.context + 1)
+    return batch.to(case.device)
 
 
 class _Product:
@@ -307,8 +366,8 @@ def peak_bytes(case: TrainingCase, key: Key, batches: Sequence[Tensor]) -> int:
     Raises:
         UserError: there is not enough memory.
     """
-    system, count = key
-    experts = "" if count is None else f", {count} experts"
+    system, rows = key
+    experts = "" if rows is None else f", {rows}"
     what = f"Peak memory of {system}{experts}, {sum(b[:, 1:].numel() for b in batches):,} tokens,"
     return in_fresh_process(what, _peak_of_a_step, case, key, list(batches))
 
@@ -324,9 +383,9 @@ def _peak_of_a_step(case: TrainingCase, key: Key, batches: list[Tensor]) -> int:
 
 NAMES = {
     "dense": "dense",
-    "unique": "MoLE-{}E, unique ids",
-    "per_position": "MoLE-{}E, every position",
-    "shared": "MoLE-{}E, shared by micro batches",
+    "unique": "{}, unique ids",
+    "per_position": "{}, every position",
+    "shared": "{}, shared by micro batches",
 }
 COLORS = ("#334e68", "#b44d12", "#d99a6c", "#2f7d5d", "#8cbf9f", "#7a4d9c", "#b79bd0")
 
@@ -334,11 +393,11 @@ COLORS = ("#334e68", "#b44d12", "#d99a6c", "#2f7d5d", "#8cbf9f", "#7a4d9c", "#b7
 def draw(results: list[Result], path: Path) -> None:
     """Lines of time over dense, against the tokens of a micro batch; dotted, what FLOPs say."""
     with picture(path, 6, 4) as axes:
-        keys = dict.fromkeys((result["system"], result.get("num_experts")) for result in results)
-        for (system, count), color in zip(keys, COLORS, strict=False):
-            found = [r for r in results if (r["system"], r.get("num_experts")) == (system, count)]
+        keys = dict.fromkeys((result["system"], _rows_of(result)) for result in results)
+        for (system, rows), color in zip(keys, COLORS, strict=False):
+            found = [r for r in results if (r["system"], _rows_of(r)) == (system, rows)]
             tokens = [result["tokens"] for result in found]
-            label = NAMES[system].format(count)
+            label = NAMES[system].format(rows)
             axes.plot(tokens, [r["ratio_to_dense"] for r in found], "o-", color=color, label=label)
             axes.plot(tokens, [r["flop_ratio_to_dense"] for r in found], ":", color=color)
         ticks = sorted({result["tokens"] for result in results})
@@ -349,3 +408,9 @@ def draw(results: list[Result], path: Path) -> None:
         axes.set_xlabel("tokens per micro batch")
         axes.set_ylabel("time / dense (dotted: FLOPs / dense)")
         axes.legend(fontsize="small")
+
+
+def _rows_of(result: Result) -> Rows | None:
+    if "num_experts" not in result:
+        return None
+    return Rows(result["num_experts"], result.get("form", "mole"), result.get("row_size"))

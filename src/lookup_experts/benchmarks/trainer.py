@@ -17,7 +17,7 @@ from lookup_experts import console
 from lookup_experts.benchmarks.results import Result, Results
 from lookup_experts.benchmarks.text import TextWindows
 from lookup_experts.benchmarks.timing import Advance, clock_of, median, pair_ratios, spread
-from lookup_experts.benchmarks.train import TrainingCase
+from lookup_experts.benchmarks.train import Rows, TrainingCase
 from lookup_experts.training.callbacks import LogAtMilestones, Record, RefuseNonFinite
 from lookup_experts.training.history import History
 from lookup_experts.training.run_folder import RunFolder
@@ -28,26 +28,25 @@ WARM_UP_STEPS = 2
 
 def bench_trainer(
     case: TrainingCase,
-    numbers: Sequence[int],
+    trained: Sequence[Rows],
     sizes: Sequence[int],
     windows: TextWindows,
     rounds: int,
     results: Results,
 ) -> None:
-    """`mole bench train --trainer`: steps of each size in tokens, MoLE with each number of
-    experts."""
-    for number in numbers:
+    """`mole bench train --trainer`: steps of each size in tokens, with each of `trained`."""
+    for rows in trained:
         for size in sizes:
-            with console.progress_bar(f"Trainer, {number} experts, {size} tokens") as advance:
+            with console.progress_bar(f"Trainer, {rows}, {size} tokens") as advance:
                 sequences = size // case.context
-                found = measure_overhead(case, number, windows, sequences, rounds, advance)
+                found = measure_overhead(case, rows, windows, sequences, rounds, advance)
             results.add(found)
     results.finish()
 
 
 def measure_overhead(
     case: TrainingCase,
-    num_experts: int | None,
+    rows: Rows | None,
     windows: TextWindows,
     sequences: int,
     rounds: int,
@@ -55,7 +54,7 @@ def measure_overhead(
 ) -> Result:
     """Steps of `sequences` windows each, with optimizer, in float32; `spread` is the 10th and 90th
     percentile of the ratio."""
-    recipe = case.recipe(num_experts)
+    recipe = case.recipe(rows)
     training = replace(
         recipe.training,
         sequences_per_step=sequences,
@@ -70,15 +69,17 @@ def measure_overhead(
     batches = list(tokens.split(sequences))
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder)
-        bare = _BareLoop(case.build(num_experts), batches, training, clock_of(case.device), advance)
+        bare = _BareLoop(case.build(rows), batches, training, clock_of(case.device), advance)
         record = Record(History(run.history, 0), training)
         callbacks = [LogAtMilestones(), RefuseNonFinite(run), record, bare]
-        RecipeTrainer(run, recipe, case.build(num_experts), items, None, callbacks).train()
+        RecipeTrainer(run, recipe, case.build(rows), items, None, callbacks).train()
     ratios = pair_ratios(bare.trainer_seconds, bare.seconds)
     return {
         "what": "train",
         "system": "trainer",
-        "num_experts": num_experts,
+        "num_experts": None if rows is None else rows.num_experts,
+        "form": None if rows is None or rows.form == "mole" else rows.form,
+        "row_size": None if rows is None else rows.row_size,
         "tokens": sequences * case.context,
         "rounds": len(ratios),
         "seconds_per_step": median(bare.trainer_seconds),

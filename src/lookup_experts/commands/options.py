@@ -18,9 +18,9 @@ Store = Annotated[
 Cache = Annotated[
     str,
     typer.Option(
-        help="Budget for records of recent tokens, e.g. 256MB; 0 is off. RAM, with the "
-        "records of the batch under way (up to 64) beside it, or the GPU's memory where the model "
-        "runs on one."
+        help="Budget for records of recent tokens, e.g. 256MB; 0 is off. RAM, with the records of "
+        "the batch under way (up to 64) beside it; on a GPU half of it is the GPU's memory, or as "
+        "much as is said behind a colon: 256MB:64MB."
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ...")]

@@ -36,6 +36,10 @@ def serve(
     max_queue: Annotated[
         int, typer.Option(help="Texts that may wait; beyond, clients get status 429.")
     ] = 128,
+    graphs: Annotated[
+        bool,
+        typer.Option(help="On a GPU: capture each size of batch once as a CUDA graph."),
+    ] = True,
     timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take, waiting included.")
     ] = 300.0,
@@ -127,6 +131,7 @@ def serve(
         limits=Limits(max_batch, max_queue),
         seconds=timeout,
         chat_template=template,
+        graphs=graphs,
     )
     run_server(
         Service(model, loaded_tokenizer, served),

@@ -94,7 +94,9 @@ def load(
         store: where the records of a table are read from: `memory`, `mmap`, `direct` (from disk
             past the page cache), or `auto`: memory if the table fits half of what is free, else
             direct; `auto:8GB`, if it fits that.
-        cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off.
+        cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off. With the model
+            on a GPU half of it is the GPU's memory, or as much as is said behind a colon:
+            `256MB:64MB`.
         device: where the model runs.
         dtype: of the weights: `float32`, `bfloat16`, `float16`, or `auto` for that of the folder.
         weights: of the linear layers, on a CPU: `auto` has them as the processor multiplies them

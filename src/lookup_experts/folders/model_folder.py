@@ -147,6 +147,11 @@ def require_new(out: Path) -> None:
         raise UserError(f"{out} exists already; choose another folder, or delete it.")
 
 
+def unfinished_place(out: Path) -> Path:
+    """Where the folder `out` is while it is being made."""
+    return out.with_name(f"{out.name}.partial")
+
+
 def unfinished_folder(out: Path, notify: Callable[[str], None]) -> Path:
     """The folder beside `out` that is filled and then renamed, perhaps begun by an earlier run.
 
@@ -154,7 +159,7 @@ def unfinished_folder(out: Path, notify: Callable[[str], None]) -> Path:
         out: the folder to make.
         notify: told when an interrupted run is taken up again.
     """
-    partial = out.with_name(f"{out.name}.partial")
+    partial = unfinished_place(out)
     for path in (partial, partial / TABLE):
         if path.is_symlink() and not path.is_dir():
             raise UserError(f"{path} is a link that leads to no folder; delete it.")
@@ -173,7 +178,7 @@ def begin_inference_folder(out: Path, notify: Callable[[str], None]) -> Path:
     Raises:
         UserError: there is a folder of that name that no run has begun.
     """
-    partial = out.with_name(f"{out.name}.partial")
+    partial = unfinished_place(out)
     names = [path.name for path in partial.iterdir()] if partial.is_dir() else []
     if names and TABLE not in names:
         raise UserError(f"{partial} is in the way and no interrupted run; move or delete it.")

@@ -26,6 +26,7 @@ from lookup_experts.folders.model_folder import (
     begin_inference_folder,
     local_folder,
     require_new,
+    unfinished_place,
 )
 from lookup_experts.folders.own_code import copy_custom_generation
 from lookup_experts.folders.tokenizer import TOKENIZER_FILES, copy_tokenizer
@@ -34,8 +35,10 @@ from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
 from lookup_experts.model.placement import state_with_values
 from lookup_experts.model.wiring import routed_experts
 from lookup_experts.table.build import (
+    ALONE,
     CHUNK_BUDGET_BYTES,
     BuildPlan,
+    Ranks,
     build_table,
     full_disk_as_user_error,
     plan_table,
@@ -59,6 +62,7 @@ def reparameterize(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     notify: Notify = log,
+    ranks: Ranks = ALONE,
 ) -> Table:
     """Fold a model's routed experts into a table and write the inference folder.
 
@@ -75,6 +79,8 @@ def reparameterize(
         progress: called with (ids done, ids in all).
         notify: told when an interrupted run is taken up again; default: a warning of the logger
             `lookup_experts`.
+        ranks: the processes that call this together, on a folder that all of them see, with the
+            same model; each writes shards of the table. See `join_ranks`.
 
     Returns:
         The finished table.
@@ -85,6 +91,8 @@ def reparameterize(
     """
     chosen = get_encoding(encoding, block_size)
     out = Path(out)
+    if not ranks.is_main:
+        return _help_to_fold(model_or_folder, out, chosen, trust_remote_code, progress, ranks)
     require_new(out)
     folder = None if isinstance(model_or_folder, nn.Module) else local_folder(model_or_folder)
     model = (
@@ -109,11 +117,51 @@ def reparameterize(
     # Before the table, which may take hours: what can't be saved shows at once.
     with full_disk_as_user_error(partial):
         save_without_experts(model, partial, plan.manifest.fingerprint)
-    build_table(partial / TABLE, plan, evaluate_experts(embedding, layers), progress)
+    _say_who_writes(plan, ranks, notify)
+    ranks.wait()  # for the others to find the folder
+    build_table(partial / TABLE, plan, evaluate_experts(embedding, layers), progress, ranks)
     with full_disk_as_user_error(partial):
         keep_counts(partial / TABLE, token_counts, vocab_size)
     partial.rename(out)
+    ranks.wait()
     return Table(out / TABLE, plan.manifest)
+
+
+def _help_to_fold(
+    model_or_folder: Any,
+    out: Path,
+    encoding: Encoding,
+    trust_remote_code: bool,
+    progress: Progress | None,
+    ranks: Ranks,
+) -> Table:
+    """Write shards of a table whose folder the main process makes, which has checked everything."""
+    ranks.wait()
+    model = model_or_folder
+    if not isinstance(model, nn.Module):
+        model = load(local_folder(model_or_folder), trust_remote_code=trust_remote_code)
+    embedding, layers = model.get_input_embeddings(), routed_experts(model)
+    partial = unfinished_place(out)
+    plan = plan_folding(
+        embedding,
+        layers,
+        embedding.weight.shape[0],
+        encoding,
+        tokenizer_hash=tokenizer_hash(partial),
+    )
+    build_table(partial / TABLE, plan, evaluate_experts(embedding, layers), progress, ranks)
+    ranks.wait()
+    return Table(out / TABLE, plan.manifest)
+
+
+def _say_who_writes(plan: BuildPlan, ranks: Ranks, notify: Notify) -> None:
+    shards = len(plan.manifest.shards)
+    if ranks.count > 1:
+        idle = max(0, ranks.count - shards)
+        notify(
+            f"{ranks.count} processes write {shards} shard{'s' if shards > 1 else ''}"
+            + (f"; {idle} of them have nothing to do." if idle else ".")
+        )
 
 
 def plan_folding(

@@ -62,6 +62,66 @@ class FusedRows(TokenRows, Protocol):
         ...
 
 
+class Addition(Protocol):
+    """What a block's experts add to its FFN's output, begun with what the FFN is given.
+
+    Attributes:
+        is_deferred: whether it had better wait for the addition after this one.
+    """
+
+    is_deferred: bool
+
+    def add_to(self, output: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The sum; no gradients.
+
+        Args:
+            output: [..., d], what the FFN gave, in the model's dtype and on its device; it isn't
+                written to.
+            residual: like `output`: what else is added.
+        """
+        ...
+
+
+class StepRows(TokenRows, Protocol):
+    """Rows for which a block's part can begin before its FFN does. Optional, for decoding on a
+    GPU. What is begun must be added, or at least asked for; no gradients."""
+
+    def begin_routed(
+        self, layer: int, hidden_states: Tensor, router: Tensor, out_proj: Tensor | None
+    ) -> Addition | None:
+        """Rows weighed by a router.
+
+        Args:
+            hidden_states: [..., d], what the FFN is given; B·T positions.
+            router: [N, d], the router's weight.
+            out_proj: [d, r], the weight of the product behind the sum; None: rows are of d.
+
+        Returns:
+            None where other ways do it better, or with a clearer error.
+        """
+        ...
+
+    def begin_gated(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        gate: Tensor,
+        out_proj: Tensor,
+        norm: Tensor,
+        epsilon: float,
+    ) -> Addition | None:
+        """One row beside a gate: RMSNorm(out_proj · (sigmoid(gate · h) + row)).
+
+        Args:
+            gate: [r, d].
+            out_proj: [d, r].
+            norm: [d], the weight of the norm.
+            epsilon: of the norm.
+            others: as in `begin_routed`.
+        """
+        ...
+
+
 class ExpertSource(Protocol):
     """Where expert outputs come from."""
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from lookup_experts.errors import UserError
 from lookup_experts.model.blocks import find_ffns, placeholder_ids, text_config
 from lookup_experts.model.computed_rows import FFNExperts
+from lookup_experts.model.deferred import DeferredSum
 from lookup_experts.model.forms import (
     LookupBlock,
     RowObserver,
@@ -35,7 +36,7 @@ from lookup_experts.model.forms import (
     is_unhooked,
 )
 from lookup_experts.model.placement import execution_device
-from lookup_experts.model.rows import ExpertSource, TokenRows
+from lookup_experts.model.rows import Addition, ExpertSource, TokenRows
 from lookup_experts.model.settings import LookupSettings
 
 
@@ -52,6 +53,7 @@ def install(model: Any, settings: LookupSettings) -> None:
         dtype = like.dtype if like.is_floating_point() else embedding.weight.dtype
         lookup = _new_block(place, model, settings).to(device=execution_device(ffn), dtype=dtype)
         ffn.add_module("lookup_experts", lookup)
+        ffn.register_forward_pre_hook(begin_lookup_output, with_kwargs=True)
         ffn.register_forward_hook(add_lookup_output, with_kwargs=True)
     base = model.base_model
     source = FFNExperts(settings) if settings.form == "experts" else None
@@ -126,6 +128,8 @@ class ForwardPass:
         is_text: bool [B·T, 1], False at placeholders; None: text is everywhere.
         entrance: of its model.
         outer: the forward pass, of another model, within which it runs; None: there is none.
+        may_begin: whether what experts add may begin before their FFN computes; see `StepRows`.
+        begun: what the experts of the FFN that computes now add, if that has begun.
     """
 
     def __init__(
@@ -139,6 +143,8 @@ class ForwardPass:
         self.is_text = is_text
         self.entrance = entrance
         self.outer = outer
+        self.may_begin = hasattr(rows, "begin_routed")
+        self.begun: Addition | None = None
 
 
 _of_thread = threading.local()
@@ -192,6 +198,9 @@ def leave_forward_pass(module: Any, args: tuple[Any, ...], output: Any) -> None:
     under_way = forward_pass()
     if under_way is not None and under_way.entrance is module.lookup_entrance:
         _of_thread.innermost = under_way.outer
+        leave = getattr(under_way.rows, "leave", None)
+        if leave is not None:
+            leave()
 
 
 @contextmanager
@@ -204,6 +213,27 @@ def resumed(forward: ForwardPass | None) -> Iterator[None]:
         yield
     finally:
         _of_thread.innermost = current
+
+
+def begin_lookup_output(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an FFN: what doesn't depend on its output may begin before it."""
+    forward = forward_pass()
+    if forward is None or not forward.may_begin or torch.compiler.is_compiling():
+        return
+    forward.begun = None
+    if len(module._forward_pre_hooks) > 1:  # others' may give the FFN something else
+        return
+    lookup = module._modules["lookup_experts"]
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    is_asked_for_more = forward.entrance.observe is not None or type(hidden_states) is not Tensor
+    if not is_asked_for_more and _adds_plainly(lookup, forward):
+        forward.begun = lookup.begin(hidden_states, forward.rows)
+
+
+def _adds_plainly(lookup: Any, forward: ForwardPass) -> bool:
+    """Whether what `lookup` adds is added as it is, without gradients."""
+    is_plain = isinstance(lookup, LookupBlock) and is_unhooked(lookup)
+    return is_plain and forward.is_text is None and not torch.is_grad_enabled()
 
 
 def add_lookup_output(
@@ -233,10 +263,25 @@ def _add(lookup: Any, hidden_states: Tensor, output: Tensor) -> Tensor:
             f"Hidden states of shape {tuple(hidden_states.shape)} don't belong to the "
             f"token ids of shape {tuple(rows.index.shape)} that entered the model."
         )
-    is_plain = isinstance(lookup, LookupBlock) and is_unhooked(lookup)
-    if is_plain and forward.is_text is None and not torch.is_grad_enabled():
+    begun = forward.begun
+    if begun is not None:
+        forward.begun = None
+        return _add_begun(begun, hidden_states, output)
+    if _adds_plainly(lookup, forward):
         return lookup.add_to(output, hidden_states, rows, observe)
     added = lookup(hidden_states, rows, observe).view(output.shape)
     if forward.is_text is not None:
         added = added * forward.is_text.view(*output.shape[:-1], 1)
     return output + added
+
+
+def _add_begun(begun: Addition, hidden_states: Tensor, output: Tensor) -> Tensor:
+    if (
+        type(output) is not Tensor
+        or output.shape != hidden_states.shape
+        or output.dtype != hidden_states.dtype
+        or output.device != hidden_states.device
+    ):
+        added = begun.add_to(torch.zeros_like(hidden_states))
+        return output + added.view(output.shape).to(output)
+    return DeferredSum(output, begun) if begun.is_deferred else begun.add_to(output)

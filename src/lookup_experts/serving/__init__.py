@@ -10,9 +10,10 @@ promises that they stay. Its continuous batching (`generate_batch`) needs about 
 call on a CPU whatever the model, keeps paged keys and values that our blocks' hooks would see as
 one row of packed tokens, and tells nothing of a step: which experts were weighed, what was read.
 So the HTTP side is FastAPI and uvicorn, as there, and the batch is our own: `engine.py` lets
-requests join and leave at every step, `kv_cache.py` keeps their keys and values, and the model
-is called through its public `forward` with a left-padded batch, which every causal LM of
-transformers supports. One forward per step means one read per step: the table's reader sees the
+requests join and leave at every step, `kv_cache.py` keeps their keys and values (on a GPU
+`generation/fixed_cache.py`, over which steps are captured and replayed), and the model is called
+through its public `forward` with a padded batch, which every causal LM of transformers supports.
+One forward per step means one read per step: the table's reader sees the
 ids of all streams together and reads each distinct record once.
 
 Modules: `sequence` what the engine works on; `kv_cache`, `forward`, `sampling` (with `adjusting`

@@ -25,12 +25,17 @@ class LookupWatch:
         self._device = model.device
         source = getattr(model, "expert_source", None)
         self.table: TableExperts | None = source if isinstance(source, TableExperts) else None
-        self._reads = self.table is not None and self.table.stats().store != "memory"
+        # A GPU finds records itself, and tells nobody of single ones.
+        self._reads = (
+            self.table is not None
+            and self.table.stats().store != "memory"
+            and self._device.type == "cpu"
+        )
 
     def were_cached(self, token_ids: Sequence[int]) -> list[bool] | None:
         """For each id of the batch that was just forwarded, whether its record needed no reading.
 
-        None where nothing is read: no table, or the whole table in memory.
+        None where nothing is read: no table, or the whole table in memory; and on a GPU.
         """
         if self.table is None or not self._reads:
             return None
@@ -44,6 +49,19 @@ class LookupWatch:
             return None
         try:
             source.rows(torch.tensor([[token_id]], device=self._device)).layer(0)
+        except TableError as error:
+            return error
+        return None
+
+    def late_error(self) -> TableError | None:
+        """What a GPU met when it looked for records in a step that is over: such steps go on, with
+        numbers that are none, and the reader tells of it the next time that it is asked for
+        something. None where nothing went wrong."""
+        source = self._entrance.source if self._entrance is not None else None
+        if source is None or isinstance(source, FFNExperts):
+            return None
+        try:
+            source.rows(torch.empty(1, 0, dtype=torch.int64, device=self._device))
         except TableError as error:
             return error
         return None

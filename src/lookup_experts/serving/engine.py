@@ -21,7 +21,6 @@ from torch import Tensor
 from lookup_experts.errors import TableError
 from lookup_experts.serving.details import LookupWatch
 from lookup_experts.serving.forward import Forward, Prompts
-from lookup_experts.serving.kv_cache import BatchCache
 from lookup_experts.serving.metrics import ServingMetrics
 from lookup_experts.serving.reports import Deliver, Reports
 from lookup_experts.serving.sampling import TokenLogProbability, choose, log_probabilities
@@ -70,6 +69,7 @@ class Engine:
         limits: of the batch and the queue.
         metrics: told what happens.
         deliver: given the events of each turn, in the engine's thread.
+        captures: whether a GPU captures its steps where that can be; see `Forward`.
 
     Raises:
         UserError: the model can't be batched.
@@ -82,9 +82,10 @@ class Engine:
         limits: Limits,
         metrics: ServingMetrics,
         deliver: Deliver,
+        captures: bool = True,
     ) -> None:
         self.limits = limits
-        self._forward = Forward(model)
+        self._forward = Forward(model, captures)
         self._watch = LookupWatch(model)
         self._end_ids = frozenset(end_ids)
         self._metrics = metrics
@@ -94,7 +95,7 @@ class Engine:
         self._group: PrefillGroup | None = None
         self._running: list[GenerationSequence] = []
         """Whose the rows of the cache are."""
-        self._cache = BatchCache()
+        self._cache = self._forward.new_cache()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ------------------------------------------------------------------ from any thread
@@ -132,6 +133,11 @@ class Engine:
         return self._thread.is_alive() and not self._line.is_draining
 
     @property
+    def why_not_captured(self) -> str | None:
+        """See `Forward`."""
+        return self._forward.why_not_captured
+
+    @property
     def num_running(self) -> int:
         """Sequences in the batch, or about to join it."""
         group = self._group
@@ -161,7 +167,7 @@ class Engine:
         except Exception as error:  # nothing a client sends should lead here: it is a defect
             traceback.print_exc()
             self._fail_running(Failed("internal_error", f"Internal error: {type(error).__name__}."))
-            self._cache = BatchCache()
+            self._cache = self._forward.new_cache()
         self._metrics.running.set(self.num_running)
         self._reports.hand_out()
 
@@ -296,6 +302,7 @@ class Engine:
             return
         seconds = time.perf_counter() - started_at
         self._metrics.steps.inc()
+        weights = [layer[: len(ids)] for layer in weights]  # without rows that only pad
         lookup = self._details(self._running, weights, seconds)
         self._take_tokens(range(len(ids)), logits, lookup)
 
@@ -335,20 +342,24 @@ class Engine:
     ) -> None:
         """Choose a token for each of these rows from logits [len(rows), V], and tell it."""
         sequences = [self._running[row] for row in rows]
-        chosen = choose(logits, [sequence.request.chooser for sequence in sequences])
-        picked = torch.tensor(chosen, device=logits.device)
-        finite = _finite_rows(logits, picked).tolist()
+        picked = choose(logits, [sequence.request.chooser for sequence in sequences])
+        chosen, finite = torch.stack((picked, _finite_rows(logits, picked))).tolist()
+        failure = _NO_NUMBERS if all(finite) else self._why_no_numbers()
         scored = _scores(sequences, logits, picked)
         for place, row in reversed(list(enumerate(rows))):  # a row's end moves only later ones
             sequence = sequences[place]
             if finite[place]:
                 events = self._events_of(sequence, chosen[place], scored[place], lookup[place])
             else:
-                events = [_NO_NUMBERS]
+                events = [failure]
             for event in events:
                 self._reports.tell(sequence, event)
             if sequence.has_ended:
                 self._remove_row(row, wipe=not finite[place])
+
+    def _why_no_numbers(self) -> Failed:
+        error = self._watch.late_error()
+        return _NO_NUMBERS if error is None else Failed("table_error", str(error))
 
     def _events_of(
         self,

@@ -1,6 +1,9 @@
-"""The model's forward pass, for prompts in parts and for one step of the batch."""
+"""The model's forward pass, for prompts in parts and for one step of the batch.
 
-import inspect
+On a GPU a step is captured once for each size of batch and replayed (`generation/captured.py`);
+elsewhere, and where that can't be, its operations run one by one.
+"""
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from lookup_experts.model.cache_names import cache_argument
+from lookup_experts.generation.captured import DecodingSteps, ModelCall, why_not_fixed
+from lookup_experts.generation.fixed_cache import FixedCache
 from lookup_experts.serving.kv_cache import BatchCache, check_can_batch
 
 
@@ -17,29 +21,47 @@ class Forward:
 
     Args:
         model: in evaluation mode.
+        captures: whether to capture steps where that can be.
+
+    Attributes:
+        why_not_captured: what is against it on a GPU, as a sentence; None: nothing.
 
     Raises:
         UserError: the model can't be batched.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, captures: bool = True) -> None:
         check_can_batch(model)
         self._model = model
-        self._takes = set(inspect.signature(model.forward).parameters)
-        self._cache_argument = cache_argument(model)
+        self._call = ModelCall(model)
+        self._steps = DecodingSteps(model)
+        self._is_fixed = captures and self.device.type == "cuda"
+        self.why_not_captured: str | None = None
+        if self._is_fixed:
+            self.why_not_captured = self._try_to_capture()
+            self._is_fixed = self.why_not_captured is None
 
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
         return self._model.device
 
-    def decode(self, token_ids: Sequence[int], cache: BatchCache) -> Tensor:
-        """One step: each row's newest token id -> the logits [B, V] of the next one."""
+    def new_cache(self) -> BatchCache | FixedCache:
+        """An empty one for `decode`."""
+        return FixedCache() if self._is_fixed else BatchCache()
+
+    def decode(self, token_ids: Sequence[int], cache: BatchCache | FixedCache) -> Tensor:
+        """One step: each row's newest token id -> the logits [B, V] of the next one, which the
+        next step may overwrite."""
         cache.make_room()
-        ids = torch.tensor(token_ids, device=self.device).unsqueeze(1)
-        logits = self._call(ids, cache, cache.step_inputs(self.device), logits_to_keep=1)
+        if isinstance(cache, FixedCache):
+            cache.set_step(token_ids)
+            logits = self._steps.take(cache, eagerly=self._is_observed()).logits[: len(cache)]
+        else:
+            ids = torch.tensor(token_ids, device=self.device).unsqueeze(1)
+            logits = self._call(ids, cache, cache.step_inputs(self.device), 1)[:, -1]
         cache.advance()
-        return logits[:, -1]
+        return logits
 
     def prefill(self, part: "PromptPart", cache: DynamicCache, all_logits: bool) -> Tensor:
         """A part of a group of prompts -> logits [G, T or 1, V]."""
@@ -49,12 +71,26 @@ class Forward:
         }
         return self._call(part.ids.to(self.device), cache, inputs, int(not all_logits))
 
-    def _call(self, ids: Tensor, cache: Any, inputs: dict[str, Any], logits_to_keep: int) -> Any:
-        inputs = {name: value for name, value in inputs.items() if name in self._takes}
-        if "logits_to_keep" in self._takes:
-            inputs["logits_to_keep"] = logits_to_keep
-        inputs[self._cache_argument] = cache
-        return self._model(input_ids=ids, use_cache=True, **inputs).logits
+    def _is_observed(self) -> bool:
+        entrance = getattr(self._model, "lookup_entrance", None)
+        return entrance is not None and entrance.observe is not None
+
+    @torch.inference_mode()
+    def _try_to_capture(self) -> str | None:
+        reason = why_not_fixed(self._model)
+        if reason is not None:
+            return f"The model has {reason}."
+        prompts, cache = Prompts([[0]]), FixedCache()
+        try:
+            self.prefill(prompts.next_part(1), prompts.cache, all_logits=False)
+            cache.join(prompts.cache, prompts.lengths)
+            self.decode([0], cache)
+            torch.cuda.synchronize(self.device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the model does what no graph can
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return None
 
 
 class PromptPart:

@@ -86,6 +86,9 @@ def serve(
     defaults = str(service.defaults)
     if defaults:
         say(f"The model's own sampling, where requests don't say: {defaults}")
+    reason = service.engine.why_not_captured
+    if reason is not None:
+        say(f"Steps run without CUDA graphs, which takes longer. {reason}")
     config = uvicorn.Config(
         guarded(service, keys, origins),
         log_level="warning",

@@ -49,9 +49,13 @@ class Chooser:
         return self.temperature < COLDEST or self.top_p == 0 or self.top_k == 1
 
 
-def choose(logits: Tensor, choosers: list[Chooser]) -> list[int]:
-    """One token id per row of logits [B, V]; draws one number for each row that samples."""
-    chosen = logits.argmax(-1).tolist()
+def choose(logits: Tensor, choosers: list[Chooser]) -> Tensor:
+    """One token id per row of logits [B, V], int64 [B] on their device; draws one number for each
+    row that samples. Where none does and none is changed, the host doesn't wait for the device."""
+    likeliest = logits.argmax(-1)
+    if all(how.is_greedy and not _is_alone(how) for how in choosers):
+        return likeliest
+    chosen = likeliest.tolist()
     plain = [row for row, how in enumerate(choosers) if not how.is_greedy and not _is_alone(how)]
     if plain:
         heat = torch.tensor([[choosers[row].temperature] for row in plain], device=logits.device)
@@ -62,7 +66,7 @@ def choose(logits: Tensor, choosers: list[Chooser]) -> list[int]:
     for row, how in enumerate(choosers):
         if _is_alone(how):
             chosen[row] = _choose_alone(logits[row].float(), how)
-    return chosen
+    return torch.tensor(chosen, device=logits.device)
 
 
 def choose_reference(logits: Tensor, choosers: list[Chooser]) -> list[int]:

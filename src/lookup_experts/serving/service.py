@@ -33,6 +33,8 @@ class ServiceOptions:
     """A request may take, waiting included."""
     chat_template: str | None = None
     """To use instead of the tokenizer's own."""
+    graphs: bool = True
+    """Whether a GPU captures the steps of decoding as CUDA graphs."""
 
 
 class Service:
@@ -67,7 +69,9 @@ class Service:
             options.seconds,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.engine = Engine(model, end_ids, options.limits, self.metrics, self._deliver)
+        self.engine = Engine(
+            model, end_ids, options.limits, self.metrics, self._deliver, options.graphs
+        )
 
     def _deliver(self, outbox: Outbox) -> None:
         assert self._loop is not None

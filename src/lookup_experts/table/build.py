@@ -5,9 +5,10 @@ is. A chunk is evaluated layer by layer, encoded into one buffer of records and 
 second thread while the next chunk is evaluated. Where the rows come from is a `RowsOf`: whatever
 computes them, or the records of a finished table (`decode_records`).
 
-While a build is under way the folder holds `build.json`: what is being built and how many ids are
-finished. A build that was killed goes on from there, after checking what the disk really holds
-against its checksums; `table.json`, without which the folder is no table, is written last.
+While a build is under way the folder holds `build.json`, which says what is being built. A build
+that was killed goes on with what the disk really holds, by its checksums; `table.json`, without
+which the folder is no table, is written last. Several processes can build a table together
+(`Ranks`): each writes shards of its own, and the bytes are those that one process writes.
 """
 
 import errno
@@ -20,7 +21,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +51,25 @@ _THIS_TOOL = f"lookup-experts {__version__}"
 
 RowsOf = Callable[[Tensor], Iterator[Tensor]]
 """Token ids [c] int64 -> the rows [c, N, r] of each layer, in order."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that build a table together, as one of them sees them."""
+
+    rank: int = 0
+    """Of this process, from 0."""
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+    """Returns when all of them have called it."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that does what only one can."""
+        return self.rank == 0
+
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -165,7 +184,11 @@ def _content_hash(table: Table) -> str:
 
 
 def build_table(
-    folder: Path, plan: BuildPlan, rows_of: RowsOf, progress: Progress | None = None
+    folder: Path,
+    plan: BuildPlan,
+    rows_of: RowsOf,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Table:
     """Write the table that `plan` describes, or finish one that was begun.
 
@@ -174,60 +197,70 @@ def build_table(
         plan: what to build.
         rows_of: where the rows come from.
         progress: called with (ids done, ids in all) after each chunk.
+        ranks: the processes that call this together, on one folder.
 
     Raises:
         DiskFullError: not enough space; checked before the first chunk.
         TableError: the folder holds another build, or what was written doesn't read back.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    finished = _resume(folder, plan)
-    for leftover in folder.glob(f"{UNFINISHED}*"):  # of a process that was killed
-        leftover.unlink()
-    _require_space(folder, plan.manifest)
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        _begin_or_go_on(folder, plan)
+        for leftover in folder.glob(f"{UNFINISHED}*"):  # of a process that was killed
+            leftover.unlink()
+        _require_space(folder, plan.manifest)
+    ranks.wait()
+    _require_journal_of(folder, plan)
     with full_disk_as_user_error(folder):
-        chunks = _unwritten_chunks(folder, plan, finished)
-        _write_chunks(folder, plan, rows_of, chunks, progress)
-        write_manifest(folder, plan.manifest)
+        shards = plan.manifest.shards[ranks.rank :: ranks.count]
+        _write_chunks(folder, plan, rows_of, _unwritten_chunks(folder, plan, shards), progress)
+        ranks.wait()
+        if ranks.is_main:
+            write_manifest(folder, plan.manifest)
+    ranks.wait()
     table = open_table(folder)
-    check_sample(table, rows_of)
-    (folder / JOURNAL).unlink()
+    if ranks.is_main:
+        check_sample(table, rows_of)
+        (folder / JOURNAL).unlink()
+    ranks.wait()
     return table
 
 
-def _resume(folder: Path, plan: BuildPlan) -> int:
-    """How many ids the journal calls finished; 0 and a new journal where nothing was begun.
+def _begin_or_go_on(folder: Path, plan: BuildPlan) -> None:
+    """See that the folder has a journal of this plan.
 
     A table that is finished counts as a build that is: it was, and what came after it failed.
     """
     path = folder / JOURNAL
     if not path.exists():
-        if (folder / MANIFEST_NAME).exists() and read_manifest(folder) == plan.manifest:
-            _write_journal(folder, plan, plan.manifest.layout.shape.vocab_size)
-            return plan.manifest.layout.shape.vocab_size
+        is_table = (folder / MANIFEST_NAME).exists() and read_manifest(folder) == plan.manifest
         # A build that was killed before its first journal had its name has left its beginning.
-        if any(path.name != UNFINISHED_JOURNAL for path in folder.iterdir()):
+        if not is_table and any(path.name != UNFINISHED_JOURNAL for path in folder.iterdir()):
             raise TableError(
                 f"{folder} is not empty and holds no unfinished build; give an empty folder."
             )
-        _write_journal(folder, plan, 0)
-        return 0
-    journal = _read_journal(path)
-    if journal.get("plan") != plan.to_json():
+        _write_journal(folder, plan)
+    _require_journal_of(folder, plan)
+
+
+def _require_journal_of(folder: Path, plan: BuildPlan) -> None:
+    if _read_journal(folder / JOURNAL) != plan.to_json():
         raise TableError(
             f"{folder} holds an unfinished build of another table (other weights, encoding or "
             "version). Delete it to start anew."
         )
-    return journal["finished_ids"]
 
 
-def _read_journal(path: Path) -> dict[str, Any]:
+def _read_journal(path: Path) -> str:
+    """The plan that it states."""
     try:
         journal = json.loads(path.read_text())
     except ValueError:
         journal = None
-    if not isinstance(journal, dict) or not isinstance(journal.get("finished_ids"), int):
+    plan = journal.get("plan") if isinstance(journal, dict) else None
+    if not isinstance(plan, str):
         raise TableError(f"{path} is damaged. Delete {path.parent} to start anew.")
-    return journal
+    return plan
 
 
 @contextmanager
@@ -243,9 +276,9 @@ def full_disk_as_user_error(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_journal(folder: Path, plan: BuildPlan, finished_ids: int) -> None:
+def _write_journal(folder: Path, plan: BuildPlan) -> None:
     temporary = folder / UNFINISHED_JOURNAL
-    temporary.write_text(json.dumps({"plan": plan.to_json(), "finished_ids": finished_ids}))
+    temporary.write_text(json.dumps({"plan": plan.to_json()}))
     temporary.replace(folder / JOURNAL)
 
 
@@ -264,21 +297,25 @@ def _require_space(folder: Path, manifest: TableManifest) -> None:
 
 
 def _unwritten_chunks(
-    folder: Path, plan: BuildPlan, finished: int
+    folder: Path, plan: BuildPlan, shards: Sequence[ShardInfo]
 ) -> list[tuple[ShardInfo, range]]:
-    """The chunks that the disk doesn't hold; what the journal calls finished is read to know."""
+    """The chunks of some shards that the disk doesn't hold; what there is is read to know."""
     intact_end = {
-        shard.file: shard.first_id + _intact_rows(folder, plan, shard, finished - shard.first_id)
-        for shard in plan.manifest.shards
+        shard.file: shard.first_id + _intact_rows(folder, plan, shard) for shard in shards
     }
-    return [(shard, ids) for shard, ids in plan.chunks() if ids.stop > intact_end[shard.file]]
+    return [
+        (shard, ids)
+        for shard, ids in plan.chunks()
+        if shard.file in intact_end and ids.stop > intact_end[shard.file]
+    ]
 
 
-def _intact_rows(folder: Path, plan: BuildPlan, shard: ShardInfo, finished_rows: int) -> int:
-    if finished_rows <= 0:
+def _intact_rows(folder: Path, plan: BuildPlan, shard: ShardInfo) -> int:
+    """How many records, from the first on. The checksum of one that wasn't written is wrong."""
+    if not (folder / shard.file).exists():
         return 0
     with _shard_writer(folder, plan, shard) as writer:
-        return writer.verified_rows(finished_rows)
+        return writer.verified_rows(shard.num_ids)
 
 
 def _shard_writer(folder: Path, plan: BuildPlan, shard: ShardInfo) -> ShardWriter:
@@ -309,7 +346,7 @@ def _write_chunks(
             encode_chunk(layout, rows_of, ids, records)
             if writing is not None:
                 writing.result()
-            writing = thread.submit(_write_chunk, shards, shard, ids, records, folder, plan)
+            writing = thread.submit(_write_chunk, shards, shard, ids, records)
             if progress:
                 progress(ids.start, vocab_size)
         if writing is not None:
@@ -327,16 +364,8 @@ def encode_chunk(layout: RecordLayout, rows_of: RowsOf, ids: range, records: np.
         target[:, layout.layer_slice(layer)] = layout.encoding.encode(rows)
 
 
-def _write_chunk(
-    shards: "_OpenShard",
-    shard: ShardInfo,
-    ids: range,
-    records: np.ndarray,
-    folder: Path,
-    plan: BuildPlan,
-) -> None:
+def _write_chunk(shards: "_OpenShard", shard: ShardInfo, ids: range, records: np.ndarray) -> None:
     shards.writer(shard).write(ids.start - shard.first_id, records)
-    _write_journal(folder, plan, ids.stop)
 
 
 class _OpenShard:

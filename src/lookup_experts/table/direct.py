@@ -287,6 +287,19 @@ class DirectStore(RecordStore):
         except OSError as error:
             raise TableError(f"{self.table.folder}: can't be read: {say_why(error)}") from error
 
+    def _read_into(self, ids: np.ndarray, memory: np.ndarray, slots: np.ndarray) -> None:
+        """For `begin` without io_uring: whole blocks straight into their slots as well."""
+        self.check_process()
+        reads, copies = self._plan_step(ids.tolist(), memory, slots.tolist())
+        if copies or not len(ids):
+            super()._read_into(ids, memory, slots)
+            return
+        started_at = time.perf_counter()
+        with self._lock:
+            self._read(ids.tolist(), reads, memory.reshape(-1))
+        self.check_slots(ids, memory, slots)
+        self.count(reads, started_at)
+
     def _plan_step(
         self, ids: list[int], memory: np.ndarray, slots: list[int]
     ) -> tuple[BlockReads, bool]:

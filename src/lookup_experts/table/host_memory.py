@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,16 @@ def _cgroup_headroom() -> Iterator[int]:
             yield max(0, int(text) - used + int(stat.get("inactive_file", 0)))
 
 
-def aligned_buffer(num_bytes: int) -> np.ndarray:
-    """Zeros, uint8 [num_bytes], at a multiple of 4096; the kernel takes it back when unused."""
+def aligned_buffer(num_bytes: int, huge_pages: bool = False) -> np.ndarray:
+    """Zeros, uint8 [num_bytes], at a multiple of 4096; the kernel takes it back when unused.
+
+    Args:
+        huge_pages: ask for pages of megabytes where there are any, for memory that will be filled:
+            a device that reads a table in RAM, or locks it there, has fewer pages to look up.
+    """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return np.frombuffer(mmap.mmap(-1, max(1, num_bytes), flags=flags), np.uint8, num_bytes)
+    memory = mmap.mmap(-1, max(1, num_bytes), flags=flags)
+    if huge_pages:
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8, num_bytes)

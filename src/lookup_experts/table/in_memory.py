@@ -54,7 +54,7 @@ class MemoryStore(RecordStore):
                 f"The table takes {format_bytes(num_bytes)} of memory, and "
                 f"{format_bytes(available)} are available. Use the store 'direct' or 'mmap'."
             )
-        records = aligned_buffer(num_bytes).reshape(-1, self.layout.stride)
+        records = aligned_buffer(num_bytes, huge_pages=True).reshape(-1, self.layout.stride)
         with ExitStack() as stack:
             fds = open_shards(self.table, 0, stack)
             advance = stack.enter_context(

@@ -5,9 +5,8 @@ One program sums one piece of one position's result. It reads the codes of all N
 the encodings that have them, their scales, as `encoding.py` lays them out; the sum stays in
 registers. Scales begin wherever the codes end, at an odd byte too, so they are read byte by byte.
 
-`_route_mix_add` does the router's part as well. Every program of a position does it anew: for the
-few positions of a decoding step, reading the router's weights once more from the GPU's cache takes
-less than another kernel's launch.
+What a step of decoding takes, all of a block's part in one or two kernels, is in
+`step_kernels.py`.
 """
 
 from functools import lru_cache
@@ -45,12 +44,12 @@ def _load_float16(address, inside):
 
 
 @triton.jit
-def _load_float32(address):
-    """A float32 number at any address."""
-    word = tl.load(address).to(tl.uint32)
-    word |= tl.load(address + 1).to(tl.uint32) << 8
-    word |= tl.load(address + 2).to(tl.uint32) << 16
-    word |= tl.load(address + 3).to(tl.uint32) << 24
+def _load_float32(address, inside):
+    """float32 numbers at any address."""
+    word = tl.load(address, mask=inside, other=0).to(tl.uint32)
+    word |= tl.load(address + 1, mask=inside, other=0).to(tl.uint32) << 8
+    word |= tl.load(address + 2, mask=inside, other=0).to(tl.uint32) << 16
+    word |= tl.load(address + 3, mask=inside, other=0).to(tl.uint32) << 24
     return word.to(tl.float32, bitcast=True)
 
 
@@ -73,38 +72,64 @@ def _load_codes_of_3_bits(record, codes, inside):
 
 
 @triton.jit
-def _expert_values(
-    record, codebook, expert, columns, inside, hidden_size, code_bytes, block_width, blocks_per_row,
-    kind: tl.constexpr,
+def load_codes(
+    record, experts, columns, row_size, code_bytes, block_width, blocks_per_row,
+    num_experts: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
-    """One expert's row, or a piece of it, as float32."""
-    codes = expert * hidden_size + columns
+    """A tile of a layer's rows as it is stored: codes and their scales, for `values_of`.
+
+    Apart from that, so that what else has to be computed first lies between: a load takes longer
+    than most of it.
+
+    Args:
+        record: address of the layer's codes.
+        experts: [E], those from `num_experts` on are none.
+        columns: [C] of the rows, those from `row_size` on are none.
+
+    Returns:
+        Codes [E, C], and scales that fit to them.
+    """
+    known = (experts < num_experts)[:, None]
+    inside = known & (columns < row_size)[None, :]
+    places = experts[:, None] * row_size + columns[None, :]
     if kind == FLOAT:
-        values = tl.load(record + codes, mask=inside, other=0.0).to(tl.float32)
+        codes = tl.load(record + places, mask=inside, other=0.0)
+        scales = codes
     elif kind == INT8:
-        signed = tl.load(record + codes, mask=inside, other=0).to(tl.int8, bitcast=True)
-        values = signed.to(tl.float32) * _load_float32(record + code_bytes + 4 * expert)
+        codes = tl.load(record + places, mask=inside, other=0)
+        scales = _load_float32(record + code_bytes + 4 * experts[:, None], known)
     else:
         if kind == NF4:
-            numbers = _load_codes_of_4_bits(record, codes, inside)
+            codes = _load_codes_of_4_bits(record, places, inside)
         else:
-            numbers = _load_codes_of_3_bits(record, codes, inside)
-        blocks = expert * blocks_per_row + columns // block_width
+            codes = _load_codes_of_3_bits(record, places, inside)
+        blocks = experts[:, None] * blocks_per_row + (columns // block_width)[None, :]
         scales = _load_float16(record + code_bytes + 2 * blocks, inside)
-        values = tl.load(codebook + numbers) * scales
+    return codes, scales
+
+
+@triton.jit
+def values_of(codes, scales, codebook, kind: tl.constexpr):
+    """What codes stand for, float32 [E, C]; zero where there are none."""
+    if kind == FLOAT:
+        values = codes.to(tl.float32)
+    elif kind == INT8:
+        values = codes.to(tl.int8, bitcast=True).to(tl.float32) * scales
+    else:
+        values = tl.load(codebook + codes) * scales
     return values
 
 
 @triton.jit
 def _decode_and_mix(
-    records,  # uint8 [M, row_size], or the floats themselves; sizes are in these elements
+    records,  # uint8 [M, width], or the floats themselves; sizes are in these elements
     places,  # int64 [P]
     weights,  # [P, num_experts]
     codebook,  # float32 [2^bits]; anything for the other kinds
-    result,  # [P, hidden_size]
-    row_size,
+    result,  # [P, row_size]
+    width,
     offset,
-    hidden_size,
+    row_size,
     code_bytes,  # what the codes of all experts take
     block_width,  # neighbours that share a scale
     blocks_per_row,
@@ -114,69 +139,18 @@ def _decode_and_mix(
 ):
     position = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * piece + tl.arange(0, piece)
-    inside = columns < hidden_size
-    record = records + tl.load(places + position) * row_size + offset
+    record = records + tl.load(places + position) * width + offset
     total = tl.zeros([piece], dtype=tl.float32)
     for expert in range(num_experts):
-        values = _expert_values(
-            record, codebook, expert, columns, inside, hidden_size, code_bytes, block_width,
-            blocks_per_row, kind,
+        experts = expert + tl.arange(0, 1)
+        codes, scales = load_codes(
+            record, experts, columns, row_size, code_bytes, block_width, blocks_per_row,
+            num_experts, kind,
         )  # fmt: skip
-        total += tl.load(weights + position * num_experts + expert).to(tl.float32) * values
-    target = result + position * hidden_size + columns
-    tl.store(target, total.to(result.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _route_mix_add(
-    records,  # as above
-    places,
-    hidden,  # [P, hidden_size]
-    router,  # [num_experts, hidden_size]
-    output,  # [P, hidden_size]
-    codebook,
-    result,  # [P, hidden_size]
-    row_size,
-    offset,
-    hidden_size,
-    code_bytes,
-    block_width,
-    blocks_per_row,
-    num_experts: tl.constexpr,
-    padded_experts: tl.constexpr,  # the next power of two
-    kind: tl.constexpr,
-    piece: tl.constexpr,
-):
-    position = tl.program_id(0).to(tl.int64)
-    experts = tl.arange(0, padded_experts)
-    logits = tl.zeros([padded_experts], dtype=tl.float32)
-    for first in range(0, hidden_size, piece):
-        inputs = first + tl.arange(0, piece)
-        known = inputs < hidden_size
-        state = tl.load(hidden + position * hidden_size + inputs, mask=known, other=0.0)
-        rows = tl.load(
-            router + experts[:, None] * hidden_size + inputs[None, :],
-            mask=(experts < num_experts)[:, None] & known[None, :],
-            other=0.0,
-        )
-        logits += tl.sum(rows.to(tl.float32) * state.to(tl.float32)[None, :], axis=1)
-    logits = tl.where(experts < num_experts, logits, float("-inf"))
-    powers = tl.exp(logits - tl.max(logits, axis=0))
-    weights = powers / tl.sum(powers, axis=0)
-
-    columns = tl.program_id(1) * piece + tl.arange(0, piece)
-    inside = columns < hidden_size
-    record = records + tl.load(places + position) * row_size + offset
-    total = tl.load(output + position * hidden_size + columns, mask=inside, other=0.0)
-    total = total.to(tl.float32)
-    for expert in range(num_experts):
-        values = _expert_values(
-            record, codebook, expert, columns, inside, hidden_size, code_bytes, block_width,
-            blocks_per_row, kind,
-        )  # fmt: skip
-        total += tl.sum(tl.where(experts == expert, weights, 0.0), axis=0) * values
-    target = result + position * hidden_size + columns
-    tl.store(target, total.to(result.dtype.element_ty), mask=inside)
+        weight = tl.load(weights + position * num_experts + expert).to(tl.float32)
+        total += weight * tl.sum(values_of(codes, scales, codebook, kind), axis=0)
+    target = result + position * row_size + columns
+    tl.store(target, total.to(result.dtype.element_ty), mask=columns < row_size)
 
 
 def decode_and_mix_kernel(
@@ -213,48 +187,6 @@ def decode_and_mix_kernel(
         codes.kind,
         PIECE,
         num_warps=2,
-    )
-    return result
-
-
-def route_mix_add_kernel(
-    records: Tensor,
-    places: Tensor,
-    hidden_states: Tensor,
-    router: Tensor,
-    output: Tensor,
-    encoding: Encoding,
-    offset: int,
-) -> Tensor:
-    """See `route_mix_add` in `mixing.py`."""
-    num_experts, hidden_size = router.shape
-    result = torch.empty(output.shape, dtype=output.dtype, device=output.device)
-    num_positions = len(places)
-    if not num_positions:
-        return result
-    codes = codes_of(encoding, num_experts, hidden_size, records.device)
-    if codes.stored is not None:
-        records = records.view(codes.stored)
-        offset //= codes.stored.itemsize
-    _route_mix_add[num_positions, codes.pieces](
-        records,
-        places,
-        hidden_states.contiguous(),
-        router.contiguous(),
-        output.contiguous(),
-        codes.book,
-        result,
-        records.shape[1],
-        offset,
-        hidden_size,
-        codes.code_bytes,
-        codes.block_width,
-        codes.blocks_per_row,
-        num_experts,
-        triton.next_power_of_2(num_experts),
-        codes.kind,
-        PIECE,
-        num_warps=4,
     )
     return result
 

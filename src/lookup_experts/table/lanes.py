@@ -1,15 +1,17 @@
 """The way of bytes from the host to where the model runs, beside the model's own work.
 
 A `Lane` is a queue of copies: a CUDA stream of its own, whose copies run while the model's stream
-computes. Both queues are asked for work by the host and do it later, so they are ordered by marks:
-a mark is reached when everything that was queued before it is done. The model's queue waits for a
-mark of the lane before it reads what was copied, the lane waits for the model's queue before it
-overwrites what was read. The host waits in one place only, for token ids (`Lane.to_host`).
+computes. What the device brings by itself (`device_rows.py`) runs beside as well, on another
+stream (`Lane.beside`). Both queues are asked for work by the host and do it later, so they are
+ordered by marks: a mark is reached when everything that was queued before it is done. The model's
+queue waits for a mark of the lane before it reads what was copied, the lane waits for the model's
+queue before it overwrites what was read. The host waits in one place only, for the token ids of
+prompts that are on disk (`Lane.to_host`).
 
 `HostLane` is the reference: the same in order, without a device and at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,13 +46,8 @@ class Lane(Protocol):
         """uint8 [num_bytes] on the host that copies can be made from without waiting."""
         ...
 
-    def device_memory(self, num_rows: int, row_bytes: int, lasting: bool = False) -> Tensor:
-        """uint8 [num_rows, row_bytes] on the device, with whatever is in it.
-
-        Args:
-            lasting: it stays where it is for as long as the model is used, so that a CUDA graph
-                may read from its address.
-        """
+    def device_memory(self, num_rows: int, row_bytes: int) -> Tensor:
+        """uint8 [num_rows, row_bytes] on the device, with whatever is in it."""
         ...
 
     def model_queue(self) -> Any:
@@ -67,6 +64,18 @@ class Lane(Protocol):
 
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Mark:
         """Queue copies of contiguous bytes; `sources` are parts of `host_memory`."""
+        ...
+
+    def beside(self, work: Callable[[], None], tensors: Sequence[Tensor]) -> Mark:
+        """Call `work`, which queues something, to be done after all that the model's queue was
+        told so far, and beside what it is told from now on.
+
+        Captured in a CUDA graph with the model's queue if that is, so each mark must be waited
+        for.
+
+        Args:
+            tensors: of the model's queue, that `work` reads and writes.
+        """
         ...
 
     def lead(self, mark: Mark) -> None:
@@ -91,7 +100,7 @@ class HostLane:
     def host_memory(self, num_bytes: int) -> Tensor:
         return torch.from_numpy(aligned_buffer(num_bytes))
 
-    def device_memory(self, num_rows: int, row_bytes: int, lasting: bool = False) -> Tensor:
+    def device_memory(self, num_rows: int, row_bytes: int) -> Tensor:
         with torch.inference_mode(False):  # copies are made outside of it as well
             return torch.from_numpy(aligned_buffer(num_rows * row_bytes)).view(num_rows, row_bytes)
 
@@ -107,6 +116,10 @@ class HostLane:
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Mark:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
+        return _Reached()
+
+    def beside(self, work: Callable[[], None], tensors: Sequence[Tensor]) -> Mark:
+        work()
         return _Reached()
 
     def lead(self, mark: Mark) -> None:
@@ -138,11 +151,13 @@ class CudaLane:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
         self._stream = torch.cuda.Stream(self.device)
+        self._beside: dict[int, torch.cuda.Stream] = {}
+        """By the model's queue, so that no thread's work is captured in another's graph."""
 
     def host_memory(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def device_memory(self, num_rows: int, row_bytes: int, lasting: bool = False) -> Tensor:
+    def device_memory(self, num_rows: int, row_bytes: int) -> Tensor:
         shape = (num_rows, row_bytes)
         with torch.inference_mode(False):  # copies are made outside of it as well
             memory = torch.empty(shape, dtype=torch.uint8, device=self.device)
@@ -150,10 +165,6 @@ class CudaLane:
         # is to have it before the lane's copies are over.
         self.follow(self.mark_of(self.model_queue()))
         memory.record_stream(self._stream)
-        if not lasting:
-            return memory
-        # Otherwise a CUDA graph would copy all of it into memory of its own at every step.
-        torch._dynamo.mark_static_address(memory)
         return memory
 
     def model_queue(self) -> Any:
@@ -171,6 +182,20 @@ class CudaLane:
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source, non_blocking=True)
             return _CudaMark(self._stream)
+
+    def beside(self, work: Callable[[], None], tensors: Sequence[Tensor]) -> Mark:
+        model_queue = self.model_queue()
+        stream = self._beside.get(model_queue.cuda_stream)
+        if stream is None:
+            stream = self._beside[model_queue.cuda_stream] = torch.cuda.Stream(self.device)
+        stream.wait_stream(model_queue)
+        with torch.cuda.stream(stream):
+            work()
+            mark = _CudaMark(stream)
+        if not torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
+            for tensor in tensors:
+                tensor.record_stream(stream)
+        return mark
 
     def lead(self, mark: Mark) -> None:
         assert isinstance(mark, _CudaMark)

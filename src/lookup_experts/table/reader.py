@@ -25,8 +25,11 @@ from lookup_experts.table.batch import (
     unique_in_order,
 )
 from lookup_experts.table.cache import RowCache
+from lookup_experts.table.cache_budget import CacheBudget, parse_cache
 from lookup_experts.table.counts import most_frequent, read_counts
 from lookup_experts.table.device import DeviceReader
+from lookup_experts.table.device_cache import CachedRecords
+from lookup_experts.table.device_records import DeviceRecords, HostRecords
 from lookup_experts.table.host_memory import aligned_buffer
 from lookup_experts.table.lanes import Lane, open_lane
 from lookup_experts.table.layout import TableShape
@@ -42,7 +45,6 @@ from lookup_experts.table.rows import (
 )
 from lookup_experts.table.store import Notify, Store, log
 from lookup_experts.table.store_choice import open_store
-from lookup_experts.units import parse_bytes
 
 SLOT_BATCH = 64
 """Most unique ids of a batch that goes through the row cache. Larger ones are prompts, whose
@@ -65,7 +67,7 @@ class ReaderStatistics:
     batches: int = 0
     ids_asked: int = 0
     ids_unique: int = 0
-    """Summed over batches."""
+    """Summed over batches; a GPU takes each position of a step for an id of its own."""
     cache_hits: int = 0
     """Of the unique ids; those that went past the cache (prompts) don't count."""
     bytes_read: int = 0
@@ -87,8 +89,7 @@ class TableExperts:
         store: where its records are read from.
         dtype: what rows are decoded to; the model's.
         device: where rows are needed.
-        cache_bytes: budget of the row cache, in the device's memory; 0 is off. Where the whole
-            table is in the same memory it needs none.
+        cache: budget of the row cache, see `parse_cache`; 0 is off. A table in RAM needs none.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class TableExperts:
         store: Store,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        cache_bytes: int = 0,
+        cache: int | str | CacheBudget = 0,
     ) -> None:
         self.table = table
         self._store = store
@@ -107,8 +108,8 @@ class TableExperts:
         self._lock = threading.Lock()
         whole = store.whole()
         self._whole = None if whole is None else torch.from_numpy(whole)
-        self._budget = cache_bytes
-        in_memory = 0 if whole is not None else cache_bytes
+        self._budget = parse_cache(cache)
+        in_memory = 0 if whole is not None else self._budget.total
         useful_bytes = min(in_memory, table.layout.table_bytes)
         self._cache = RowCache(table.layout.stride, useful_bytes, SLOT_BATCH)
         self._filling = FillingFromStore(store, self._cache.memory)
@@ -120,19 +121,20 @@ class TableExperts:
         self.missed: frozenset[int] | None = frozenset()
         """The ids whose records the newest batch had to read; None: all of its ids."""
         self._closed = False
+        self._on_device: DeviceReader | None = None
         self._since = ReaderStatistics("", "", 0)
         self._counted = ReaderStatistics(store.name, store.backend, 0)
         self.move_to(device)
 
     @property
     def cache_bytes(self) -> int:
-        """Budget of the row cache; 0 where the whole table is in the memory of the model."""
-        return 0 if self._whole is not None and self._on_device is None else self._budget
+        """Budget of the row cache; 0 where the whole table is in RAM."""
+        return 0 if self._whole is not None else self._budget.total
 
     def take_cache_memory(self) -> None:
         """Take the budget of the row cache from the kernel now, not record by record.
 
-        On a device it is taken in any case.
+        For a GPU it is taken in any case.
         """
         if self._on_device is None:
             self._cache.take_memory()
@@ -151,7 +153,13 @@ class TableExperts:
         Raises:
             TableError: the counts or a record are damaged, or can't be read.
         """
-        counts = read_counts(self.table) if self.cache_bytes else None
+        if not self.cache_bytes:
+            return 0
+        if self._on_device is not None:
+            filled = self._on_device.fill_cache()
+            self.reset_stats()
+            return filled
+        counts = read_counts(self.table)
         if counts is None:
             return 0
         ids = most_frequent(counts, self.cache_bytes // self.table.layout.stride)
@@ -306,10 +314,13 @@ class TableExperts:
     def move_to(self, device: torch.device | str) -> None:
         """Give rows on another device from the next batch on.
 
-        On CUDA the row cache is there as well: its budget is then of the GPU's memory.
+        On CUDA a part of the row cache is there as well, see `CacheBudget`.
         """
         device = torch.device(device)
         lane = open_lane(device)
+        if self._on_device is not None:
+            self._on_device.close()
+            self._on_device = None
         self._decoding = Decoding(
             self.table.layout, self._dtype, device if lane is None else lane.device
         )
@@ -324,13 +335,26 @@ class TableExperts:
         return DeviceReader(
             self._decoding,
             self._store,
+            self._records_on_device(lane),
             self._thread,
             self._clock,
             lane,
             self._count_on_device,
-            self._budget,
-            SLOT_BATCH,
             GROUP_BYTES,
+        )
+
+    def _records_on_device(self, lane: Lane) -> DeviceRecords:
+        if self._whole is not None:
+            return HostRecords(self._whole.numpy(), lane.device)
+        if self._store.name != "direct":
+            log(f"A GPU reads a table that isn't in RAM by 'direct', not by {self._store.name!r}.")
+        on_device, in_ram = self._budget.split(self.table.layout.table_bytes)
+        return CachedRecords(
+            self.table,
+            lane.device,
+            on_device,
+            in_ram,
+            verify_checksums=self._store.verify_checksums,
         )
 
     def stats(self) -> ReaderStatistics:
@@ -352,6 +376,13 @@ class TableExperts:
         totals.bytes_read = self._store.bytes_read
         totals.read_seconds = self._store.seconds_reading
         totals.wait_seconds = self._clock.seconds
+        counts = None if self._on_device is None else self._on_device.counts()
+        if counts is not None:
+            totals.ids_asked += counts.ids
+            totals.ids_unique += counts.ids
+            totals.cache_hits += counts.hot_hits + counts.ram_hits
+            totals.bytes_read += counts.bytes_read
+            totals.read_seconds += counts.read_seconds
         return totals
 
     def _count(self, asked: int, unique: int, hits: int) -> None:
@@ -361,9 +392,11 @@ class TableExperts:
             self._counted.ids_unique += unique
             self._counted.cache_hits += hits
 
-    def _count_on_device(self, asked: int, unique: int, missed: frozenset[int] | None) -> None:
-        self.missed = missed
-        self._count(asked, unique, 0 if missed is None else unique - len(missed))
+    def _count_on_device(self, asked: int, unique: int, found_there: bool) -> None:
+        self.missed = None
+        if found_there and self._on_device is not None and self._on_device.counts() is not None:
+            asked = unique = 0  # counted there
+        self._count(asked, unique, 0)
 
     def close(self) -> None:
         """Stop the reading thread and close the files; what was begun is read to its end."""
@@ -401,7 +434,7 @@ def _reopen_reader(
     verify_checksums: bool,
     dtype: torch.dtype,
     device: torch.device,
-    cache_bytes: int,
+    cache: CacheBudget,
 ) -> TableExperts:
     """A reader that was pickled, in whatever process.
 
@@ -414,7 +447,7 @@ def _reopen_reader(
     opened = open_store(table, store, verify_checksums=verify_checksums, notify=log)
     if device.type == "cuda" and not torch.cuda.is_available():
         device = torch.device("cpu")
-    return TableExperts(table, opened, dtype, device, cache_bytes)
+    return TableExperts(table, opened, dtype, device, cache)
 
 
 def open_reader(
@@ -441,9 +474,9 @@ def open_reader(
         dtype: what rows are decoded to; the model's.
         device: where rows are needed.
         store: `memory`, `mmap`, `direct`, `auto` or `auto:8GB`, see `open_store`.
-        cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off. It is
-            memory of the device that the model runs on: RAM, with the records of the batch under
-            way (up to `SLOT_BATCH`) beside it, or the GPU's.
+        cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off. It is RAM, with
+            the records of the batch under way (up to `SLOT_BATCH`) beside it; on a GPU half of it
+            is the GPU's memory, or as much as is said behind a colon: `256MB:64MB`.
         verify_checksums: compare every record that is read with its checksum.
         notify: told which store was chosen and why, and what could not be had; default: a warning
             of the logger `lookup_experts`.
@@ -451,11 +484,11 @@ def open_reader(
     Raises:
         TableError: the table is missing, damaged, or of another model.
     """
-    cache_bytes = parse_bytes(cache)
+    budget = parse_cache(cache)
     table = open_table(folder / "table")
     check_match(table, num_layers, num_experts, row_size, fingerprint)
     opened = open_store(table, store, verify_checksums=verify_checksums, notify=notify)
-    return TableExperts(table, opened, dtype, device, cache_bytes)
+    return TableExperts(table, opened, dtype, device, budget)
 
 
 def check_match(

@@ -144,7 +144,7 @@ def costs(
         bytes_per_token={name: record for name, (_, record) in tables.items()},
         num_gpus=num_gpus,
         memory_per_gpu={
-            kind: _memory(recipe, vocab_size, parameters.total, ratio, num_gpus, kind)
+            kind: _memory(recipe, vocab_size, parameters, ratio, num_gpus, kind)
             for kind in (("ddp",) if training.share_expert_outputs else ("ddp", "fsdp2"))
         },
     )
@@ -304,20 +304,24 @@ def prose_tokens_per_unique_id(tokens: int) -> float:
 
 
 def _memory(
-    recipe: Recipe, vocab_size: int, total: int, ratio: float, num_gpus: int, kind: str
+    recipe: Recipe, vocab_size: int, parameters: Parameters, ratio: float, num_gpus: int, kind: str
 ) -> Memory:
+    # Static rows are whole everywhere, and their gradients those of a step's few ids.
+    static = parameters.static_rows
+    others = parameters.total - static
     shards = num_gpus if kind == "fsdp2" else 1
-    held = _FLOAT32 * -(-total // shards)
+    share = -(-others // shards)
+    held = _FLOAT32 * (share + static)
     if kind == "ddp":
-        gathered = _FLOAT32 * total if num_gpus > 1 else 0
+        gathered = _FLOAT32 * others if num_gpus > 1 else 0
     else:
         outside = (2 * vocab_size + 1) * recipe.model.hidden_size
-        block = (total - outside) // recipe.model.num_layers
+        block = (others - outside) // recipe.model.num_layers
         # A block's weights are gathered while those of the one before still compute.
         gathered = 2 * _FLOAT32 * (2 * block + outside) if num_gpus > 1 else 0
     return Memory(
         weights=held,
-        gradients=held,
+        gradients=_FLOAT32 * share,
         optimizer=_OPTIMIZER_FLOATS * held,
         gathered=gathered,
         activations=kept_bytes(recipe, vocab_size, ratio, num_gpus)

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from lookup_experts.errors import UserError
+from lookup_experts.training.row_updates import static_rows
 
 MAX_FILE_BYTES = 2 * 10**9
 """Of a weights file of the trained model: what the writing process holds at once."""
@@ -66,6 +67,8 @@ def join_processes() -> torch.device:
 def shard_model(model: Any, device: torch.device) -> None:
     """Cut a model's parameters into one shard per process, in place; on the meta device, mostly.
 
+    Static rows stay whole in every process (`row_updates.py`).
+
     Args:
         model: a transformers model, which names the classes of its blocks.
         device: of this process; the processes' group exists already.
@@ -81,9 +84,15 @@ def shard_model(model: Any, device: torch.device) -> None:
             f"{type(model).__name__} doesn't name its blocks (_no_split_modules), so it can't be "
             "sharded; train it without --shard."
         )
-    for block in blocks:
-        fully_shard(block, mesh=mesh, shard_placement_fn=_placement(mesh.size()))
-    fully_shard(model, mesh=mesh, shard_placement_fn=_placement(mesh.size()))
+    # Of static rows a step needs few: gathering them would send all.
+    whole: Any = {rows.weight for rows in static_rows(model)}
+    for part in [*blocks, model]:
+        fully_shard(
+            part, mesh=mesh, shard_placement_fn=_placement(mesh.size()), ignored_params=whole
+        )
+    for rows in static_rows(model):
+        if not rows.weight.is_meta:
+            rows.to(device)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -25,6 +25,12 @@ from lookup_experts.training.checkpoints import (
 from lookup_experts.training.history import perplexity
 from lookup_experts.training.order import MixedSequences
 from lookup_experts.training.recipe import RecipeFile
+from lookup_experts.training.row_updates import (
+    RowAdamW,
+    clip_gradients,
+    exchange_gradients,
+    keep_whole,
+)
 from lookup_experts.training.run_folder import RunFolder
 from lookup_experts.training.sharding import (
     is_sharded,
@@ -79,6 +85,8 @@ def training_arguments(recipe: RecipeFile, run: RunFolder, validates: bool) -> T
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
+        # A blocking copy of a batch would wait for all of the step before.
+        accelerator_config={"non_blocking": on_gpu},
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         use_cpu=not on_gpu,
@@ -134,6 +142,9 @@ class RecipeTrainer(SharesExpertOutputs, Trainer):
         self.remove_callback(PrinterCallback)  # which prints every log on stdout
         if is_sharded(model):
             self._leave_placement_to_the_model()
+        self._static_rows = keep_whole(model)
+        if self._static_rows:
+            self.accelerator.clip_grad_norm_ = self._clip_with_rows
         self.share_expert_outputs = recipe.training.share_expert_outputs
         self._run = run
         self._keep_checkpoints = recipe.training.keep_checkpoints
@@ -163,7 +174,24 @@ class RecipeTrainer(SharesExpertOutputs, Trainer):
         optimizer = super().create_optimizer(model)
         if self._backbone_learning_rate is not None:
             self._set_apart_backbone(optimizer, self._backbone_learning_rate)
+        if self._static_rows:
+            optimizer = RowAdamW(optimizer.param_groups, self._static_rows)
+            self.optimizer: Any = optimizer
         return optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        # Of parameters of which some are cut and others are not, the Trainer asks nobody else.
+        return self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+
+    def _clip_with_rows(self, parameters: Any, max_norm: float, norm_type: int = 2) -> Any:
+        """In place of accelerate's, once per step."""
+        exchange_gradients(self._static_rows)
+        return clip_gradients(list(parameters), self._static_rows, max_norm)
+
+    def _settle_rows(self) -> None:
+        """Before weights are written."""
+        if self._static_rows:
+            self.optimizer.optimizer.settle()
 
     def _set_apart_backbone(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
         """Each group of parameters becomes two; the experts' come first and give the log's rate."""
@@ -221,6 +249,7 @@ class RecipeTrainer(SharesExpertOutputs, Trainer):
             super().save_model(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._settle_rows()
         save_state(Path(output_dir), self.model, self.optimizer.optimizer)
         if not is_main_process():
             return
@@ -241,6 +270,7 @@ class RecipeTrainer(SharesExpertOutputs, Trainer):
 
     def save_trained_model(self, folder: Path) -> None:
         """Write what `from_pretrained` takes; all processes take part, the main one writes."""
+        self._settle_rows()
         if is_sharded(self.model):
             write = write_gathered_model if self._was_loaded else write_sharded_model
             write(self.model, folder, writes=is_main_process())

@@ -68,7 +68,8 @@ PEERS = (MMAP, ACCELERATE)
 SELECTED = 2
 """Experts per token, as in the paper."""
 
-_NAME = re.compile(r"(mole|moe)-([1-9]\d*)e(?:-(disk|ram|mmap|accelerate))?")
+_NAME = re.compile(r"moe-([1-9]\d*)e(?:-(disk|ram|mmap|accelerate))?")
+_TABLE_NAME = re.compile(r"(?:mole-([1-9]\d*)e|meki)(?:-r([1-9]\d*))?")
 
 
 @dataclass(frozen=True)
@@ -77,25 +78,32 @@ class System:
 
     name: str
     family: str
-    """dense, mole or moe."""
+    """dense, moe, or mole for a table of any form."""
     num_experts: int = 0
     """N of each layer."""
     way: str = RESIDENT
-    """Of a MoE: where its experts are."""
+    """Where its experts are."""
+    form: str = "mole"
+    """Of a table's rows."""
+    row_size: int | None = None
+    """Numbers of a table's row; None: the model's width."""
 
     @classmethod
     def parse(cls, name: str) -> Self:
         """The system of a name; a `UserError` for what is none."""
         if name == "dense":
             return cls(name, "dense")
-        found = _NAME.fullmatch(name)
-        if found is None or (found[1] == "mole" and found[3]):
-            raise UserError(
-                f"No system is called {name!r}; expected dense, mole-4e, moe-10e, or a MoE with "
-                "its experts elsewhere: moe-10e-disk, -ram, -mmap or -accelerate."
-            )
-        way = DISK if found[1] == "mole" else found[3] or RESIDENT
-        return cls(name, found[1], int(found[2]), way)
+        if (found := _TABLE_NAME.fullmatch(name)) is not None:
+            form = "mole" if found[1] else "meki"
+            row_size = int(found[2]) if found[2] else None
+            return cls(name, "mole", int(found[1] or 1), DISK, form, row_size)
+        if (found := _NAME.fullmatch(name)) is not None:
+            return cls(name, "moe", int(found[1]), found[2] or RESIDENT)
+        raise UserError(
+            f"No system is called {name!r}; expected dense, mole-4e or meki, with rows narrower "
+            "than the model as mole-4e-r192 or meki-r96, moe-10e, or a MoE with its experts "
+            "elsewhere: moe-10e-disk, -ram, -mmap or -accelerate."
+        )
 
     @property
     def model_name(self) -> str:
@@ -142,10 +150,14 @@ class Plan:
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
 
-    def case(self, num_experts: int = 4) -> Case:
-        """The dense model, and MoLE with so many experts."""
+    def case(self, system: System | None = None) -> Case:
+        """Of a system with a table; else of the dense model."""
         encoding = str(self.dtype).removeprefix("torch.")
-        return Case(self.shape, num_experts, encoding, self.dtype)
+        if system is None:
+            return Case(self.shape, encoding=encoding, dtype=self.dtype)
+        return Case(
+            self.shape, system.num_experts, encoding, self.dtype, system.form, system.row_size
+        )
 
     @property
     def expert_budget(self) -> int:
@@ -175,7 +187,7 @@ def prepare_tables(plan: Plan, systems: Sequence[System]) -> None:
     """
     for system in {system.model_name: system for system in systems}.values():
         if system.family == "mole":
-            random_table(plan.case(system.num_experts), plan.work)
+            random_table(plan.case(system), plan.work)
         elif system.family == "moe":
             _write_experts(plan, system.num_experts)
 
@@ -281,7 +293,7 @@ def _build_offloaded(model: Any, table: Table, system: System, plan: Plan) -> Bu
 
 
 def _build_mole(system: System, plan: Plan) -> Built:
-    case = plan.case(system.num_experts)
+    case = plan.case(system)
     table = open_table(plan.work / case.name)
     model = table_model(case, table, "direct", plan.cache_bytes, device=plan.device)
     reader = model.expert_source

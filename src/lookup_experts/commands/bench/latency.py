@@ -14,7 +14,8 @@ def latency(
         list[str] | None,
         typer.Argument(
             help="dense, mole-4e, moe-10e, and a MoE with its experts elsewhere: moe-10e-disk, "
-            "-ram, -mmap, -accelerate. Default: all of these."
+            "-ram, -mmap, -accelerate. Default: all of these. Also narrow rows: mole-4e-r192, "
+            "meki-r96."
         ),
     ] = None,
     shape: bench_options.Shape = "160m",

@@ -10,7 +10,9 @@ from lookup_experts.commands.bench import options as bench_options
 
 def serve(
     shape: bench_options.Shape = "160m",
-    experts: bench_options.Experts = 4,
+    experts: bench_options.Experts = None,
+    form: bench_options.Form = "mole",
+    row_size: bench_options.RowSize = None,
     encoding: bench_options.Encoding = "bfloat16",
     dtype: bench_options.Dtype = "bfloat16",
     weights: options.Weights = "auto",
@@ -32,20 +34,25 @@ def serve(
     json: bench_options.JsonFile = None,
     plot: bench_options.Plot = None,
 ) -> None:
-    """`mole serve` under concurrent streams of OpenAI's client: MoLE from disk beside dense.
+    """`mole serve` under concurrent streams: MoLE beside dense, on a GPU also without CUDA graphs.
 
     Example: `mole bench serve --streams 1,8,32 --json serve.json --plot serve.png`
     """
     from lookup_experts.benchmarks.results import Results
-    from lookup_experts.benchmarks.serve import bench_serve
+    from lookup_experts.benchmarks.serve import EAGER, bench_serve
 
     most = max(bench_options.counts(streams))
     common = ("--device", device, "--weights", weights, "--max-batch", most)
-    servers = {"dense": common, "mole": ("--store", store, "--cache", cache, *common)}
-    if soak:
-        del servers["dense"]
+    servers: dict[str, tuple[object, ...]]
+    servers = {"mole": ("--store", store, "--cache", cache, *common)}
+    if not soak:
+        servers = {"dense": common, **servers}
+        if device.startswith("cuda"):
+            servers |= {
+                f"{name}{EAGER}": (*words, "--no-graphs") for name, words in servers.items()
+            }
     bench_serve(
-        bench_options.case_of(shape, experts, encoding, dtype),
+        bench_options.case_of(shape, experts, encoding, dtype, form, row_size),
         servers,
         bench_options.counts(streams),
         rounds,

@@ -13,7 +13,10 @@ def train(
     layers: Annotated[
         int | None, typer.Option(min=1, help="Cut the shape to so many blocks.")
     ] = None,
-    experts: Annotated[str, typer.Option(help="Routed experts per layer, e.g. 4,16.")] = "4,16",
+    experts: Annotated[
+        str,
+        typer.Option(help="Routed experts per layer, e.g. 4,16; narrow rows: 4-r192, meki-r96."),
+    ] = "4,16",
     tokens: Annotated[
         str, typer.Option(help="Tokens of a micro batch, multiples of --context.")
     ] = "2048,8192",
@@ -52,11 +55,12 @@ def train(
     from lookup_experts.benchmarks.models import Case
     from lookup_experts.benchmarks.results import Results
     from lookup_experts.benchmarks.text import TextWindows, id_stream
-    from lookup_experts.benchmarks.train import bench_train, case_of_shape
+    from lookup_experts.benchmarks.train import Rows, bench_train, case_of_shape
     from lookup_experts.benchmarks.trainer import bench_trainer
     from lookup_experts.errors import UserError
 
-    sizes, numbers = bench_options.counts(tokens), bench_options.counts(experts)
+    sizes = bench_options.counts(tokens)
+    trained = [Rows.parse(word) for word in experts.split(",")]
     for size in sizes:
         if size % context:
             raise UserError(f"--tokens {size} is no multiple of --context {context}.")
@@ -73,6 +77,6 @@ def train(
     windows = TextWindows(id_stream(ids, Case(shape).layout.shape.vocab_size, work))
     results = Results("train", json, plot)
     if trainer:
-        bench_trainer(case, numbers, sizes, windows, rounds, results)
+        bench_trainer(case, trained, sizes, windows, rounds, results)
     else:
-        bench_train(case, numbers, sizes, windows, rounds, accumulate, peak, results)
+        bench_train(case, trained, sizes, windows, rounds, accumulate, peak, results)

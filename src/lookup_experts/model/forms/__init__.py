@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lookup_experts.model.rows import TokenRows
+from lookup_experts.model.rows import Addition, StepRows, TokenRows
 
 RowObserver = Callable[[int, Tensor], None]
 """Told how every block weighs its rows, as (layer, weights [B·T, N])."""
@@ -94,6 +94,14 @@ class LookupBlock(nn.Module):
         """[..., d], the input of the block's FFN -> [..., d], what is added to its output."""
         raise NotImplementedError
 
+    def begin(self, hidden_states: Tensor, rows: StepRows) -> Addition | None:
+        """What `add_to` would do, begun before the FFN computes; no gradients.
+
+        None where `rows` can't, or where a part of the block is of a kind of its own: an adapter,
+        a quantised weight, somebody's hook.
+        """
+        return None
+
     def add_to(
         self,
         output: Tensor,
@@ -111,6 +119,20 @@ class LookupBlock(nn.Module):
     def maker(self) -> Any:
         """What makes the rows, in training form; None where they come from a table."""
         return self._modules.get("routed")
+
+
+def plain_weights(*modules: Any) -> list[nn.Parameter] | None:
+    """The weights of linear maps without a bias, to compute with; None where calling one of them
+    does anything else, or a weight is of a kind of its own (quantised)."""
+    weights = [module._parameters.get("weight") for module in modules]
+    for module, weight in zip(modules, weights, strict=True):
+        if (
+            not is_called_plainly(module, nn.Linear)
+            or type(weight) is not nn.Parameter
+            or module._parameters["bias"] is not None
+        ):
+            return None
+    return weights
 
 
 def is_called_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -14,8 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.forms import Defaults, LookupBlock, RowObserver, Sizes
-from lookup_experts.model.rows import TokenRows
+from lookup_experts.model.forms import (
+    Defaults,
+    LookupBlock,
+    RowObserver,
+    Sizes,
+    is_called_plainly,
+    plain_weights,
+)
+from lookup_experts.model.rows import Addition, StepRows, TokenRows
 from lookup_experts.model.settings import LookupSettings
 
 HAS_ROUTER = False
@@ -182,3 +189,18 @@ class MekiBlock(LookupBlock):
         one = gate.new_ones(rows.num_positions, 1)
         row = rows.mix(self.layer, one, self.maker).view(gate.shape)
         return self.post_norm(self.out_proj(gate + row)).to(hidden_states.dtype)
+
+    def begin(self, hidden_states: Tensor, rows: StepRows) -> Addition | None:
+        """See `LookupBlock.begin`."""
+        weights = plain_weights(self._modules["gate_proj"], self._modules["out_proj"])
+        norm: Any = self._modules["post_norm"]
+        scale = norm._parameters.get("weight")
+        if (
+            weights is None
+            or not is_called_plainly(norm, nn.RMSNorm)
+            or type(scale) is not nn.Parameter
+            or norm.eps is None
+        ):
+            return None
+        gate, out_proj = weights
+        return rows.begin_gated(self.layer, hidden_states, gate, out_proj, scale, norm.eps)

@@ -27,9 +27,10 @@ from lookup_experts.model.forms import (
     Sizes,
     is_called_plainly,
     is_unhooked,
+    plain_weights,
 )
 from lookup_experts.model.router_losses import record_logits
-from lookup_experts.model.rows import TokenRows
+from lookup_experts.model.rows import Addition, StepRows, TokenRows
 from lookup_experts.model.settings import LookupSettings
 
 HAS_ROUTER = True
@@ -242,6 +243,16 @@ class LookupExperts(LookupBlock):
             return logits.softmax(dim=-1, dtype=torch.float32)
         return logits.softmax(dim=-1)
 
+    def begin(self, hidden_states: Tensor, rows: StepRows) -> Addition | None:
+        """See `LookupBlock.begin`."""
+        router, out_proj = self._modules["router"], self._modules.get("out_proj")
+        weights = plain_weights(*[router] if out_proj is None else [router, out_proj])
+        if weights is None:
+            return None
+        return rows.begin_routed(
+            self.layer, hidden_states, weights[0], None if out_proj is None else weights[1]
+        )
+
     def add_to(
         self,
         output: Tensor,
@@ -295,6 +306,7 @@ class LookupExperts(LookupBlock):
             type(router) not in _LINEAR_KINDS
             or not is_unhooked(router)
             or type(weight) is not nn.Parameter
+            or router._parameters["bias"] is not None
             or not (type(hidden_states) is type(output) is Tensor)
         ):
             return None
