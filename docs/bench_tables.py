@@ -32,6 +32,9 @@ def experts_of(result: Result) -> str:
 SPEED: dict[str, Column] = {
     "encoding?": "{encoding}",
     "weights?": "{dtype}",
+    "linear layers?": "{weights}",
+    "tokens/s?": "{tokens_per_second:,.1f}",
+    "faster than plain?": "{speedup_over_plain:.2f} ×",
     "ms": "{ms_per_step:.1f}",
     "× dense": "{ratio_to_dense:.3f}",
     "10–90 % of pairs": "{spread[0]:.2f}–{spread[1]:.2f}",
@@ -61,6 +64,23 @@ def prefill(reports: Sequence[Result]) -> str:
     """A row for each length of prompt of `mole bench prefill`."""
     columns = {"prompt": "{tokens:,} tokens", "cache?": cache_budget, **SPEED}
     return table(results_of(reports, system="mole"), columns)
+
+
+def systems(reports: Sequence[Result]) -> str:
+    """Tokens per second of everything that `mole bench decode` or `prefill` measured, peers too."""
+    columns: dict[str, Column] = {
+        "": lambda result: (
+            f"batch {result['batch']}" if "batch" in result else f"{result['tokens']:,} tokens"
+        ),
+        "system": "{system}",
+        "weights?": "{dtype}",
+        "linear layers?": "{weights}",
+        "tokens/s": "{tokens_per_second:,.1f}",
+        "faster than plain?": "{speedup_over_plain:.2f} ×",
+        "× dense?": "{ratio_to_dense:.3f}",
+        "of memory's bandwidth?": "{share_of_memory_bandwidth:.0%}",
+    }
+    return table(results_of(reports), columns)
 
 
 def memory(reports: Sequence[Result]) -> str:

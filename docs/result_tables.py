@@ -130,6 +130,7 @@ RENDERERS: dict[str, Callable[[Sequence[Result]], str]] = {
     "build": bench.build,
     "cache-policies": cache_policies,
     "decode": bench.decode,
+    "systems": bench.systems,
     "encodings": encodings,
     "evaluation": evaluation,
     "forms": forms.forms,

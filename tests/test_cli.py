@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from random_tables import flip_bit
-from tiny_models import attached_model, tiny_model
+from tiny_models import attached_model, gateless_model, tiny_model
 from transformers import AutoTokenizer
 
 import lookup_experts as le
@@ -356,6 +356,30 @@ def test_generate_says_what_it_took(mole, table_folder, store):
     assert code == 0
     assert "2 prompt tokens, 3 new tokens" in err
     assert f"table: {store} (" in err
+
+
+def test_generate_says_how_its_linear_layers_are_had(mole, tmp_path):
+    folder = tmp_path / "large"
+    gateless_model(hidden_size=256, intermediate_size=512).save_pretrained(folder)
+    for weights in ("auto", "plain", "int8"):
+        words = (
+            "generate",
+            folder,
+            "--prompt-ids",
+            "4 5",
+            "-n",
+            2,
+            "--weights",
+            weights,
+            "--stats",
+        )
+        code, _, err = mole(*words)
+        assert code == 0
+        (said,) = (line for line in err.splitlines() if line.startswith("linear layers: "))
+        assert {"auto": "packed", "plain": " plain", "int8": "int8"}[weights] in said
+        assert ("packed" in said or "int8" in said) == (weights != "plain")
+    code, _, err = mole("generate", folder, "--prompt-ids", "4 5", "--weights", "int3")
+    assert code == 2 and "int3" in err and len(err.splitlines()) == 1
 
 
 def test_generate_takes_a_tokenizer_from_elsewhere(mole, own_folder, table_folder):

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from lookup_experts import cli
 from lookup_experts.benchmarks import decode
-from lookup_experts.benchmarks.beside_dense import Comparison
+from lookup_experts.benchmarks.beside_dense import Comparison, weight_bytes
 from lookup_experts.benchmarks.decode import added_time, measure_decode, medians_ms
 from lookup_experts.benchmarks.models import Case, dense_model
 from lookup_experts.errors import UserError
 from lookup_experts.generation.captured import Decoding
+from lookup_experts.model import fast_linears
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,22 @@ def test_decode(tmp_path, ids, encoding):
     assert rows[0]["× dense"] == f"{mole['ratio_to_dense']:.3f}"
 
 
+def test_kinds_of_linear_layers_are_measured_in_turn(tmp_path, ids, monkeypatch):
+    monkeypatch.setattr(fast_linears, "SMALLEST", 2**12)
+    arguments = ("--ids", ids, "--batch", 2, "--pairs", 4, "--weights", "auto,plain,int8")
+    results = bench(tmp_path, "decode", *arguments)["results"]
+    kinds = [(result["weights"], result["system"]) for result in results]
+    assert kinds == [(w, s) for w in ("auto", "plain", "int8") for s in ("dense", "mole")]
+    for result in results:
+        assert result["tokens_per_second"] == pytest.approx(2000 / result["ms_per_step"])
+        assert result["speedup_over_plain"] > 0
+    assert results[2]["speedup_over_plain"] == results[3]["speedup_over_plain"] == 1
+    rows = result_rows("decode", results)
+    assert [row["linear layers"] for row in rows] == ["auto", "plain", "int8"]
+    dense = [result["share_of_memory_bandwidth"] * result["ms_per_step"] for result in results[::2]]
+    assert dense[0] == pytest.approx(dense[1]) and dense[2] < 0.8 * dense[1]
+
+
 def test_without_a_cache_nothing_is_hit(tmp_path, ids):
     arguments = ("--ids", ids, "--batch", "2", "--pairs", 4, "--cache", 0)
     mole = bench(tmp_path, "decode", *arguments)["results"][1]
@@ -55,9 +72,9 @@ def test_a_step_reads_every_weight_but_the_embedding_of_absent_tokens():
     model = dense_model(Case("tiny"))
     embedding = model.get_input_embeddings().weight
     whole = sum(weight.numel() for weight in model.parameters()) * 2
-    assert decode.weight_bytes(model, 3) == whole - embedding.numel() * 2 + 3 * 64 * 2
+    assert weight_bytes(model, 3) == whole - embedding.numel() * 2 + 3 * 64 * 2
     model.lm_head.weight = embedding
-    assert decode.weight_bytes(model, 3) == whole - embedding.numel() * 2
+    assert weight_bytes(model, 3) == whole - embedding.numel() * 2
 
 
 class SlowSource:
@@ -120,11 +137,11 @@ def test_captured_steps_take_the_text(tmp_path, ids, monkeypatch):
     monkeypatch.setattr(decode, "CONTEXT", 5)
     model = gateless_model()
     tokens = token_ids(2, 17)
-    decodings = {"dense": Decoding(model, 17)}
+    decodings = {("auto", "dense"): Decoding(model, 17)}
     with torch.inference_mode():
-        seconds, _, _ = decode._replay_sequences(decodings, Unread(), tokens)
-    assert len(seconds["dense"]) == 12 - decode.WARM_UP_STEPS
-    (last,) = decodings["dense"].tokens(1)
+        seconds, _, _ = decode._replay_sequences(decodings, {"auto": Unread()}, tokens)
+    assert len(seconds["auto", "dense"]) == 12 - decode.WARM_UP_STEPS
+    (last,) = decodings["auto", "dense"].tokens(1)
     assert torch.equal(last, model(tokens).logits[:, -1].argmax(-1))
 
 

@@ -456,7 +456,7 @@ def test_too_little_to_hold_out(tmp_path):
 
 
 def generation(*token_ids: int) -> Generation:
-    return Generation(list(token_ids), None, "length", 1, 0.0, 0.0, None)
+    return Generation(list(token_ids), None, "length", 1, 0.0, 0.0, None, "")
 
 
 def test_tokens_that_differ_are_an_error():

@@ -232,3 +232,25 @@ def test_refused_folders(mole, table_folder, data):
         code, stdout, stderr = mole(*arguments)
         assert (code, stdout) == (2, ""), stderr
         assert message in stderr.splitlines()[-1]
+
+
+def test_what_8_bits_cost_is_said_beside_the_perplexity(mole, tokenizer, tmp_path):
+    folder = tmp_path / "large"
+    gateless_model(hidden_size=256, intermediate_size=512).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    code, plain, stderr = mole(folder, "--perplexity", text, "--json")
+    assert code == 0, stderr
+    expected = json.loads(plain)["results"][0]["perplexity"]
+    assert "perplexity_unrounded" not in expected
+    code, stdout, stderr = mole(folder, "--perplexity", text, "--weights", "int8", "--json")
+    assert code == 0, stderr
+    (result,) = json.loads(stdout)["results"]
+    found = result["perplexity"]
+    assert found["perplexity_unrounded"] == expected["perplexity"] != found["perplexity"]
+    assert "int8" in result["linear_layers"]
+    cost = 100 * (found["perplexity"] / expected["perplexity"] - 1)
+    assert f"{expected['perplexity']:.4f} (8 bits cost {cost:+.2f} %)" in format_summaries([result])
+    code, _, stderr = mole(folder, "--perplexity", text, "--weights", "int4")
+    assert code == 2 and "int4" in stderr

@@ -151,7 +151,7 @@ class Recorded:
     def __call__(self, model, ids, sampling, *, tokenizer, on_text):
         self.prompts.append(tokenizer.decode(ids))
         answer = f"answer {len(self.prompts)}"
-        return Generation([5], answer, "length", len(ids), 0.1, 0.2, None)
+        return Generation([5], answer, "length", len(ids), 0.1, 0.2, None, "")
 
 
 @pytest.fixture

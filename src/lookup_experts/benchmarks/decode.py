@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from lookup_experts import console
-from lookup_experts.benchmarks.beside_dense import Comparison, disk_rate, draw_ratios, speeds
+from lookup_experts.benchmarks.beside_dense import (
+    Comparison,
+    System,
+    disk_rate,
+    draw_ratios,
+    moles_of,
+    speeds,
+    weight_bytes,
+)
 from lookup_experts.benchmarks.machine import memory_bytes_per_second
+from lookup_experts.benchmarks.peers import measured_peers
 from lookup_experts.benchmarks.processes import DiskCounter
 from lookup_experts.benchmarks.results import Result, Results
 from lookup_experts.benchmarks.text import TextWindows
@@ -46,6 +55,7 @@ def bench_decode(
         raise UserError(
             f"CUDA graphs need a GPU; give --device cuda instead of {comparison.device}."
         )
+    peers = comparison.peers()
     models, windows = comparison.prepare()
     decodings = None
     if graphs:
@@ -56,22 +66,23 @@ def bench_decode(
         with console.progress_bar(f"decode {batch}") as advance:
             found = measure_decode(models, windows, batch, pairs, advance, decodings)
         results.add(*(result | options for result in found))
+        results.add(*measured_peers(peers, comparison.case, batch=batch))
     results.finish(draw_ratios)
 
 
 @torch.inference_mode()
 def measure_decode(
-    models: dict[str, Any],
+    models: dict[System, Any],
     windows: TextWindows,
     batch: int,
     pairs: int,
     advance: Advance,
-    decodings: dict[str, Decoding] | None = None,
+    decodings: dict[System, Decoding] | None = None,
 ) -> list[Result]:
-    """Decoding steps of `batch` sequences, dense and MoLE in turn.
+    """Decoding steps of `batch` sequences, all models in turn.
 
     Args:
-        models: `dense` and `mole`.
+        models: what is run.
         windows: text.
         batch: sequences.
         pairs: steps of each.
@@ -84,54 +95,66 @@ def measure_decode(
         what asking for the records takes before the first block, and what attaching added to all
         blocks, waiting included.
     """
+    moles, length = moles_of(models), CONTEXT + SEQUENCE_STEPS
+    readers = {weights: mole.expert_source for weights, mole in moles.items()}
+    mole = next(iter(moles.values()))
     run = partial(_decode_sequences, models)
     if decodings is not None:
-        run = partial(_replay_sequences, decodings, models["mole"].expert_source)
-    mole = models["mole"]
-    reader: TableExperts = mole.expert_source
+        run = partial(_replay_sequences, decodings, readers)
     memory_rate, bytes_per_second = memory_bytes_per_second(mole.device), disk_rate(mole)
-    length = CONTEXT + SEQUENCE_STEPS
-    warm_cache(reader, windows)
+    for reader in readers.values():
+        warm_cache(reader, windows)
     # Not counted: on a GPU attention is planned anew for each length that it meets first, which
     # takes several steps' time, and graphs are captured.
     run(windows.take(batch, length))
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    reader.reset_stats()
-    read, from_disk, unique_ids, num_steps = reader.stats(), 0, 0, 0
-    while len(seconds["dense"]) < pairs:
+    seconds: dict[System, list[float]] = {name: [] for name in models}
+    for reader in readers.values():
+        reader.reset_stats()
+    read = {weights: reader.stats() for weights, reader in readers.items()}
+    from_disk, unique_ids, num_steps, done = 0, 0, 0, 0
+    while done < pairs:
         tokens = windows.take(batch, length)
         taken, statistics, disk_bytes = run(tokens)
         for name, values in taken.items():
             seconds[name] += values
-        read, from_disk = _sum(read, statistics), from_disk + disk_bytes
+        read = {weights: _sum(before, statistics[weights]) for weights, before in read.items()}
+        from_disk += disk_bytes
         steps = tokens[:, CONTEXT:].cpu().unbind(1)
         unique_ids += sum(len(column.unique()) for column in steps)
         num_steps += len(steps)
-        advance(min(len(seconds["dense"]), pairs), pairs)
-    size = {"batch": batch}
-    read = replace(read, batches=num_steps)  # a step that is replayed isn't counted
-    results = speeds("decode", size, mole, seconds, read, from_disk, bytes_per_second)
-    if reader.device.type == "cpu":
-        # Apart from the steps that are compared: looking at the clock takes time as well.
-        with added_time(mole) as added:
-            _decode_sequences(models, windows.take(batch, length))
-        # Nor is the first of them, which is the prompt.
-        entrance_ms, blocks_ms = medians_ms(*added, skip=1 + WARM_UP_STEPS)
-        results[1].update(entrance_ms=entrance_ms, blocks_ms=blocks_ms)
-    rows = unique_ids / num_steps * reader.table.layout.record_bytes
-    for result, row_bytes in zip(results, (0, rows), strict=True):
-        num_bytes = weight_bytes(models[result["system"]], batch) + row_bytes
+        done = min(map(len, seconds.values()))
+        advance(min(done, pairs), pairs)
+    # A step that is replayed isn't counted.
+    read = {weights: replace(found, batches=num_steps) for weights, found in read.items()}
+    results = speeds("decode", {"batch": batch}, models, seconds, read, from_disk, bytes_per_second)
+    for result in results:
+        weights, system = result["weights"], result["system"]
+        num_bytes = float(weight_bytes(models[weights, system], batch))
+        if system == "mole":
+            num_bytes += unique_ids / num_steps * readers[weights].table.layout.record_bytes
+            if mole.device.type == "cpu":
+                result |= _added_ms(moles[weights], windows.take(batch, length))
         rate = num_bytes / (result["ms_per_step"] / 1e3)
         result["share_of_memory_bandwidth"] = rate / memory_rate
-    return list(results)
+    return results
+
+
+def _added_ms(mole: Any, tokens: Tensor) -> Result:
+    """`entrance_ms` and `blocks_ms` of a model, apart from the steps that are compared: looking at
+    the clock takes time as well."""
+    with added_time(mole) as added:
+        _decode_sequences({("", "mole"): mole}, tokens)
+    # The first of them is the prompt.
+    entrance_ms, blocks_ms = medians_ms(*added, skip=1 + WARM_UP_STEPS)
+    return {"entrance_ms": entrance_ms, "blocks_ms": blocks_ms}
 
 
 def _decode_sequences(
-    models: dict[str, Any], tokens: Tensor
-) -> tuple[dict[str, list[float]], ReaderStatistics, int]:
-    """Seconds of each step that counts, what all steps asked of the reader, and bytes that came
+    models: dict[System, Any], tokens: Tensor
+) -> tuple[dict[System, list[float]], dict[str, ReaderStatistics], int]:
+    """Seconds of each step that counts, what all steps asked of the readers, and bytes that came
     from the disk meanwhile."""
-    reader = models["mole"].expert_source
+    readers = {weights: mole.expert_source for weights, mole in moles_of(models).items()}
     pasts = {
         name: {
             cache_argument(model): cache_of(
@@ -140,9 +163,10 @@ def _decode_sequences(
         }
         for name, model in models.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[System, list[float]] = {name: [] for name in models}
     clock = clock_of(tokens.device)
-    reader.reset_stats()
+    for reader in readers.values():
+        reader.reset_stats()
     disk = DiskCounter()
     for number in range(SEQUENCE_STEPS):
         column = tokens[:, CONTEXT + number, None]
@@ -152,17 +176,19 @@ def _decode_sequences(
         }
         for name, taken in interleave(steps, 1, number, clock).items():
             seconds[name] += taken if number >= WARM_UP_STEPS else []
-    return seconds, reader.stats(), disk.bytes_read()
+    read = {weights: reader.stats() for weights, reader in readers.items()}
+    return seconds, read, disk.bytes_read()
 
 
 def _replay_sequences(
-    decodings: dict[str, Decoding], reader: TableExperts, tokens: Tensor
-) -> tuple[dict[str, list[float]], ReaderStatistics, int]:
+    decodings: dict[System, Decoding], readers: dict[str, TableExperts], tokens: Tensor
+) -> tuple[dict[System, list[float]], dict[str, ReaderStatistics], int]:
     """The same of captured steps, all asked for before the first is waited for: as in a loop whose
     host is ahead of the device, what it takes to ask is hidden."""
     for decoding in decodings.values():
         decoding.begin(tokens[:, :CONTEXT])
-    reader.reset_stats()
+    for reader in readers.values():
+        reader.reset_stats()
     disk = DiskCounter()
     seconds = interleave_queued(
         {name: decoding.step for name, decoding in decodings.items()},
@@ -171,7 +197,8 @@ def _replay_sequences(
         tokens.device,
     )
     counted = {name: taken[WARM_UP_STEPS:] for name, taken in seconds.items()}
-    return counted, reader.stats(), disk.bytes_read()
+    read = {weights: reader.stats() for weights, reader in readers.items()}
+    return counted, read, disk.bytes_read()
 
 
 def _sum(first: ReaderStatistics, second: ReaderStatistics) -> ReaderStatistics:
@@ -181,15 +208,6 @@ def _sum(first: ReaderStatistics, second: ReaderStatistics) -> ReaderStatistics:
         if field.name not in ("store", "backend", "cache_bytes")
     }
     return replace(first, **counts)
-
-
-def weight_bytes(model: Any, batch: int) -> int:
-    """What a decoding step of `batch` sequences reads of a model's weights."""
-    total = sum(weight.nbytes for weight in model.parameters())
-    embedding = model.get_input_embeddings().weight
-    if embedding is model.get_output_embeddings().weight:
-        return total
-    return total - embedding.nbytes + batch * embedding[0].nbytes
 
 
 def warm_cache(reader: TableExperts, windows: TextWindows) -> None:

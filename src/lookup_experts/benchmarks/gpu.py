@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from lookup_experts import console
-from lookup_experts.benchmarks.beside_dense import Comparison
+from lookup_experts.benchmarks.beside_dense import Comparison, System, moles_of
 from lookup_experts.benchmarks.decode import CONTEXT, SEQUENCE_STEPS, measure_decode
 from lookup_experts.benchmarks.models import Case, dense_model, random_table, table_model
 from lookup_experts.benchmarks.prefill import measure_prefill
@@ -91,7 +91,7 @@ def bench_gpu(setting: Setting, names: list[str], seconds: float, results: Resul
 @contextmanager
 def _comparison(
     setting: Setting, case: Case, store: str, cache: str = "0"
-) -> Iterator[tuple[dict[str, Any], Any]]:
+) -> Iterator[tuple[dict[System, Any], Any]]:
     """Both models and text; closed and let go in the end, since the next ones need the room."""
     comparison = Comparison(
         case, store, parse_bytes(cache), setting.ids, setting.work, setting.device
@@ -100,7 +100,8 @@ def _comparison(
     try:
         yield models, windows
     finally:
-        models["mole"].expert_source.close()
+        for mole in moles_of(models).values():
+            mole.expert_source.close()
         models.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lookup_experts import __version__, console
 from lookup_experts.errors import DiskFullError
@@ -25,6 +26,8 @@ from lookup_experts.table.shard_writer import ShardWriter
 from lookup_experts.table.store_choice import open_store
 from lookup_experts.units import format_bytes
 
+SMOLLM2 = "smollm2-135m"
+"""The shape of a real model: deep and narrow, one weight for embedding and head."""
 FINGERPRINT = "random numbers"
 DISTINCT_RECORDS = 512
 SPREAD = 0.02
@@ -35,7 +38,7 @@ class Case:
     """A model to measure."""
 
     shape: str = "160m"
-    """160m, 410m or 1b."""
+    """160m, 410m, 1b or smollm2-135m."""
     num_experts: int = 4
     encoding: str = "bfloat16"
     """Of the table."""
@@ -51,7 +54,7 @@ class Case:
     @property
     def config(self) -> Any:
         """Of its backbone."""
-        config = paper_config(self.shape)
+        _, config = backbone_of(self.shape)
         config.vocab_size = self.vocab_size or config.vocab_size
         return config
 
@@ -102,6 +105,22 @@ class Case:
         return f"{self.name}-built"
 
 
+def backbone_of(shape: str) -> tuple[Any, Any]:
+    """The class and the configuration of the dense model of a shape."""
+    if shape != SMOLLM2:
+        return GatelessLlamaForCausalLM, paper_config(shape)
+    return LlamaForCausalLM, LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+
+
 def random_model(model_class: Any, config: Any, dtype: torch.dtype, seed: int = 0) -> Any:
     """A model of a class of transformers with random weights, to generate with."""
     torch.manual_seed(seed)
@@ -115,7 +134,8 @@ def random_model(model_class: Any, config: Any, dtype: torch.dtype, seed: int = 
 
 def dense_model(case: Case, device: str = "cpu") -> Any:
     """The backbone alone, with random weights."""
-    return random_model(GatelessLlamaForCausalLM, case.config, case.dtype).to(device)
+    model_class, _ = backbone_of(case.shape)
+    return random_model(model_class, case.config, case.dtype).to(device)
 
 
 def table_model(

@@ -21,6 +21,7 @@ def chat(
     tokenizer: options.Tokenizer = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    weights: options.Weights = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     stats: options.Stats = False,
 ) -> None:
@@ -43,6 +44,7 @@ def chat(
         cache=cache,
         device=device,
         dtype=dtype,
+        weights=weights,
         verify_checksums=checksums,
         trust_remote_code=trust_remote_code,
         notify=console.say,

@@ -49,6 +49,7 @@ def eval(  # noqa: A001
     tokenizer: options.Tokenizer = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    weights: options.Weights = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     stats: options.Stats = False,
     json: options.Json = False,
@@ -83,6 +84,7 @@ def eval(  # noqa: A001
         "cache": cache,
         "device": device,
         "dtype": dtype,
+        "weights": weights,
         "trust_remote_code": trust_remote_code,
     }
     summaries = evaluate_folders(folders, request, tokenizer, loading)
@@ -97,4 +99,4 @@ def eval(  # noqa: A001
     if stats:
         for summary in summaries:
             found = format_reader(summary.reader) if summary.reader else "no table"
-            console.say(f"{summary.model}, {found}")
+            console.say(f"{summary.model}, {found}; linear layers: {summary.linear_layers}")

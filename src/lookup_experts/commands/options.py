@@ -25,6 +25,13 @@ Cache = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="Weights: float32, bfloat16, float16, or auto.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="Of the linear layers, on a CPU: auto (as they are fastest), plain (as torch has "
+        "them), or int8 (8 bits)."
+    ),
+]
 Checksums = Annotated[
     bool, typer.Option("--checksums", help="Compare every record that is read with its checksum.")
 ]

@@ -20,6 +20,7 @@ def serve(
     tokenizer: options.Tokenizer = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    weights: options.Weights = "auto",
     threads: Annotated[
         int | None,
         typer.Option(help="Of the CPU, for the model.", show_default="the cores it may use"),
@@ -91,6 +92,7 @@ def serve(
     from lookup_experts.allocation import keep_freed_memory
     from lookup_experts.folders.load import load
     from lookup_experts.folders.tokenizer import load_tokenizer
+    from lookup_experts.model.fast_linears import describe_linears
 
     try:
         from lookup_experts.serving.run import open_socket, read_keys
@@ -118,10 +120,12 @@ def serve(
         cache=cache,
         device=device,
         dtype=dtype,
+        weights=weights,
         verify_checksums=checksums,
         trust_remote_code=trust_remote_code,
         notify=console.say,
     )
+    console.say(f"Linear layers: {describe_linears(model)}")
     served = ServiceOptions(
         name=model_name or served_name(folder),
         limits=Limits(max_batch, max_queue),

@@ -26,6 +26,8 @@ from lookup_experts.folders.model_folder import local_folder, read_config
 from lookup_experts.folders.readers import table_readers
 from lookup_experts.folders.tokenizer import load_tokenizer
 from lookup_experts.generation.inspection import inspect_folder
+from lookup_experts.model.fast_linears import describe_linears
+from lookup_experts.table.reader import ReaderStatistics
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,12 @@ def _evaluate(
 ) -> ModelSummary:
     trusted = loading.get("trust_remote_code", False)
     tokenizer = load_tokenizer(tokenizer_folder or folder, trusted)
+    unrounded = None
+    if request.text is not None and loading.get("weights") == "int8":
+        model = load(folder, notify=console.say, **loading | {"weights": "auto"})
+        unrounded = _perplexity(model, tokenizer, request)
+        _close(model)
+        del model  # before it is loaded again
     model = load(folder, notify=console.say, **loading)
     found = ModelSummary(
         model=folder,
@@ -120,12 +128,20 @@ def _evaluate(
         dtype=str(model.dtype).removeprefix("torch."),
         tasks=_tasks(folder, model, tokenizer, request, loading) if request.tasks else None,
         perplexity=_perplexity(model, tokenizer, request) if request.text else None,
+        perplexity_unrounded=unrounded,
         recall=_recall(model, tokenizer, request) if request.recall else None,
+        linear_layers=describe_linears(model),
     )
+    return replace(found, reader=_close(model))
+
+
+def _close(model: Any) -> ReaderStatistics | None:
+    """Close a model's tables, where it has some, and say what they were asked for."""
     tables = table_readers(model)
-    if tables is not None:
-        found = replace(found, reader=tables.stats())
-        tables.close()
+    if tables is None:
+        return None
+    found: ReaderStatistics = tables.stats()
+    tables.close()
     return found
 
 

@@ -21,10 +21,14 @@ class ModelSummary:
     dtype: str
     tasks: Evaluation | None = None
     perplexity: Perplexity | None = None
+    perplexity_unrounded: Perplexity | None = None
+    """With the weights as they are in the folder, where `--weights` rounds them."""
     recall: Recall | None = None
     reader: ReaderStatistics | None = None
     """What its table was asked for, by this process (an answer journal may hold more answers);
     None for a model without one."""
+    linear_layers: str = ""
+    """See `describe_linears`."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -36,6 +40,8 @@ class ModelSummary:
                 "predicted_tokens": self.perplexity.predicted_tokens,
                 "context": self.perplexity.context,
             }
+            if self.perplexity_unrounded is not None:
+                text["perplexity_unrounded"] = self.perplexity_unrounded.perplexity
         return {
             "model": self.model,
             "form": self.form,
@@ -44,6 +50,7 @@ class ModelSummary:
             "perplexity": text,
             "recall": self.recall.to_dict() if self.recall else None,
             "reader": self.reader.to_dict() if self.reader else None,
+            "linear_layers": self.linear_layers,
         }
 
 
@@ -101,8 +108,17 @@ def perplexity_table(results: Sequence[dict[str, Any]]) -> str:
     """Perplexity of a text."""
     first = results[0]["perplexity"]
     name = f"perplexity on {first['predicted_tokens']:,} tokens in windows of {first['context']:,}"
-    cells = [f"{result['perplexity']['perplexity']:.4f}" for result in results]
-    return _table(["", *_columns(results)], [[name, *cells]])
+    rows = [[name, *(f"{result['perplexity']['perplexity']:.4f}" for result in results)]]
+    if "perplexity_unrounded" in first:
+        rows.append(
+            ["with unrounded weights", *(_unrounded(each["perplexity"]) for each in results)]
+        )
+    return _table(["", *_columns(results)], rows)
+
+
+def _unrounded(text: dict[str, Any]) -> str:
+    cost = text["perplexity"] / text["perplexity_unrounded"] - 1
+    return f"{text['perplexity_unrounded']:.4f} (8 bits cost {100 * cost:+.2f} %)"
 
 
 def recall_table(results: Sequence[dict[str, Any]]) -> str:

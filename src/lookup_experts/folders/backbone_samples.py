@@ -102,7 +102,8 @@ def _can_be_looked_at(weight: Any) -> bool:
 
 def _sample(weight: Tensor) -> Tensor:
     """[samples] numbers of a parameter, from its first to its last, on the CPU."""
-    flat = weight.detach().reshape(-1)
+    values = weight.detach()
+    flat = (values.to_dense() if values.is_mkldnn else values).reshape(-1)  # packed: `PackedLinear`
     last = len(flat) - 1
     places = torch.arange(min(_SAMPLES, len(flat))) * last // max(1, min(_SAMPLES - 1, last))
     return flat[places.to(flat.device)].cpu()

@@ -58,6 +58,7 @@ from lookup_experts.folders.own_code import (
 from lookup_experts.folders.tables import TABLE_OPTIONS, one_store, share_cache
 from lookup_experts.made_classes import made_of, make_class
 from lookup_experts.model.embedding_settings import KEY as OFFLOADED_EMBEDDINGS
+from lookup_experts.model.fast_linears import check_weights, make_fast
 from lookup_experts.model.freezing import allow_training, freeze_backbone
 from lookup_experts.model.moe import MoeGatelessLlamaConfig, check_experts_per_token
 from lookup_experts.model.settings import LookupSettings
@@ -83,6 +84,7 @@ def load(
     cache: int | str = 0,
     device: str | torch.device = "cpu",
     dtype: str = "auto",
+    weights: str = "auto",
     verify_checksums: bool = False,
     num_experts_per_tok: int | None = None,
     trust_remote_code: bool = False,
@@ -103,6 +105,10 @@ def load(
             `256MB:64MB`.
         device: where the model runs.
         dtype: of the weights: `float32`, `bfloat16`, `float16`, or `auto` for that of the folder.
+        weights: of the linear layers, on a CPU: `auto` has them as the processor multiplies them
+            fastest, the numbers being the same (`model/fast_linears.py`), and steps attend by what
+            is fastest there (`model/attention.py`); `plain` leaves all as torch and transformers
+            have it; `int8` is `auto` with weights rounded to 8 bits.
         verify_checksums: compare every record that is read with its checksum.
         num_experts_per_tok: of the paper's mixture-of-experts baseline, how many experts each token
             selects; default: what the folder says, else 2.
@@ -113,10 +119,11 @@ def load(
 
     Raises:
         UserError: no such folder, no model in it, or one that can't be loaded; a table that is
-            missing, damaged or of another model.
+            missing, damaged or of another model; 8 bits for a GPU, or for a quantised model.
     """
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
+    check_weights(weights, device)
     check_device(device)
     path = local_folder(folder)
     config = read_config(path)
@@ -126,21 +133,21 @@ def load(
         backbone = BACKBONES[kind]
         model_class = attached_class(backbone) if kind == "mole" else backbone
         model = load_official(path, kind, config, model_class, _torch_dtype(dtype), **selection)
-        return model.to(device).eval()
-    if needs_own_code(config):
-        require_trust(path, trust_remote_code)
-    selection["trust_remote_code"] = trust_remote_code
-    if config.get("model_type") == MODEL_TYPE:
-        weight_files(path)
-        options = {
-            **selection,
-            "store": store,
-            "cache": cache,
-            "verify_checksums": verify_checksums,
-            "notify": notify,
-        }
-        return _load_huggingface(path, device, dtype, options).eval()
-    return _load_huggingface(path, device, dtype, selection).eval()
+        model.to(device)
+    else:
+        if needs_own_code(config):
+            require_trust(path, trust_remote_code)
+        selection["trust_remote_code"] = trust_remote_code
+        if config.get("model_type") == MODEL_TYPE:
+            weight_files(path)
+            selection |= {
+                "store": store,
+                "cache": cache,
+                "verify_checksums": verify_checksums,
+                "notify": notify,
+            }
+        model = _load_huggingface(path, device, dtype, selection)
+    return make_fast(model.eval(), weights, notify)
 
 
 def _expert_selection(

@@ -95,7 +95,11 @@ def reparameterize(
         return _help_to_fold(model_or_folder, out, chosen, trust_remote_code, progress, ranks)
     require_new(out)
     folder = None if isinstance(model_or_folder, nn.Module) else local_folder(model_or_folder)
-    model = model_or_folder if folder is None else load(folder, trust_remote_code=trust_remote_code)
+    model = (
+        model_or_folder
+        if folder is None
+        else load(folder, weights="plain", trust_remote_code=trust_remote_code)
+    )
     _require_experts(model)
     _require_savable(model)
     vocab_size = model.get_input_embeddings().weight.shape[0]

@@ -375,7 +375,7 @@ def _mismatches(path: Path, tables: dict[str, Table], trust_remote_code: bool) -
     """What of the model beside its tables isn't what they were made from."""
     found = []
     try:
-        model = load(path, store="mmap", trust_remote_code=trust_remote_code)
+        model = load(path, store="mmap", weights="plain", trust_remote_code=trust_remote_code)
     except TableError as error:
         return [str(error)]
     embedding = model.get_input_embeddings()

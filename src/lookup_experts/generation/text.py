@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lookup_experts.errors import UserError
 from lookup_experts.folders.readers import table_readers
+from lookup_experts.model.fast_linears import describe_linears
 from lookup_experts.model.placement import execution_device
 from lookup_experts.table.reader import ReaderStatistics
 
@@ -73,6 +74,8 @@ class Generation:
     """All in all."""
     reader: ReaderStatistics | None
     """What the table was asked for; None for a model without one."""
+    linear_layers: str
+    """Of which kinds they are; see `describe_linears`."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -167,6 +170,7 @@ def generate_ids(
         seconds_to_first_token=clock.first_token_at - started_at,
         seconds=seconds,
         reader=table.stats() if table is not None else None,
+        linear_layers=describe_linears(model),
     )
 
 
@@ -245,6 +249,7 @@ def format_statistics(generation: Generation) -> str:
         f"{generation.prompt_tokens} prompt tokens, {len(generation.token_ids)} new tokens",
         f"first token after {generation.seconds_to_first_token * 1000:.0f} ms, "
         f"then {generation.tokens_per_second:.1f} tokens/s",
+        f"linear layers: {generation.linear_layers}",
     ]
     if generation.reader is not None:
         lines.append(format_reader(generation.reader))

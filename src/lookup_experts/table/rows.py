@@ -279,12 +279,13 @@ class MemoryRows:
         rows = self._only[layer]
         if (
             not (hidden_states.dtype == router.dtype == output.dtype == rows.dtype)
-            or not (hidden_states.device == router.device == output.device == rows.device)
-            or not (hidden_states.numel() == output.numel() == rows.shape[1])
+            or not (hidden_states.is_cpu and router.is_cpu and output.is_cpu)
+            or not (hidden_states.dim() == output.dim() == 3 and output.shape[2] == rows.shape[1])
         ):
             return None
-        weights = F.linear(hidden_states.reshape(1, -1), router).softmax(dim=-1)
-        return torch.addmm(output.reshape(1, -1), weights, rows).view(output.shape)
+        # [1, 1, d] all along: no view is made of what comes in or goes out.
+        weights = F.linear(hidden_states, router).softmax(dim=-1)
+        return torch.baddbmm(output, weights, rows.unsqueeze(0))
 
 
 def _select(slots: Tensor | list[int], places: Tensor | list[int]) -> Tensor | list[int]:

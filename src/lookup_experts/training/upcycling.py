@@ -250,6 +250,7 @@ def upcycled_model(recipe: UpcycleRecipe) -> Any:
     model = load(
         folder,
         dtype="auto" if own_dtype else "float32",
+        weights="plain",
         trust_remote_code=recipe.backbone.trust_remote_code,
     )
     if isinstance(model, LookupExpertsMixin):

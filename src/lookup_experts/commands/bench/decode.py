@@ -17,10 +17,12 @@ def decode(
     resident: bench_options.ResidentModel = None,
     encoding: bench_options.Encoding = "bfloat16",
     dtype: bench_options.Dtype = "bfloat16",
+    weights: bench_options.Weights = "auto",
     store: options.Store = "direct",
     cache: options.Cache = "256MB",
     batch: bench_options.Counts = "1,8,32",
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of steps, dense and MoLE.")] = 200,
+    peers: bench_options.Peers = False,
     device: options.Device = "cpu",
     graphs: Annotated[
         bool, typer.Option("--graphs", help="On a GPU: static caches and CUDA graphs.")
@@ -50,6 +52,7 @@ def decode(
         )
         return
     case = bench_options.case_of(shape, experts, encoding, dtype, form, row_size)
-    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device)
+    kinds = tuple(weights.split(","))
+    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device, kinds, peers)
     sizes = bench_options.counts(batch)
     bench_decode(comparison, sizes, pairs, graphs, Results("decode", json, plot))

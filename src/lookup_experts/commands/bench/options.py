@@ -5,7 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-Shape = Annotated[str, typer.Option(help="The paper's shape: 160m, 410m or 1b.")]
+Shape = Annotated[
+    str, typer.Option(help="The paper's 160m, 410m or 1b; in some places smollm2-135m too.")
+]
 Experts = Annotated[
     int | None, typer.Option("--experts", help="Routed experts per layer. Default: 4 of mole.")
 ]
@@ -16,6 +18,20 @@ RowSize = Annotated[
 ]
 Encoding = Annotated[str, typer.Option(help="Of the table.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="Of the linear layers: auto, plain or int8; with commas, each is measured, in turn."
+    ),
+]
+Peers = Annotated[
+    bool,
+    typer.Option(
+        "--peers",
+        help="Also llama.cpp (llama-bench) and vLLM, those that are on the path, on the same dense "
+        "shape.",
+    ),
+]
 Work = Annotated[
     Path, typer.Option(help="Where tables with random numbers are kept; make room for them.")
 ]

@@ -17,10 +17,12 @@ def prefill(
     resident: bench_options.ResidentModel = None,
     encoding: bench_options.Encoding = "bfloat16",
     dtype: bench_options.Dtype = "bfloat16",
+    weights: bench_options.Weights = "auto",
     store: options.Store = "direct",
     cache: options.Cache = "0",
     tokens: bench_options.Counts = "512,2048",
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of prompts, dense and MoLE.")] = 200,
+    peers: bench_options.Peers = False,
     device: options.Device = "cpu",
     limit: bench_options.Limit = None,
     cold: Annotated[
@@ -55,6 +57,7 @@ def prefill(
         )
         return
     case = bench_options.case_of(shape, experts, encoding, dtype, form, row_size)
-    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device)
+    kinds = tuple(weights.split(","))
+    comparison = Comparison(case, store, parse_bytes(cache), ids, work, device, kinds, peers)
     sizes = bench_options.counts(tokens)
     bench_prefill(comparison, sizes, pairs, Results("prefill", json, plot))

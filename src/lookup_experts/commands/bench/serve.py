@@ -15,6 +15,7 @@ def serve(
     row_size: bench_options.RowSize = None,
     encoding: bench_options.Encoding = "bfloat16",
     dtype: bench_options.Dtype = "bfloat16",
+    weights: options.Weights = "auto",
     store: options.Store = "direct",
     cache: options.Cache = "256MB",
     streams: bench_options.Counts = "1,8,32",
@@ -40,7 +41,8 @@ def serve(
     from lookup_experts.benchmarks.results import Results
     from lookup_experts.benchmarks.serve import EAGER, bench_serve
 
-    common = ("--device", device, "--max-batch", max(bench_options.counts(streams)))
+    most = max(bench_options.counts(streams))
+    common = ("--device", device, "--weights", weights, "--max-batch", most)
     servers: dict[str, tuple[object, ...]]
     servers = {"mole": ("--store", store, "--cache", cache, *common)}
     if not soak:

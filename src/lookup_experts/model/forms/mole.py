@@ -19,12 +19,14 @@ from lookup_experts.model.expert_products import (
     expert_outputs,
     normalize,
 )
+from lookup_experts.model.fast_linears import PackedLinear
 from lookup_experts.model.forms import (
     Defaults,
     LookupBlock,
     RowObserver,
     Sizes,
     is_called_plainly,
+    is_unhooked,
     plain_weights,
 )
 from lookup_experts.model.router_losses import record_logits
@@ -32,6 +34,8 @@ from lookup_experts.model.rows import Addition, StepRows, TokenRows
 from lookup_experts.model.settings import LookupSettings
 
 HAS_ROUTER = True
+_LINEAR_KINDS = (nn.Linear, PackedLinear)
+"""Of a router that nobody replaced; its weight is plain."""
 
 
 def defaults(hidden_size: int, ffn_size: int) -> Defaults:
@@ -230,11 +234,9 @@ class LookupExperts(LookupBlock):
         is what rounding afterwards gives, for one operation less.
         """
         router: Any = self._modules["router"]
-        if is_called_plainly(router, nn.Linear):
-            # In a step of decoding, calling a module takes longer than this product.
-            logits = F.linear(hidden_states, router._parameters["weight"])
-        else:
-            logits = router(hidden_states)
+        # In a step of decoding, calling a module takes longer than this product.
+        is_plain = type(router) in _LINEAR_KINDS and is_unhooked(router)
+        logits = (router.forward if is_plain else router)(hidden_states)
         logits = logits.flatten(0, -2)
         if torch.is_grad_enabled():
             record_logits(logits)
@@ -298,7 +300,14 @@ class LookupExperts(LookupBlock):
         route_mix_add = getattr(rows, "route_mix_add", None)
         if route_mix_add is None:
             return None
-        weights = plain_weights(self._modules["router"])
-        if weights is None or not (type(hidden_states) is type(output) is Tensor):
+        router: Any = self._modules["router"]
+        weight = router._parameters.get("weight")
+        if (
+            type(router) not in _LINEAR_KINDS
+            or not is_unhooked(router)
+            or type(weight) is not nn.Parameter
+            or router._parameters["bias"] is not None
+            or not (type(hidden_states) is type(output) is Tensor)
+        ):
             return None
-        return route_mix_add(self.layer, hidden_states, *weights, output)
+        return route_mix_add(self.layer, hidden_states, weight, output)
