@@ -100,3 +100,9 @@ def saved_and_offloaded(family: str, folder: Path, **options: Any) -> tuple[Path
 def load_plain(folder: Path) -> Any:
     """A model with its embeddings in memory."""
     return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def load_offloaded(folder: Path, **options: Any) -> Any:
+    """A model with tables whose other weights are multiplied as transformers does it, so that its
+    numbers can be those of `load_plain` to the last bit."""
+    return le.load(folder, weights="plain", **options)

@@ -21,6 +21,7 @@ from embedding_models import (
     FAMILIES,
     MODULES,
     embedding_model,
+    load_offloaded,
     load_plain,
     randomize_zeros,
     saved_and_offloaded,
@@ -52,7 +53,7 @@ def pair(request, tmp_path_factory):
         plain=plain,
         out=out,
         resident=load_plain(plain),
-        offloaded=le.load(out, store="direct", cache="20kB"),
+        offloaded=load_offloaded(out, store="direct", cache="20kB"),
     )
 
 
@@ -88,7 +89,7 @@ def test_rows_matter(pair):
 
 @pytest.mark.parametrize("store", ["memory", "mmap", "direct"])
 def test_every_store_gives_the_same(pair, store):
-    model = le.load(pair.out, store=store)
+    model = load_offloaded(pair.out, store=store)
     with torch.inference_mode():
         assert torch.equal(logits_of(model, MANY), logits_of(pair.resident, MANY))
 
@@ -144,10 +145,10 @@ def test_auto_classes_and_saving(pair, tmp_path):
 
 def test_saving_over_the_folder_itself(pair, tmp_path):
     shutil.copytree(pair.out, tmp_path / "copy")
-    le.load(tmp_path / "copy").save_pretrained(tmp_path / "copy")
+    load_offloaded(tmp_path / "copy").save_pretrained(tmp_path / "copy")
     with torch.inference_mode():
         assert torch.equal(
-            logits_of(le.load(tmp_path / "copy"), FEW), logits_of(pair.resident, FEW)
+            logits_of(load_offloaded(tmp_path / "copy"), FEW), logits_of(pair.resident, FEW)
         )
 
 
@@ -166,7 +167,7 @@ def test_without_the_package_it_fails(pair):
 def test_layers_wait_for_their_own_part_alone(tmp_path):
     """A prompt's rows are read layer by layer, and the model gets there before they all are."""
     _, out = saved_and_offloaded("gemma4_text", tmp_path)
-    model = le.load(out, store="direct")
+    model = load_offloaded(out, store="direct")
     with torch.inference_mode():
         rows = model.model.embed_tokens_per_layer(MANY)
     assert isinstance(rows, LateRows)
@@ -186,7 +187,7 @@ def test_ids_beyond_gemma_3n_s_table_read_row_0(tmp_path):
     le.offload(tmp_path / "plain", tmp_path / "out", notify=lambda message: None)
     ids = FEW.clone()
     ids[0, 2:5] = torch.tensor([VOCAB, VOCAB + 3, VOCAB + 7])
-    resident, offloaded = load_plain(tmp_path / "plain"), le.load(tmp_path / "out")
+    resident, offloaded = load_plain(tmp_path / "plain"), load_offloaded(tmp_path / "out")
     with torch.inference_mode():
         assert torch.equal(logits_of(offloaded, ids), logits_of(resident, ids))
 
@@ -195,7 +196,7 @@ def test_ids_beyond_gemma_3n_s_table_read_row_0(tmp_path):
 def test_ids_outside_are_an_error(tmp_path, store):
     """Where transformers ends with an error too."""
     _, out = saved_and_offloaded("llama", tmp_path)
-    model = le.load(out, store=store)
+    model = load_offloaded(out, store=store)
     for wrong in (VOCAB, -1):
         with pytest.raises(TableError, match=f"id {wrong} is outside"), torch.inference_mode():
             model(torch.tensor([[3, wrong]]))
@@ -207,7 +208,8 @@ def test_inputs_embeds(family, tmp_path):
     bfloat16 Gemma 4 finds them only where the root of its width is exact."""
     embedding_model(family, hidden_size=64).save_pretrained(tmp_path / "plain")
     le.offload(tmp_path / "plain", tmp_path / "out", notify=lambda message: None)
-    resident, offloaded = load_plain(tmp_path / "plain"), le.load(tmp_path / "out", store="direct")
+    resident = load_plain(tmp_path / "plain")
+    offloaded = load_offloaded(tmp_path / "out", store="direct")
     with torch.inference_mode():
         embeds = resident.get_input_embeddings()(FEW)
         found = [
@@ -225,7 +227,7 @@ def test_per_layer_inputs_that_are_given(tmp_path):
     plain, out = saved_and_offloaded("gemma3n_text", tmp_path)
     found = []
     with torch.inference_mode():
-        for model in (load_plain(plain), le.load(out, store="direct")):
+        for model in (load_plain(plain), load_offloaded(out, store="direct")):
             rows = model.model.get_per_layer_inputs(FEW)
             embeds = model.get_input_embeddings()(FEW)
             found.append(model(inputs_embeds=embeds, per_layer_inputs=rows, use_cache=False).logits)
@@ -237,7 +239,7 @@ def test_resized_before(tmp_path):
     model.resize_token_embeddings(VOCAB + 7)
     model.save_pretrained(tmp_path / "plain")
     le.offload(tmp_path / "plain", tmp_path / "out", notify=lambda message: None)
-    offloaded = le.load(tmp_path / "out", store="direct")
+    offloaded = load_offloaded(tmp_path / "out", store="direct")
     ids = FEW.clone()
     ids[0, 3] = VOCAB + 6
     with torch.inference_mode():
@@ -261,7 +263,7 @@ def test_compiled(family, tmp_path):
     """Beside the same model compiled: what a compiler makes of the rest may round otherwise."""
     plain, out = saved_and_offloaded(family, tmp_path)
     found = []
-    for model in (load_plain(plain), le.load(out, store="direct")):
+    for model in (load_plain(plain), load_offloaded(out, store="direct")):
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager")
         with torch.inference_mode():
@@ -275,10 +277,11 @@ def test_other_dtypes(dtype, tmp_path):
     plain, out = saved_and_offloaded("gemma4_text", tmp_path)
     resident = AutoModelForCausalLM.from_pretrained(plain, dtype=dtype).eval()
     with torch.inference_mode():
-        assert torch.equal(logits_of(le.load(out, dtype=dtype), MANY), logits_of(resident, MANY))
+        offloaded = load_offloaded(out, dtype=dtype)
+        assert torch.equal(logits_of(offloaded, MANY), logits_of(resident, MANY))
         moved = [
             logits_of(model.to(getattr(torch, dtype)), MANY)
-            for model in (load_plain(plain), le.load(out, store="direct"))
+            for model in (load_plain(plain), load_offloaded(out, store="direct"))
         ]
         assert torch.equal(*moved)
 
@@ -289,7 +292,7 @@ def test_float32_tables_are_exact(tmp_path):
     with torch.inference_mode():
         found = [
             logits_of(model, MANY)
-            for model in (load_plain(tmp_path / "plain"), le.load(tmp_path / "out"))
+            for model in (load_plain(tmp_path / "plain"), load_offloaded(tmp_path / "out"))
         ]
     assert torch.equal(*found)
 
@@ -299,7 +302,8 @@ def test_encodings_that_round_say_so(tmp_path):
     embedding_model("llama").save_pretrained(tmp_path / "plain")
     le.offload(tmp_path / "plain", tmp_path / "out", MODULES["llama"], "int8", notify=said.append)
     assert said == ["The rows of model.embed_tokens are bfloat16, so int8 rounds them."]
-    resident, offloaded = load_plain(tmp_path / "plain"), le.load(tmp_path / "out", store="direct")
+    resident = load_plain(tmp_path / "plain")
+    offloaded = load_offloaded(tmp_path / "out", store="direct")
     with torch.inference_mode():
         rows = [model.get_input_embeddings()(FEW).float() for model in (resident, offloaded)]
     assert not torch.equal(*rows)
@@ -314,7 +318,7 @@ def test_a_model_in_memory(tmp_path):
     model.save_pretrained(tmp_path / "plain")
     with torch.inference_mode():
         assert torch.equal(
-            logits_of(le.load(tmp_path / "out"), FEW),
+            logits_of(load_offloaded(tmp_path / "out"), FEW),
             logits_of(load_plain(tmp_path / "plain"), FEW),
         )
 
@@ -334,13 +338,13 @@ def _attached(folder: Path) -> Path:
 def test_two_tables_in_one_model(tmp_path):
     """Lookup experts folded into one, and Gemma's own rows in another; in either order."""
     attached = _attached(tmp_path / "attached")
-    expected = le.load(attached)
+    expected = load_offloaded(attached)
     le.reparameterize(attached, tmp_path / "folded", encoding="float32")
     le.offload(tmp_path / "folded", tmp_path / "both", encoding="float32", notify=lambda m: None)
     le.offload(attached, tmp_path / "first", encoding="float32", notify=lambda m: None)
     le.reparameterize(tmp_path / "first", tmp_path / "then", encoding="float32")
     for folder in ("both", "then"):
-        model = le.load(tmp_path / folder, store="direct", cache="30kB")
+        model = load_offloaded(tmp_path / folder, store="direct", cache="30kB")
         readers = [model.expert_source, *model.embedding_readers.values()]
         assert sum(reader.cache_bytes for reader in readers) <= 30_000
         strides = [reader.table.layout.stride for reader in readers]
@@ -363,7 +367,7 @@ def test_two_tables_in_one_model(tmp_path):
 def test_attaching_beside_a_table(tmp_path):
     """Experts are trained on a model whose own rows lie on disk."""
     plain, out = saved_and_offloaded("gemma4_text", tmp_path)
-    model = le.load(out, store="direct")
+    model = load_offloaded(out, store="direct")
     le.attach(model, num_experts=2, expert_size=8)
     with torch.inference_mode():
         assert torch.equal(logits_of(model, FEW), logits_of(load_plain(plain), FEW))
@@ -371,7 +375,7 @@ def test_attaching_beside_a_table(tmp_path):
     loss.backward()
     assert any(weight.grad is not None for weight in model.lookup_blocks[0].parameters())
     model.eval().save_pretrained(tmp_path / "trained")
-    again = le.load(tmp_path / "trained")
+    again = load_offloaded(tmp_path / "trained")
     with torch.inference_mode():
         assert torch.equal(logits_of(again, FEW), logits_of(model, FEW))
     pickled = pickle.loads(pickle.dumps(again))
@@ -453,13 +457,13 @@ def test_a_table_of_another_model(tmp_path):
     shutil.rmtree(out / "embeddings")
     shutil.copytree(tmp_path / "others" / "embeddings", out / "embeddings")
     with pytest.raises(TableError, match="is the table of another model"):
-        le.load(out)
+        load_offloaded(out)
     with pytest.raises(TableError, match="is the table of another model"):
         inspect_folder(out)
     assert "another model" in str(verify_folder(out).problems)
     shutil.rmtree(out / "embeddings")
     with pytest.raises(TableError, match="no such folder"):
-        le.load(out)
+        load_offloaded(out)
 
 
 def test_a_damaged_record(tmp_path):
@@ -469,7 +473,7 @@ def test_a_damaged_record(tmp_path):
     content[4096 + 5 * 32] ^= 1
     shard.write_bytes(content)
     assert "1 of 97 records are damaged" in str(verify_folder(out).problems)
-    model = le.load(out, store="direct", verify_checksums=True)
+    model = load_offloaded(out, store="direct", verify_checksums=True)
     with pytest.raises(TableError, match="record of id 5 is damaged"), torch.inference_mode():
         model(torch.tensor([[4, 5]]))
 
@@ -481,7 +485,7 @@ def test_a_configuration_that_makes_no_sense(tmp_path, settings):
     config["offloaded_embeddings"] = settings
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="configuration"):
-        le.load(out)
+        load_offloaded(out)
 
 
 # --------------------------------------------------------- interruption, memory, other files
@@ -578,7 +582,7 @@ def test_shards_without_the_embedding_are_linked(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").exists()
     with torch.inference_mode():
         assert torch.equal(
-            logits_of(le.load(tmp_path / "out"), FEW),
+            logits_of(load_offloaded(tmp_path / "out"), FEW),
             logits_of(load_plain(tmp_path / "plain"), FEW),
         )
 
@@ -722,7 +726,7 @@ def test_images(made, tmp_path):
     models = [
         AutoModelForImageTextToText.from_pretrained(tmp_path / "plain").eval(),
         AutoModelForImageTextToText.from_pretrained(tmp_path / "out", store="direct").eval(),
-        le.load(tmp_path / "out", store="direct"),
+        load_offloaded(tmp_path / "out", store="direct"),
     ]
     assert all(name.startswith("model.language_model.") for name in table_embeddings(models[1]))
     ids = token_ids(2, 11, vocab_size=90)

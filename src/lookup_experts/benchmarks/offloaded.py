@@ -107,6 +107,7 @@ class Subjects:
                 store=self.store,
                 cache=self.cache,
                 device=self.device,
+                weights="plain",  # as the others have them
                 notify=lambda message: None,
             )
         else:
