@@ -20,6 +20,7 @@ oneDNN's takes it.
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -342,16 +343,25 @@ def make_fast(
     shared = _shared_weights(model)
     head = model.get_output_embeddings()
     is_tied = head is not None and head.weight is model.get_input_embeddings().weight
-    for module in _called_by(model):
-        weight: Any = module.weight
-        ties = is_tied and module is head
-        if id(weight) not in shared or ties:
-            kind = kind_for(weight)
-            if kind is not None:
-                turn_into(Int8Linear if weights == "int8" else kind, module, ties)
-    for block in model.modules():
-        if isinstance(block, LookupBlock):
-            _make_block_fast(block)
+
+    @torch.no_grad()
+    def turn_all() -> None:
+        for module in _called_by(model):
+            weight: Any = module.weight
+            ties = is_tied and module is head
+            if id(weight) not in shared or ties:
+                kind = kind_for(weight)
+                if kind is not None:
+                    turn_into(Int8Linear if weights == "int8" else kind, module, ties)
+        for block in model.modules():
+            if isinstance(block, LookupBlock):
+                _make_block_fast(block)
+
+    # By a thread that ends. OpenMP keeps helpers for each thread that has used it; with more of
+    # them than cores it lets all sleep between two operations, and a step in whatever other thread
+    # (a server's) then takes half as long again.
+    with ThreadPoolExecutor(1, "make-fast") as thread:
+        thread.submit(turn_all).result()
     use_fast_attention(model)
     if any(isinstance(module, ConvertingLinear) for module in model.modules()):
         notify(
