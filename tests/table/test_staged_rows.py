@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lanes import LateLane, NotingLane
 from random_tables import make_table
-from reading import ONE_BLOCK, Expected, batches, open_on
+from reading import ONE_BLOCK, Expected, open_on
 
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.model.rows import mix_reference
@@ -28,35 +28,6 @@ pytestmark = pytest.mark.timeout(60)
 def wide(tmp_path_factory):
     """(table, its records) of 300 ids."""
     return make_table(tmp_path_factory.mktemp("wide"), vocab_size=300, **ONE_BLOCK)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.data())
-def test_rows_of_any_table_and_batch(tmp_path_factory, data):
-    vocab_size = data.draw(st.sampled_from([1, 64, 65, 130]), "vocab_size")
-    shape = {
-        "vocab_size": vocab_size,
-        "num_layers": data.draw(st.integers(1, 5), "layers"),
-        "num_experts": data.draw(st.integers(1, 4), "experts"),
-        "row_size": data.draw(st.sampled_from([1, 7, 40, 96, 520]), "r"),
-        "encoding": data.draw(st.sampled_from(sorted(ENCODINGS)), "encoding"),
-        "version": data.draw(st.sampled_from([2, 2, 1]), "version"),
-    }
-    table, records = make_table(tmp_path_factory.mktemp("table"), **shape)
-    dtypes = {torch.float32, table.layout.encoding.torch_dtype or torch.bfloat16}
-    dtype = data.draw(st.sampled_from(sorted(dtypes, key=str)), "dtype")
-    group_bytes = data.draw(st.sampled_from([1, 2**24]), "group_bytes")
-    expected = Expected(table, records, dtype)
-    no_gradients = data.draw(st.sampled_from([torch.no_grad, torch.inference_mode]), "mode")
-    with pytest.MonkeyPatch.context() as patch, no_gradients():
-        patch.setattr(device_rows, "AT_ONCE_BYTES", data.draw(st.sampled_from([1, 2**19]), "once"))
-        with open_on(LateLane(1e-3), table, "memory", dtype, group_bytes=group_bytes) as reader:
-            for _ in range(4):
-                ids = data.draw(batches(vocab_size), "ids")
-                ready = data.draw(st.booleans(), "ready")
-                layers = list(range(expected.num_layers))
-                order = data.draw(st.sampled_from([layers, layers + layers, layers[::-1]]))
-                expected.assert_right(reader.rows(ids, ready=ready), ids, order)
 
 
 @settings(max_examples=60, deadline=None)

@@ -51,17 +51,11 @@ class Window:
         return self.numbers[self.rows : 2 * self.rows]
 
 
-class FixedLayer(CacheLayerMixin):
-    """One layer: keys and values [rows, heads, columns, head size]."""
+class GrowingLayer(CacheLayerMixin):
+    """One layer of a batch whose rows come and go: keys and values [rows, heads, columns, head
+    size] in buffers that only grow."""
 
-    is_sliding = False
-    # Then transformers makes masks of single tokens without looking at their numbers, which a
-    # captured step could not, and always makes one.
-    is_compileable = True
-
-    def __init__(self, window: Window) -> None:
-        super().__init__()
-        self._window = window
+    is_sliding = False  # all columns are kept; a sliding window is a matter of the mask
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty buffers like these [..., heads, ..., head size]."""
@@ -70,6 +64,32 @@ class FixedLayer(CacheLayerMixin):
             for states in (key_states, value_states)
         )
         self.is_initialized = True
+
+    def get_max_length(self) -> int:
+        """-1: grows as needed."""
+        return -1
+
+    def grow(self, rows: int, columns: int) -> None:
+        """Make the buffers this large, which is no smaller, keeping what is in them."""
+        grown = []
+        for buffer in (self.keys, self.values):
+            # Zeros, not just any memory: masked columns are multiplied by 0, and 0 x nan is nan.
+            larger = buffer.new_zeros(rows, buffer.shape[1], columns, buffer.shape[3])
+            larger[: buffer.shape[0], :, : buffer.shape[2]] = buffer
+            grown.append(larger)
+        self.keys, self.values = grown
+
+
+class FixedLayer(GrowingLayer):
+    """One layer of a `FixedCache`."""
+
+    # Then transformers makes masks of single tokens without looking at their numbers, which a
+    # captured step could not, and always makes one.
+    is_compileable = True
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self._window = window
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -91,20 +111,6 @@ class FixedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Such that causality masks nothing: the attention mask says what each row sees."""
         return self._window.columns - 1
-
-    def get_max_length(self) -> int:
-        """-1: grows as needed."""
-        return -1
-
-    def grow(self, rows: int, columns: int) -> None:
-        """Make the buffers this large, keeping what is in them."""
-        grown = []
-        for buffer in (self.keys, self.values):
-            # Zeros, not just any memory: masked columns are multiplied by 0, and 0 x nan is nan.
-            larger = buffer.new_zeros(rows, buffer.shape[1], columns, buffer.shape[3])
-            larger[: buffer.shape[0], :, : buffer.shape[2]] = buffer
-            grown.append(larger)
-        self.keys, self.values = grown
 
 
 class FixedCache(Cache):

@@ -10,6 +10,7 @@ A part goes through the same operations as it would have gone through within the
 element, so the numbers are the same to the last bit.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,12 +29,12 @@ _ELEMENTWISE: dict[Any, Callable[[Any, Any], Tensor]] = {
 """What can be put off, by the functions that torch names it as."""
 
 
-class Late:
+class Late(ABC):
     """Something that is a tensor as soon as its numbers are needed."""
 
+    @abstractmethod
     def tensor(self) -> Tensor:
         """The numbers, waited for."""
-        raise NotImplementedError
 
     @classmethod
     def __torch_function__(

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from lookup_experts.errors import UserError
+from lookup_experts.generation.fixed_cache import GrowingLayer
 
 LEAST_SLACK, MOST_SLACK = 64, 256
 """Columns that a batch may move on before it is moved back to the left edge: half of what its
@@ -44,22 +45,12 @@ class Frame:
         return max(self.lengths, default=0)
 
 
-class BatchLayer(CacheLayerMixin):
-    """One layer: keys and values [rows, heads, columns, head size]."""
-
-    is_sliding = False  # all columns are kept; a sliding window is a matter of the mask
+class BatchLayer(GrowingLayer):
+    """One layer of a `BatchCache`."""
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()
         self._frame = frame
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Empty buffers like these [..., heads, ..., head size]."""
-        self.keys, self.values = (
-            states.new_zeros(0, states.shape[1], 0, states.shape[3])
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -81,20 +72,6 @@ class BatchLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Columns before the new one."""
         return self._frame.width
-
-    def get_max_length(self) -> int:
-        """-1: grows as needed."""
-        return -1
-
-    def grow(self, rows: int, columns: int) -> None:
-        """Make the buffers at least this large, keeping what is in them."""
-        grown = []
-        for buffer in (self.keys, self.values):
-            # Zeros, not just any memory: masked columns are multiplied by 0, and 0 x nan is nan.
-            larger = buffer.new_zeros(rows, buffer.shape[1], columns, buffer.shape[3])
-            larger[: buffer.shape[0], :, : buffer.shape[2]] = buffer
-            grown.append(larger)
-        self.keys, self.values = grown
 
     def put(self, row: int, begin: int, keys: Tensor, values: Tensor) -> None:
         """Write keys and values [heads, tokens, head size] of one row from column `begin` on."""
@@ -125,7 +102,7 @@ class NoLayer(BatchLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Nothing asks for it."""
-        raise NotImplementedError
+        raise AssertionError("a block without keys and values of its own has given some")
 
     def grow(self, rows: int, columns: int) -> None:
         """There is nothing to grow."""
