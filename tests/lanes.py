@@ -17,9 +17,6 @@ class LateMark:
     def __init__(self, future: "Future[None]") -> None:
         self._future = future
 
-    def is_reached(self) -> bool:
-        return self._future.done()
-
     def wait(self) -> None:
         self._future.result(30)
 
@@ -35,12 +32,8 @@ class LateLane(HostLane):
         self._thread = ThreadPoolExecutor(1, "late-lane")
         self._random = random.Random(seed)
         self._most_seconds = most_seconds
-        self.copies = 0
-        self.bytes_copied = 0
 
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Mark:
-        self.copies += 1
-        self.bytes_copied += sum(source.numel() for source in sources)
         seconds = self._random.uniform(0, self._most_seconds)
         return LateMark(self._thread.submit(self._copy, seconds, list(targets), list(sources)))
 

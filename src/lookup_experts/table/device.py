@@ -63,11 +63,6 @@ class DeviceReader:
         with torch.inference_mode(False):
             self._positions = torch.arange(STEP_POSITIONS, device=lane.device)
 
-    @property
-    def device_bytes(self) -> int:
-        """What it holds in the device's memory."""
-        return self._records.device_bytes
-
     def counts(self) -> CacheCounts | None:
         """What steps met, where the device counts it."""
         return self._records.counts()

@@ -47,11 +47,6 @@ class DeviceRecords(Protocol):
         """Of a batch that `locate` takes; None: any number."""
         ...
 
-    @property
-    def device_bytes(self) -> int:
-        """What it holds in the device's memory."""
-        ...
-
     def locate(self, ids: Tensor) -> Tensor:
         """Token ids int64 [P] on the device, contiguous -> places int64 [P] there, for `gather`;
         valid until this is called again."""
@@ -98,7 +93,6 @@ class HostRecords:
 
     order: AbstractContextManager[Any] = nullcontext()
     most_positions = None
-    device_bytes = 0
 
     def __init__(self, records: np.ndarray, device: torch.device) -> None:
         self._vocab_size = len(records)
@@ -159,7 +153,6 @@ class DeviceMemoryRecords:
 
     def __init__(self, memory: Tensor) -> None:
         self._memory = memory
-        self.device_bytes = memory.numel()
 
     def locate(self, ids: Tensor) -> Tensor:
         """See `DeviceRecords.locate`; ids are places here."""

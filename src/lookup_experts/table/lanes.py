@@ -25,12 +25,8 @@ from lookup_experts.table.host_memory import aligned_buffer
 class Mark(Protocol):
     """A place in a queue."""
 
-    def is_reached(self) -> bool:
-        """Whether everything before it is done."""
-        ...
-
     def wait(self) -> None:
-        """Let the host wait until it is."""
+        """Let the host wait until everything before it is done."""
         ...
 
 
@@ -133,9 +129,6 @@ class HostLane:
 
 
 class _Reached:
-    def is_reached(self) -> bool:
-        return True
-
     def wait(self) -> None:
         pass
 
@@ -221,9 +214,6 @@ class _CudaMark:
     def __init__(self, stream: "torch.cuda.Stream") -> None:
         self.event = torch.cuda.Event()
         self.event.record(stream)
-
-    def is_reached(self) -> bool:
-        return self.event.query()
 
     def wait(self) -> None:
         self.event.synchronize()
