@@ -32,8 +32,10 @@ class LateLane(HostLane):
         self._thread = ThreadPoolExecutor(1, "late-lane")
         self._random = random.Random(seed)
         self._most_seconds = most_seconds
+        self.copies = 0
 
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Mark:
+        self.copies += 1
         seconds = self._random.uniform(0, self._most_seconds)
         return LateMark(self._thread.submit(self._copy, seconds, list(targets), list(sources)))
 
