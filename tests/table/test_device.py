@@ -161,6 +161,10 @@ def test_steps_are_counted_where_they_are_found(wide):
         assert reader.stats().ids_unique == 106
         reader.reset_stats()
         assert reader.stats().ids_asked == 0
+        reader.rows(torch.tensor([[3]])).layer(0)
+        reader.move_to("cpu")  # to another such device: what the first one met stays counted
+        reader.rows(torch.tensor([[3, 7]])).layer(0)
+        assert reader.stats().ids_asked == 3
         assert reader.missed is None  # which ones had to be read is known to the device alone
 
 

@@ -1,9 +1,8 @@
 """Table form: the rows of a batch's tokens, read from a store.
 
 `TableExperts` is the `ExpertSource` of an inference model, and the `EmbeddingSource` of an
-embedding whose rows lie in a table. The token ids are known before the
-first layer runs, so their records are asked for then, and a block waits for them only when it
-needs them, after its attention.
+embedding whose rows lie in a table. The token ids are known before the first layer runs, so their
+records are asked for then, and a block waits for them only when it needs them, after its attention.
 """
 
 import threading
@@ -30,7 +29,7 @@ from lookup_experts.table.cache_budget import CacheBudget, parse_cache
 from lookup_experts.table.counts import most_frequent, read_counts
 from lookup_experts.table.device import DeviceReader
 from lookup_experts.table.device_cache import CachedRecords
-from lookup_experts.table.device_records import DeviceRecords, HostRecords
+from lookup_experts.table.device_records import CacheCounts, DeviceRecords, HostRecords
 from lookup_experts.table.host_memory import aligned_buffer
 from lookup_experts.table.lanes import Lane, open_lane
 from lookup_experts.table.layout import TableShape
@@ -127,6 +126,8 @@ class TableExperts:
         """The ids whose records the newest batch had to read; None: all of its ids."""
         self._closed = False
         self._on_device: DeviceReader | None = None
+        self._counted_before: list[CacheCounts] = []
+        """By devices that the model was moved away from."""
         self._since = ReaderStatistics("", "", 0)
         self._counted = ReaderStatistics(store.name, store.backend, 0)
         self.move_to(device)
@@ -323,9 +324,7 @@ class TableExperts:
         """
         device = torch.device(device)
         lane = open_lane(device)
-        if self._on_device is not None:
-            self._on_device.close()
-            self._on_device = None
+        self._leave_device()
         self._decoding = Decoding(
             self.table.layout, self._dtype, device if lane is None else lane.device
         )
@@ -381,8 +380,9 @@ class TableExperts:
         totals.bytes_read = self._store.bytes_read
         totals.read_seconds = self._store.seconds_reading
         totals.wait_seconds = self._clock.seconds
-        counts = None if self._on_device is None else self._on_device.counts()
-        if counts is not None:
+        for counts in (*self._counted_before, self._counts_on_device()):
+            if counts is None:
+                continue
             totals.ids_asked += counts.ids
             totals.ids_unique += counts.ids
             totals.cache_hits += counts.hot_hits + counts.ram_hits
@@ -399,17 +399,26 @@ class TableExperts:
 
     def _count_on_device(self, asked: int, unique: int, found_there: bool) -> None:
         self.missed = None
-        if found_there and self._on_device is not None and self._on_device.counts() is not None:
+        if found_there and self._counts_on_device() is not None:
             asked = unique = 0  # counted there
         self._count(asked, unique, 0)
+
+    def _counts_on_device(self) -> CacheCounts | None:
+        return None if self._on_device is None else self._on_device.counts()
+
+    def _leave_device(self) -> None:
+        counts = self._counts_on_device()
+        if counts is not None:
+            self._counted_before.append(counts)
+        if self._on_device is not None:
+            self._on_device.close()
+            self._on_device = None
 
     def close(self) -> None:
         """Stop the reading thread and close the files; what was begun is read to its end."""
         self._closed = True
         self._thread.shutdown()
-        if self._on_device is not None:
-            self._on_device.close()
-            self._on_device = None
+        self._leave_device()
         self._store.close()
         self._whole = self._whole_matrices = None
 
