@@ -20,7 +20,7 @@ from lookup_experts.table import reader as reader_module
 from lookup_experts.table import uring
 from lookup_experts.table.host_memory import aligned_buffer
 from lookup_experts.table.opening import Table
-from lookup_experts.table.reader import TableExperts
+from lookup_experts.table.reader import TableReader
 from lookup_experts.table.store import RecordStore
 from lookup_experts.table.store_choice import open_store
 from lookup_experts.table.uring import Ring
@@ -85,11 +85,11 @@ def open_reader_by(
     dtype: torch.dtype | None = None,
     cache_bytes: int = 0,
     verify_checksums: bool = False,
-) -> Iterator[TableExperts]:
+) -> Iterator[TableReader]:
     """A reader over `table`, of the stored dtype where none is given."""
     dtype = dtype or table.layout.encoding.torch_dtype or torch.float32
     with open_by(way, table, verify_checksums) as store:
-        reader = TableExperts(table, store, dtype, cache=cache_bytes)
+        reader = TableReader(table, store, dtype, cache=cache_bytes)
         yield reader
         reader.close()
 
@@ -193,7 +193,7 @@ def open_on(lane, table, way="threads", dtype=None, cache_bytes=0, group_bytes=2
     with pytest.MonkeyPatch.context() as patch, open_by(way, table) as store, workers_here(patch):
         patch.setattr(reader_module, "open_lane", lambda device: lane)
         patch.setattr(reader_module, "GROUP_BYTES", group_bytes)
-        reader = TableExperts(table, store, dtype, cache=cache_bytes)
+        reader = TableReader(table, store, dtype, cache=cache_bytes)
         try:
             yield reader
         finally:

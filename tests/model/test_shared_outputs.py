@@ -195,7 +195,7 @@ def test_ids_that_were_not_given():
 def test_models_without_experts_to_share(table_folder):
     for model, words in (
         (gateless_model(), "GatelessLlamaForCausalLM with no experts"),
-        (le.load(table_folder), "with TableExperts"),
+        (le.load(table_folder), "with TableReader"),
     ):
         with (
             pytest.raises(UserError, match=words),

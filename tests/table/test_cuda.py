@@ -19,7 +19,7 @@ from lookup_experts.table.additions import Way, as_captured
 from lookup_experts.table.device_rows import STEP_POSITIONS
 from lookup_experts.table.encoding import ENCODINGS, get_encoding
 from lookup_experts.table.mixing import decode_and_mix, decode_and_mix_reference
-from lookup_experts.table.reader import TableExperts
+from lookup_experts.table.reader import TableReader
 from lookup_experts.table.store_choice import STORES
 
 pytestmark = [
@@ -48,7 +48,7 @@ def open_on_gpu(wide):
             table = table or wide[0]
             store = stack.enter_context(open_by(way, table))
             cache_bytes = cache_records * table.layout.stride
-            reader = TableExperts(table, store, dtype, "cuda", cache_bytes)
+            reader = TableReader(table, store, dtype, "cuda", cache_bytes)
             stack.callback(reader.close)
             return reader
 

@@ -32,7 +32,7 @@ from lookup_experts.table.mixing import (
     prepare,
     route_mix_add,
 )
-from lookup_experts.table.reader import TableExperts
+from lookup_experts.table.reader import TableReader
 from lookup_experts.table.rows import MemoryRows
 
 pytestmark = pytest.mark.timeout(60)
@@ -99,7 +99,7 @@ def test_threads_share_a_cache(wide):
     expected = Expected(table, records)
     problems: list[BaseException] = []
 
-    def read(seed: int, reader: TableExperts) -> None:
+    def read(seed: int, reader: TableReader) -> None:
         random = np.random.default_rng(seed)
         try:
             with torch.no_grad():

@@ -24,7 +24,7 @@ from lookup_experts.table.encoding import get_encoding
 from lookup_experts.table.layout import RecordLayout, TableShape, plan_shards
 from lookup_experts.table.manifest import TableManifest, write_manifest
 from lookup_experts.table.opening import open_table
-from lookup_experts.table.reader import GROUP_BYTES, SLOT_BATCH, TableExperts
+from lookup_experts.table.reader import GROUP_BYTES, SLOT_BATCH, TableReader
 from lookup_experts.table.shard_writer import ShardWriter
 from lookup_experts.table.store import RecordStore
 from lookup_experts.table.store_choice import open_store
@@ -57,7 +57,7 @@ TABLE = {
 }
 
 
-def assert_fails(reader: TableExperts, ids: torch.Tensor, message: str) -> None:
+def assert_fails(reader: TableReader, ids: torch.Tensor, message: str) -> None:
     """A batch fails in every layer, each time that it is asked for, and so does the next."""
     for _ in range(2):
         rows = None
@@ -72,7 +72,7 @@ def assert_fails(reader: TableExperts, ids: torch.Tensor, message: str) -> None:
                     rows.layer(layer)
 
 
-def everything_is_right(reader: TableExperts, expected: Expected) -> None:
+def everything_is_right(reader: TableReader, expected: Expected) -> None:
     for ids in (STEP, PROMPT, STEP.flip(1), PROMPT[:, :60]):
         expected.assert_right(reader.rows(ids), ids)
 
@@ -179,7 +179,7 @@ def test_a_long_prompt_is_checked_before_its_parts_are_read(tmp_path, monkeypatc
             flip_bit(*place)
 
 
-def assert_fails_of_any_type(reader: TableExperts, ids: torch.Tensor, message: str) -> None:
+def assert_fails_of_any_type(reader: TableReader, ids: torch.Tensor, message: str) -> None:
     with pytest.raises(TableError, match=message):
         reader.rows(ids).layer(0)
 
@@ -192,7 +192,7 @@ def test_without_io_uring(never_changed, monkeypatch, code):
     table, records = never_changed
     monkeypatch.setattr(uring, "_syscall", refuse)
     with open_store(table, "direct", notify=lambda message: None) as store, torch.no_grad():
-        reader = TableExperts(table, store, torch.bfloat16)
+        reader = TableReader(table, store, torch.bfloat16)
         everything_is_right(reader, Expected(table, records))
         assert reader.stats().backend == "preadv x8 threads"
         reader.close()
@@ -248,13 +248,13 @@ def test_threads_of_a_slice_that_are_gone(never_changed, batch):
         assert_slots_are_given_back(reader)
 
 
-def needs_a_thread(reader: TableExperts, ids: torch.Tensor) -> bool:
+def needs_a_thread(reader: TableReader, ids: torch.Tensor) -> bool:
     """Not where all records are in memory, nor for a step, which io_uring reads by itself."""
     step_by_itself = isinstance(getattr(reader._store, "_backend", None), Ring)
     return reader._store.name != "memory" and not (step_by_itself and ids is STEP)
 
 
-def assert_slots_are_given_back(reader: TableExperts) -> None:
+def assert_slots_are_given_back(reader: TableReader) -> None:
     gc.collect()
     reader._release_dropped()
     cache = reader._cache

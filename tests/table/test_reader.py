@@ -15,7 +15,7 @@ from tiny_models import attached_model, greedy, logits_of, token_ids
 import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
 from lookup_experts.table.opening import open_table
-from lookup_experts.table.reader import TableExperts
+from lookup_experts.table.reader import TableReader
 from lookup_experts.table.store_choice import STORES
 
 IDS = token_ids(2, 9)
@@ -337,7 +337,7 @@ def test_all_stores_give_the_same_rows(tmp_path):
 
 
 def test_the_source_of_a_loaded_model_is_a_table(table_folder):
-    assert isinstance(opened(table_folder).expert_source, TableExperts)
+    assert isinstance(opened(table_folder).expert_source, TableReader)
 
 
 def test_models_that_are_dropped_unclosed_leave_no_descriptors(table_folder):

@@ -15,7 +15,7 @@ from reading import Expected, open_files
 
 from lookup_experts.errors import TableError
 from lookup_experts.table import reader as reader_module
-from lookup_experts.table.reader import TableExperts
+from lookup_experts.table.reader import TableReader
 from lookup_experts.table.store_choice import STORES, open_store
 
 IDS = torch.tensor([[3, 7, 3], [0, 39, 12]])
@@ -32,7 +32,7 @@ def made(tmp_path):
 
 def reader_over(table, store="direct", cache_bytes=10**5, verify_checksums=True):
     opened = open_store(table, store, verify_checksums=verify_checksums, notify=silent)
-    return TableExperts(table, opened, torch.bfloat16, cache=cache_bytes)
+    return TableReader(table, opened, torch.bfloat16, cache=cache_bytes)
 
 
 def by_pickle(reader):

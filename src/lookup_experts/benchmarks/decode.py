@@ -36,7 +36,7 @@ from lookup_experts.errors import UserError
 from lookup_experts.generation.captured import Decoding
 from lookup_experts.model.blocks import find_ffns
 from lookup_experts.model.cache_names import cache_argument, cache_of
-from lookup_experts.table.reader import ReaderStatistics, TableExperts
+from lookup_experts.table.reader import ReaderStatistics, TableReader
 
 SEQUENCE_STEPS = 64
 """Decoding steps before new sequences begin, so that contexts stay alike."""
@@ -181,7 +181,7 @@ def _decode_sequences(
 
 
 def _replay_sequences(
-    decodings: dict[System, Decoding], readers: dict[str, TableExperts], tokens: Tensor
+    decodings: dict[System, Decoding], readers: dict[str, TableReader], tokens: Tensor
 ) -> tuple[dict[System, list[float]], dict[str, ReaderStatistics], int]:
     """The same of captured steps, all asked for before the first is waited for: as in a loop whose
     host is ahead of the device, what it takes to ask is hidden."""
@@ -210,7 +210,7 @@ def _sum(first: ReaderStatistics, second: ReaderStatistics) -> ReaderStatistics:
     return replace(first, **counts)
 
 
-def warm_cache(reader: TableExperts, windows: TextWindows) -> None:
+def warm_cache(reader: TableReader, windows: TextWindows) -> None:
     """Bring the row cache to the state that a long run would have left it in."""
     if not reader.cache_bytes:
         return

@@ -19,7 +19,7 @@ from lookup_experts.errors import UserError
 from lookup_experts.model.cache_names import cache_argument, cache_of
 from lookup_experts.model.forms import shapes_of_layer
 from lookup_experts.table.opening import open_table
-from lookup_experts.table.reader import ReaderStatistics, TableExperts
+from lookup_experts.table.reader import ReaderStatistics, TableReader
 from lookup_experts.table.store_choice import open_store
 
 PROMPT_TOKENS = 512
@@ -139,7 +139,7 @@ def peak_of_prompt(
 ) -> tuple[int, ReaderStatistics]:
     """Bytes, and what the reader did; to be called in a fresh process."""
     table = open_table(folder)
-    reader = TableExperts(table, open_store(table, store, notify=lambda message: None), case.dtype)
+    reader = TableReader(table, open_store(table, store, notify=lambda message: None), case.dtype)
     with torch.inference_mode():
         _mix_all_layers(reader, prompt[:8])  # what is set up once is no part of a prompt
         before = reset_high_water_mark()
@@ -150,7 +150,7 @@ def peak_of_prompt(
     return peak - before, statistics
 
 
-def _mix_all_layers(reader: TableExperts, prompt: np.ndarray) -> None:
+def _mix_all_layers(reader: TableReader, prompt: np.ndarray) -> None:
     rows = reader.rows(torch.from_numpy(prompt)[None])
     shape = reader.table.layout.shape
     weights = torch.full((len(prompt), shape.num_experts), 1 / shape.num_experts)

@@ -21,7 +21,7 @@ from lookup_experts.table.format import MANIFEST_NAME
 from lookup_experts.table.layout import RecordLayout, TableShape, plan_shards
 from lookup_experts.table.manifest import TableManifest, write_manifest
 from lookup_experts.table.opening import Table, open_table
-from lookup_experts.table.reader import TableExperts
+from lookup_experts.table.reader import TableReader
 from lookup_experts.table.shard_writer import ShardWriter
 from lookup_experts.table.store_choice import open_store
 from lookup_experts.units import format_bytes
@@ -156,7 +156,7 @@ def table_model(
             if weight.dim() > 1:
                 torch.nn.init.normal_(weight, 0.0, SPREAD)
     opened = open_store(table, store, notify=notify)
-    model.set_expert_source(TableExperts(table, opened, case.dtype, device, cache_bytes))
+    model.set_expert_source(TableReader(table, opened, case.dtype, device, cache_bytes))
     return model
 
 

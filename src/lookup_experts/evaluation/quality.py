@@ -29,7 +29,7 @@ from lookup_experts.table.build import RowsOf, decode_records
 from lookup_experts.table.encoding import ENCODINGS
 from lookup_experts.table.layout import RecordLayout
 from lookup_experts.table.opening import Table
-from lookup_experts.table.reader import TableExperts
+from lookup_experts.table.reader import TableReader
 from lookup_experts.table.store_choice import open_store
 from lookup_experts.units import format_bytes
 
@@ -253,11 +253,11 @@ def compare_logits(reference: Tensor, found: Tensor, targets: Tensor) -> Tensor:
 
 
 @contextmanager
-def open_source(table: Table, model: Any) -> Iterator[TableExperts]:
+def open_source(table: Table, model: Any) -> Iterator[TableReader]:
     """The rows of a table for a model, read from the disk."""
     weight = model.get_input_embeddings().weight
     store = open_store(table, "direct", notify=lambda message: None)
-    source = TableExperts(table, store, weight.dtype, weight.device)
+    source = TableReader(table, store, weight.dtype, weight.device)
     try:
         yield source
     finally:
@@ -265,7 +265,7 @@ def open_source(table: Table, model: Any) -> Iterator[TableExperts]:
 
 
 @contextmanager
-def rows_from(source: TableExperts, model: Any) -> Iterator[None]:
+def rows_from(source: TableReader, model: Any) -> Iterator[None]:
     """Within it, a model's expert outputs come from `source`."""
     own = model.expert_source
     model.set_expert_source(source)

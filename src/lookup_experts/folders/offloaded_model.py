@@ -21,7 +21,7 @@ from lookup_experts.folders.tables import (
 from lookup_experts.made_classes import make_class
 from lookup_experts.model.embedding_settings import embedding_settings
 from lookup_experts.model.table_embedding import put_in_table, table_embeddings
-from lookup_experts.table.reader import TableExperts, open_reader
+from lookup_experts.table.reader import TableReader, open_reader
 
 PREFIX = "Offloaded"
 """What the name of such a model's class says beside that of the model."""
@@ -53,7 +53,7 @@ class OffloadedEmbeddingsMixin:
         return loaded
 
     @property
-    def embedding_readers(self) -> dict[str, TableExperts]:
+    def embedding_readers(self) -> dict[str, TableReader]:
         """What reads the tables of embeddings, by the names of the modules."""
         model: Any = self
         return {name: module.source for name, module in table_embeddings(model).items()}  # type: ignore[misc]

@@ -5,7 +5,7 @@ from typing import Any
 
 from lookup_experts.folders.model_folder import TABLE
 from lookup_experts.folders.tables import embedding_place
-from lookup_experts.table.reader import ReaderStatistics, TableExperts
+from lookup_experts.table.reader import ReaderStatistics, TableReader
 
 
 class TableReaders:
@@ -15,7 +15,7 @@ class TableReaders:
         by_place: the readers, by the places of their tables in the model's folder; at least one.
     """
 
-    def __init__(self, by_place: dict[str, TableExperts]) -> None:
+    def __init__(self, by_place: dict[str, TableReader]) -> None:
         self.by_place = by_place
 
     @property
@@ -38,17 +38,17 @@ class TableReaders:
             reader.reset_stats()
 
     def take_cache_memory(self) -> None:
-        """See `TableExperts.take_cache_memory`."""
+        """See `TableReader.take_cache_memory`."""
         for reader in self.by_place.values():
             reader.take_cache_memory()
 
     def fill_cache(self) -> None:
-        """See `TableExperts.fill_cache`."""
+        """See `TableReader.fill_cache`."""
         for reader in self.by_place.values():
             reader.fill_cache()
 
     def close(self) -> None:
-        """See `TableExperts.close`."""
+        """See `TableReader.close`."""
         for reader in self.by_place.values():
             reader.close()
 
@@ -56,8 +56,8 @@ class TableReaders:
 def table_readers(model: Any) -> TableReaders | None:
     """Those of a model; None where it reads no table."""
     source = getattr(model, "expert_source", None)
-    found = {TABLE: source} if isinstance(source, TableExperts) else {}
-    embeddings: dict[str, TableExperts] = getattr(model, "embedding_readers", {})
+    found = {TABLE: source} if isinstance(source, TableReader) else {}
+    embeddings: dict[str, TableReader] = getattr(model, "embedding_readers", {})
     found |= {embedding_place(name): reader for name, reader in embeddings.items()}
     return TableReaders(found) if found else None
 

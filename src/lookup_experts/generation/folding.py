@@ -74,7 +74,7 @@ def reparameterize(
         block_size: of the encodings nf4 and nf3: how many neighbours share a scale.
         tokenizer: saved with the model; default: the one in the folder, if there is one.
         token_counts: int64 [vocab_size], how often each id occurs in text like that to come; kept
-            with the table for `TableExperts.fill_cache`.
+            with the table for `TableReader.fill_cache`.
         trust_remote_code: let code that a folder brings along run, see `load`.
         progress: called with (ids done, ids in all).
         notify: told when an interrupted run is taken up again; default: a warning of the logger

@@ -10,7 +10,7 @@ from torch import Tensor
 from lookup_experts.errors import TableError
 from lookup_experts.model.computed_rows import FFNExperts
 from lookup_experts.serving.sequence import LookupDetail
-from lookup_experts.table.reader import TableExperts
+from lookup_experts.table.reader import TableReader
 
 
 class LookupWatch:
@@ -24,8 +24,8 @@ class LookupWatch:
         self._entrance = getattr(model, "lookup_entrance", None)
         self._device = model.device
         source = getattr(model, "expert_source", None)
-        self.table: TableExperts | None = source if isinstance(source, TableExperts) else None
-        self._embeddings: list[TableExperts] = [*getattr(model, "embedding_readers", {}).values()]
+        self.table: TableReader | None = source if isinstance(source, TableReader) else None
+        self._embeddings: list[TableReader] = [*getattr(model, "embedding_readers", {}).values()]
         # A GPU finds records itself, and tells nobody of single ones.
         self._reads = (
             self.table is not None

@@ -80,7 +80,7 @@ class Service:
         """Take the row cache's memory and fill it, before anything is served.
 
         Raises:
-            TableError: see `TableExperts.fill_cache`.
+            TableError: see `TableReader.fill_cache`.
         """
         if self._tables is not None:
             self._tables.take_cache_memory()

@@ -2,7 +2,7 @@
 
 `token_counts.safetensors` in the table's folder is optional and holds one tensor, `counts` I64
 [vocab_size]. It is written when the table is made (`reparameterize(..., token_counts=)`), and
-says which records a row cache should begin with: see `TableExperts.fill_cache`.
+says which records a row cache should begin with: see `TableReader.fill_cache`.
 """
 
 from pathlib import Path

@@ -68,11 +68,11 @@ class DeviceReader:
         return self._records.counts()
 
     def fill_cache(self) -> int:
-        """See `TableExperts.fill_cache`."""
+        """See `TableReader.fill_cache`."""
         return self._records.fill()
 
     def rows(self, token_ids: Tensor, ready: bool) -> TokenRows:
-        """See `TableExperts.rows`; errors on the device are told by the next call."""
+        """See `TableReader.rows`; errors on the device are told by the next call."""
         self._records.check()
         most = self._records.most_positions
         num_positions = token_ids.numel()

@@ -1,6 +1,6 @@
 """Table form: the rows of a batch's tokens, read from a store.
 
-`TableExperts` is the `ExpertSource` of an inference model, and the `EmbeddingSource` of an
+`TableReader` is the `ExpertSource` of an inference model, and the `EmbeddingSource` of an
 embedding whose rows lie in a table. The token ids are known before the first layer runs, so their
 records are asked for then, and a block waits for them only when it needs them, after its attention.
 """
@@ -81,7 +81,7 @@ class ReaderStatistics:
         return asdict(self)
 
 
-class TableExperts:
+class TableReader:
     """An `ExpertSource` that reads a table.
 
     Args:
@@ -422,11 +422,11 @@ class TableExperts:
         self._store.close()
         self._whole = self._whole_matrices = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TableExperts":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TableReader":
         """A reader of its own over the same table: moving or closing one, or filling its cache,
         leaves the other as it is. A table in RAM is there once, since nobody writes to it."""
         self._require_open()
-        return TableExperts(
+        return TableReader(
             self.table,
             self._store.reopened(),
             self._dtype,
@@ -456,7 +456,7 @@ def _reopen_reader(
     device: torch.device,
     cache: CacheBudget,
     rows_per_token: int,
-) -> TableExperts:
+) -> TableReader:
     """A reader that was pickled, in whatever process.
 
     Where its device isn't there it begins on the CPU; it follows the model's token ids anyway.
@@ -468,7 +468,7 @@ def _reopen_reader(
     opened = open_store(table, store, verify_checksums=verify_checksums, notify=log)
     if device.type == "cuda" and not torch.cuda.is_available():
         device = torch.device("cpu")
-    return TableExperts(table, opened, dtype, device, cache, rows_per_token)
+    return TableReader(table, opened, dtype, device, cache, rows_per_token)
 
 
 def open_reader(
@@ -486,7 +486,7 @@ def open_reader(
     cache: int | str | CacheBudget = 0,
     verify_checksums: bool = False,
     notify: Notify = log,
-) -> TableExperts:
+) -> TableReader:
     """Open a table for the model that was loaded from the folder around it.
 
     Args:
@@ -496,7 +496,7 @@ def open_reader(
         fingerprint: of what the rows were made from, as the model knows it.
         dtype: what rows are decoded to; the model's.
         vocab_size: of the model; None: whatever the table has.
-        rows_per_token: see `TableExperts`.
+        rows_per_token: see `TableReader`.
         device: where rows are needed.
         store: `memory`, `mmap`, `direct`, `auto` or `auto:8GB`, see `open_store`.
         cache: budget of the row cache in bytes, or in words like `256MB`; 0 is off. It is RAM, with
@@ -515,7 +515,7 @@ def open_reader(
     expected = TableShape(vocab_size, num_layers, num_experts, row_size)
     _check_match(table, expected, fingerprint)
     opened = open_store(table, store, verify_checksums=verify_checksums, notify=notify)
-    return TableExperts(table, opened, dtype, device, budget, rows_per_token)
+    return TableReader(table, opened, dtype, device, budget, rows_per_token)
 
 
 def _check_match(table: Table, expected: TableShape, fingerprint: str) -> None:

@@ -20,7 +20,7 @@ from lookup_experts.generation.inspection import inspect_folder
 from lookup_experts.generation.text import Generation, Sampling, generate_ids
 from lookup_experts.model.cache_names import cache_argument, cache_of
 from lookup_experts.model.gateless_llama import GatelessLlamaConfig, GatelessLlamaForCausalLM
-from lookup_experts.table.reader import TableExperts
+from lookup_experts.table.reader import TableReader
 from lookup_experts.training.data import TokenShards
 
 PROMPT_TOKENS = 16
@@ -189,7 +189,7 @@ def _speed(seconds: list[float], baseline: list[float]) -> dict[str, Any]:
 def _reading(model: Any) -> dict[str, Any]:
     """What a table was asked for; nothing where there is none. Prompts are counted too."""
     reader = getattr(model, "expert_source", None)
-    if not isinstance(reader, TableExperts):
+    if not isinstance(reader, TableReader):
         return {}
     statistics = reader.stats()
     reader.close()
