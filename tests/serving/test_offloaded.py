@@ -1,12 +1,14 @@
 """A released model with its embeddings in tables, served and evaluated."""
 
 import json
+import subprocess
 
 import httpx
 import pytest
 from embedding_models import embedding_model
 from run_command import run_command
 from served_here import served_here
+from server_process import MOLE
 
 import lookup_experts as le
 
@@ -59,3 +61,27 @@ def test_evaluated(folders, tmp_path, capsys):
     assert offloaded["form"] == "offloaded"
     assert offloaded["perplexity"]["perplexity"] == plain["perplexity"]["perplexity"]
     assert offloaded["reader"]["ids_asked"] > 0
+
+
+def _answers(folder: object) -> tuple[list[str], str]:
+    """Lines of two turns with the real command, and what it told beside them."""
+    done = subprocess.run(
+        [str(MOLE), "chat", str(folder), "-n", "5", "--temperature", "0", "--stats"],
+        input="the quick fox\nthe dog\n\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), done.stderr
+
+
+def test_talked_to(folders):
+    plain, out = folders
+    expected, told_plain = _answers(plain)
+    answered, told = _answers(out)
+    assert len(answered) >= 2
+    assert answered == expected
+    assert "ids asked" in told
+    assert "ids asked" not in told_plain
