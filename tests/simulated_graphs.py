@@ -64,8 +64,8 @@ def simulate(monkeypatch) -> None:
     captured on a CPU too."""
     plain = DecodingSteps.__init__
 
-    def captures(self, model):
-        plain(self, model)
+    def captures(self, *arguments):
+        plain(self, *arguments)
         self._captures = True
 
     monkeypatch.setattr(DecodingSteps, "__init__", captures)

@@ -32,7 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lookup_experts as le
 from lookup_experts.errors import UserError
 from lookup_experts.generation.inspection import verify_folder
-from lookup_experts.generation.text import Sampling, generate_ids
+from lookup_experts.generation.sampling import Sampling
+from lookup_experts.generation.text import generate_ids
 from lookup_experts.model.fingerprint import fingerprint
 from lookup_experts.model.placement import execution_device, named_weights, state_with_values
 from lookup_experts.model.wiring import routed_experts

@@ -18,6 +18,8 @@ from tiny_models import (
 import lookup_experts as le
 from lookup_experts.generation import fixed_cache
 from lookup_experts.generation.captured import Decoding, DecodingSteps
+from lookup_experts.generation.sampling import Sampling
+from lookup_experts.generation.text import generate_ids
 from lookup_experts.serving.forward import Forward
 from lookup_experts.serving.kv_cache import BatchCache
 from lookup_experts.serving.sampling import Chooser
@@ -89,6 +91,28 @@ def test_a_step_is_captured_once_and_then_replayed(mole):
         decoding.step()
     assert len(calls) == before
     hook.remove()
+
+
+def test_a_text_is_decoded_by_captured_steps(mole):
+    prompt = token_ids(1, 9)
+    calls = []
+    hook = mole.register_forward_hook(lambda *_: calls.append(1))
+    generation = generate_ids(mole, prompt[0].tolist(), Sampling(60))
+    hook.remove()
+    assert len(calls) < 10
+    assert generation.token_ids == greedy(mole, prompt.cuda(), 60)[0].tolist()
+
+
+def test_sampled_texts_differ_and_are_repeatable(mole):
+    prompt = token_ids(1, 9)[0].tolist()
+
+    def drawn(seed):
+        sampling = Sampling(40, temperature=3.0, top_k=60, top_p=0.99, seed=seed)
+        return generate_ids(mole, prompt, sampling).token_ids
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+    assert len(set(drawn(1))) > 5  # each replay draws anew
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,15 +4,17 @@ import json
 
 import pytest
 import torch
-from tiny_models import VOCAB, greedy_reference, tiny_model, token_ids
+from simulated_graphs import simulate
+from tiny_models import VOCAB, gateless_model, greedy, greedy_reference, tiny_model, token_ids
 
 import lookup_experts as le
-from lookup_experts.errors import UserError
+from lookup_experts.errors import TableError, UserError
 from lookup_experts.folders.tokenizer import load_tokenizer
+from lookup_experts.generation import text
 from lookup_experts.generation.conversation import Conversation
+from lookup_experts.generation.sampling import Sampling
 from lookup_experts.generation.text import (
     Generation,
-    Sampling,
     format_end,
     format_statistics,
     generate_ids,
@@ -59,6 +61,10 @@ def test_sampling_is_repeatable_with_a_seed(model):
 
     assert sampled(1) == sampled(1)
     assert len({tuple(sampled(seed)) for seed in range(4)}) > 1
+
+
+def test_a_temperature_may_be_a_whole_number(model):
+    assert len(generate_ids(model, PROMPT, Sampling(4, temperature=2)).token_ids) == 4
 
 
 def test_one_token_is_one_token(model):
@@ -137,6 +143,81 @@ def test_a_token_that_ends_the_text_is_told_from_a_length(model):
         generation = generate_ids(model, PROMPT, Sampling(1))
         assert (generation.token_ids, generation.finish_reason) == ([first], "stop")
     model.generation_config.eos_token_id = before
+
+
+# ------------------------------------------------------------------------- by captured steps
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Captured steps on a CPU, with simulated graphs; gives what tells if a model's are."""
+    simulate(monkeypatch)
+    can_capture = text._can_capture
+
+    def as_on_a_gpu(model, device=None):
+        return can_capture(model, torch.device("cuda"))
+
+    monkeypatch.setattr(text, "_can_capture", as_on_a_gpu)
+    return as_on_a_gpu
+
+
+def test_captured_steps_give_the_text_of_generate(tokenizer, request):
+    model = gateless_model()
+    sampling, prompt = Sampling(max_new_tokens=20), "the quick brown fox"
+    expected = generate_text(model, tokenizer, prompt, sampling)
+    assert request.getfixturevalue("captures")(model)
+    pieces = []
+    generation = generate_text(model, tokenizer, prompt, sampling, pieces.append)
+    assert generation.token_ids == expected.token_ids
+    assert "".join(pieces) == generation.text == expected.text
+    assert 0 < generation.seconds_to_first_token < generation.seconds
+
+
+def test_captured_steps_end_where_the_text_ends(request):
+    model = gateless_model()
+    ids = generate_ids(model, PROMPT, Sampling(12)).token_ids
+    request.getfixturevalue("captures")
+    model.generation_config.eos_token_id = [96, ids[5]]
+    generation = generate_ids(model, PROMPT, Sampling(12))
+    end = ids.index(ids[5]) + 1
+    assert (generation.token_ids, generation.finish_reason) == (ids[:end], "stop")
+
+
+def test_captured_steps_draw_anew_each_time(captures):
+    model = gateless_model()
+
+    def drawn(seed):
+        sampling = Sampling(30, temperature=3.0, top_k=60, seed=seed)
+        return generate_ids(model, PROMPT, sampling).token_ids
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+    assert len(set(drawn(1))) > 5
+
+
+def test_what_generate_does_besides_is_left_to_it(captures):
+    model = tiny_model("llama")
+    assert captures(model)
+    model.generation_config.repetition_penalty = 1.3
+    assert not captures(model)
+    expected = greedy(model, torch.tensor([PROMPT]), 9)
+    assert generate_ids(model, PROMPT, Sampling(9)).token_ids == expected[0].tolist()
+    assert not captures(tiny_model("mistral", sliding_window=8))
+
+
+def test_a_record_that_could_not_be_read_ends_the_text(model, captures, monkeypatch):
+    """A step's error on a device is known with its token, which isn't told."""
+    pieces = []
+
+    def check():
+        if len(pieces) == 3:
+            raise TableError("Token 5 can't be read.")
+        pieces.append(1)
+
+    monkeypatch.setattr(model.expert_source, "check", check)
+    with pytest.raises(TableError, match="can't be read"):
+        generate_ids(model, PROMPT, Sampling(9))
+    assert len(pieces) == 3
 
 
 # ------------------------------------------------------------------------------- conversation

@@ -33,7 +33,7 @@ def chat(
     """
     from lookup_experts.folders.load import load
     from lookup_experts.folders.tokenizer import load_tokenizer
-    from lookup_experts.generation.text import Sampling
+    from lookup_experts.generation.sampling import Sampling
 
     console.quiet_transformers()
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)

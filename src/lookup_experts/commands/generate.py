@@ -59,8 +59,8 @@ def generate(
     from lookup_experts.folders.load import load
     from lookup_experts.folders.tokenizer import load_tokenizer
     from lookup_experts.generation.conversation import Conversation
+    from lookup_experts.generation.sampling import Sampling
     from lookup_experts.generation.text import (
-        Sampling,
         format_end,
         format_statistics,
         generate_ids,

@@ -47,6 +47,11 @@ class TableReaders:
         for reader in self.by_place.values():
             reader.fill_cache()
 
+    def check(self) -> None:
+        """See `TableReader.check`."""
+        for reader in self.by_place.values():
+            reader.check()
+
     def close(self) -> None:
         """See `TableReader.close`."""
         for reader in self.by_place.values():

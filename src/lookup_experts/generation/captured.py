@@ -1,7 +1,7 @@
 """A causal LM's decoding steps, which a GPU captures once as a CUDA graph and then replays.
 
 A captured step is everything from the token ids to the next ones: embedding, blocks, logits and the
-likeliest token, which is written where the next step takes its ids from. So the host asks for a
+chosen token, which is written where the next step takes its ids from. So the host asks for a
 step in microseconds, and may ask for the next before it knows what came of the last. Without CUDA
 the same operations run one by one, with the same results.
 """
@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from lookup_experts.errors import UserError
 from lookup_experts.generation.fixed_cache import FixedCache
+from lookup_experts.generation.sampling import likeliest
 from lookup_experts.model.cache_names import cache_argument
 from lookup_experts.table.additions import as_captured
 
@@ -58,7 +59,7 @@ class Step(NamedTuple):
 
     logits: Tensor
     """[rows, V]"""
-    likeliest: Tensor
+    chosen: Tensor
     """int64 [rows]"""
 
 
@@ -67,16 +68,18 @@ class DecodingSteps:
 
     Args:
         model: a causal LM, in evaluation mode, that `why_not_fixed` says nothing against.
+        choose: logits [rows, V] -> token ids int64 [rows], see `Sampling.choose`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, choose: Callable[[Tensor], Tensor] = likeliest) -> None:
         self._call = ModelCall(model)
+        self._choose = choose
         self._device: torch.device = model.device
         self._captures = self._device.type == "cuda"
 
     def take(self, cache: FixedCache, eagerly: bool = False) -> Step:
         """One step of the cache's window, whose ids and lengths are set; both are then those of
-        the next step, if that takes the likeliest tokens.
+        the next step, if that takes the chosen tokens.
 
         Args:
             cache: of the rows.
@@ -98,10 +101,10 @@ class DecodingSteps:
         window = cache.window
         ids = window.ids.unsqueeze(1)
         logits = self._call(ids, cache, cache.step_inputs(), logits_to_keep=1)[:, -1]
-        likeliest = logits.argmax(-1)
-        window.ids.copy_(likeliest)
+        chosen = self._choose(logits)
+        window.ids.copy_(chosen)
         window.lengths.add_(1)
-        return Step(logits, likeliest)
+        return Step(logits, chosen)
 
 
 def _capture(run: Callable[[], Step], cache: FixedCache) -> tuple[Any, Step]:
@@ -149,7 +152,7 @@ def why_not_fixed(model: Any) -> str | None:
 
 
 class Decoding:
-    """Greedy decoding of a batch whose sequences begin together, token by token.
+    """Decoding of a batch whose sequences begin together, token by token.
 
     A record that can't be read becomes numbers that are none in its own sequence; the next `begin`
     raises the `TableError`.
@@ -157,16 +160,23 @@ class Decoding:
     Args:
         model: a causal LM, in evaluation mode.
         most_tokens: of the longest sequence, prompt included.
+        choose: see `DecodingSteps`; greedy, if not given.
 
     Raises:
         UserError: the model's steps can't be captured.
     """
 
-    def __init__(self, model: Any, most_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        most_tokens: int,
+        choose: Callable[[Tensor], Tensor] = likeliest,
+    ) -> None:
         reason = why_not_fixed(model)
         if reason is not None:
             raise UserError(f"Its steps can't be captured: this model has {reason}.")
-        self._steps, self._call = DecodingSteps(model), ModelCall(model)
+        self._steps, self._call = DecodingSteps(model, choose), ModelCall(model)
+        self._choose = choose
         self._most_tokens = most_tokens
         self._cache = FixedCache()
 
@@ -192,11 +202,11 @@ class Decoding:
         self._cache.lengths.clear()
         self._cache.join(prompts, lengths)
         self._cache.make_room()
-        self._cache.set_step(logits.argmax(-1).tolist())
+        self._cache.set_step(self._choose(logits).tolist())
 
     @torch.inference_mode()
     def feed(self, ids: Tensor) -> None:
-        """Let the next step take these tokens, int64 [B] on the device, not the likeliest."""
+        """Let the next step take these tokens, int64 [B] on the device, not the chosen ones."""
         self._next_ids.copy_(ids)
 
     @torch.inference_mode()

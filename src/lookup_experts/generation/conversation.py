@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from lookup_experts.generation.text import Generation, Sampling, context_of, generate_ids
+from lookup_experts.generation.sampling import Sampling
+from lookup_experts.generation.text import Generation, context_of, generate_ids
 
 
 class Conversation:

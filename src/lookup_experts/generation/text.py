@@ -1,7 +1,6 @@
-"""Text from a model: transformers' `generate`, timed and streamed.
+"""Text from a model, timed and streamed: transformers' `generate`, or captured steps on a GPU.
 
-Nothing of decoding is written anew here. What is added is what `--stats` tells: where the time
-went, and what the table was asked for.
+What is added is what `--stats` tells: where the time went, and what the table was asked for.
 """
 
 import time
@@ -15,46 +14,12 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from lookup_experts.errors import UserError
-from lookup_experts.folders.readers import table_readers
+from lookup_experts.folders.readers import TableReaders, table_readers
+from lookup_experts.generation.captured import Decoding, why_not_fixed
+from lookup_experts.generation.sampling import Sampling
 from lookup_experts.model.fast_linears import describe_linears
 from lookup_experts.model.placement import execution_device
 from lookup_experts.table.reader import ReaderStatistics
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the defaults are greedy."""
-
-    max_new_tokens: int = 100
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 considers all."""
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, valid, wanted in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
-        ):
-            if not valid:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be {wanted}.")
-
-    def generate_arguments(self) -> dict[str, Any]:
-        """As keyword arguments of transformers' `generate`."""
-        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
-        if self.temperature == 0:
-            return {**arguments, "do_sample": False}
-        return {
-            **arguments,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }
 
 
 @dataclass(frozen=True)
@@ -88,15 +53,40 @@ class Generation:
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
-class _Clock(BaseStreamer):
-    """Notes when tokens arrive, and hands them on."""
+_WITHOUT_EFFECT = {
+    "_from_model_config",
+    "bos_token_id",
+    "cache_implementation",
+    "decoder_start_token_id",
+    "do_sample",
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "pad_token_id",
+    "temperature",
+    "top_k",
+    "top_p",
+    "transformers_version",
+    "use_cache",
+}
+"""Settings of a generation configuration that change no choice, or that `Sampling` replaces."""
 
-    def __init__(self, streamer: BaseStreamer | None) -> None:
+
+class _Clock(BaseStreamer):
+    """Notes when tokens arrive, and hands them on.
+
+    A table's error on a GPU is known with the token that came of it, which is no token then.
+    """
+
+    def __init__(self, streamer: BaseStreamer | None, table: TableReaders | None) -> None:
         self._streamer = streamer
+        self._table = table
         self._calls = 0
         self.first_token_at = 0.0
 
     def put(self, value: Tensor) -> None:
+        if self._table is not None:
+            self._table.check()
         self._calls += 1
         if self._calls == 2:  # the first call brings the prompt
             self.first_token_at = time.perf_counter()
@@ -143,25 +133,18 @@ def generate_ids(
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     streamer = _CallbackStreamer(tokenizer, on_text) if tokenizer and on_text else None
-    clock = _Clock(streamer)
     table = table_readers(model)
     if table is not None:
         table.reset_stats()
+    clock = _Clock(streamer, table)
     inputs = torch.tensor([ids], device=execution_device(model))
     context = context_of(model)
     room = sampling.max_new_tokens if context is None else context - len(ids)
     within = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+    continue_ids = _by_captured_steps if _can_capture(model, inputs.device) else _by_transformers
     started_at = time.perf_counter()
-    with torch.inference_mode():
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            streamer=clock,
-            pad_token_id=_pad_token_id(model),
-            **within.generate_arguments(),
-        )
+    new_ids = continue_ids(model, inputs, within, clock)
     seconds = time.perf_counter() - started_at
-    new_ids = output[0, len(ids) :].tolist()
     return Generation(
         token_ids=new_ids,
         text=tokenizer.decode(new_ids, skip_special_tokens=True) if tokenizer else None,
@@ -172,6 +155,49 @@ def generate_ids(
         reader=table.stats() if table is not None else None,
         linear_layers=describe_linears(model),
     )
+
+
+@torch.inference_mode()
+def _by_transformers(
+    model: Any, prompt: Tensor, sampling: Sampling, streamer: BaseStreamer
+) -> list[int]:
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        streamer=streamer,
+        pad_token_id=_pad_token_id(model),
+        **sampling.generate_arguments(),
+    )
+    new_ids: list[int] = output[0, prompt.shape[1] :].tolist()
+    return new_ids
+
+
+def _by_captured_steps(
+    model: Any, prompt: Tensor, sampling: Sampling, streamer: BaseStreamer
+) -> list[int]:
+    """As `_by_transformers`, on a GPU without waiting for the host between steps."""
+    ends = _end_ids(model)
+    decoding = Decoding(model, prompt.shape[1] + sampling.max_new_tokens, sampling.choose)
+    decoding.begin(prompt)
+    streamer.put(prompt.cpu())
+    new_ids: list[int] = []
+    for token in decoding.tokens(sampling.max_new_tokens):
+        streamer.put(token)
+        new_ids.append(int(token))
+        if new_ids[-1] in ends:
+            break
+    streamer.end()
+    return new_ids
+
+
+def _can_capture(model: Any, device: torch.device) -> bool:
+    """Whether captured steps do what transformers' `generate` does with a model, and faster."""
+    if device.type != "cuda" or why_not_fixed(model) is not None:
+        return False
+    if getattr(model, "hf_device_map", None):  # spread over devices
+        return False
+    asked = {name for name, value in model.generation_config.to_diff_dict().items() if value}
+    return not asked - _WITHOUT_EFFECT
 
 
 def generate_text(
@@ -197,10 +223,14 @@ def context_of(model: Any) -> int | None:
 def _finish_reason(
     model: Any, new_ids: list[int], max_new_tokens: int
 ) -> Literal["stop", "length", "context"]:
-    ends = model.generation_config.eos_token_id
-    if new_ids[-1] in (ends if isinstance(ends, list) else [ends]):
+    if new_ids[-1] in _end_ids(model):
         return "stop"
     return "length" if len(new_ids) == max_new_tokens else "context"
+
+
+def _end_ids(model: Any) -> list[int | None]:
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
 
 
 def _checked(model: Any, ids: list[int]) -> list[int]:

@@ -71,9 +71,13 @@ class DeviceReader:
         """See `TableReader.fill_cache`."""
         return self._records.fill()
 
+    def check(self) -> None:
+        """See `TableReader.check`."""
+        self._records.check()
+
     def rows(self, token_ids: Tensor, ready: bool) -> TokenRows:
         """See `TableReader.rows`; errors on the device are told by the next call."""
-        self._records.check()
+        self.check()
         most = self._records.most_positions
         num_positions = token_ids.numel()
         if num_positions and (most is None or num_positions <= most):

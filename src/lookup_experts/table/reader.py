@@ -179,6 +179,16 @@ class TableReader:
         self.reset_stats()
         return len(ids)
 
+    def check(self) -> None:
+        """Tell what went wrong on a device in steps whose end the host has seen.
+
+        Raises:
+            TableError: an id is outside of the table, or its record couldn't be read. What came
+                out of that step is no numbers.
+        """
+        if self._on_device is not None:
+            self._on_device.check()
+
     @property
     def device(self) -> torch.device:
         """Where it gives rows."""

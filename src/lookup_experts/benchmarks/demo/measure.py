@@ -17,7 +17,8 @@ from lookup_experts.folders.attach import attach
 from lookup_experts.folders.load import load
 from lookup_experts.folders.tokenizer import load_tokenizer
 from lookup_experts.generation.inspection import inspect_folder
-from lookup_experts.generation.text import Generation, Sampling, generate_ids
+from lookup_experts.generation.sampling import Sampling
+from lookup_experts.generation.text import Generation, generate_ids
 from lookup_experts.model.cache_names import cache_argument, cache_of
 from lookup_experts.model.gateless_llama import GatelessLlamaConfig, GatelessLlamaForCausalLM
 from lookup_experts.table.reader import TableReader
