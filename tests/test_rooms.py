@@ -17,6 +17,7 @@ ROOMS = (
     "model",
     "table",
     "folders",
+    "vllm_plugin",
     "offloading",
     "generation",
     "training",

@@ -14,6 +14,8 @@ from lookup_experts.model.embedding_settings import KEY
 
 MODEL_TYPE = "lookup_experts"
 """In the `config.json` of any backbone with experts attached."""
+ATTACHED = "LookupExperts"
+"""What the name of an attached model's class says beside that of its backbone."""
 LOADING_HINT = (
     "This folder is a model with tables of lookup-experts, not a plain one: "
     "`import lookup_experts`, then use AutoModelForCausalLM or lookup_experts.load"
@@ -69,7 +71,7 @@ def attached_config_class(backbone: type) -> Any:
     return make_class(
         attached_config_class,
         backbone,
-        f"LookupExperts{backbone.__name__}",
+        ATTACHED + backbone.__name__,
         (LookupConfigMixin, backbone),
         __doc__=f"{backbone.__name__} with lookup experts.",
         _auto_class=None,  # where the backbone's has one: that is what its code is saved for

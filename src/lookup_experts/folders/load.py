@@ -26,6 +26,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.folders.attached_model import LookupExpertsMixin
 from lookup_experts.folders.configuration import (
+    ATTACHED,
     MODEL_TYPE,
     LookupConfigMixin,
     attached_config_class,
@@ -70,8 +71,6 @@ from lookup_experts.table.lanes import check_device
 from lookup_experts.table.reader import open_reader
 from lookup_experts.table.store import Notify, log
 
-_PREFIX = "LookupExperts"
-"""What the name of an attached model's class says beside that of its backbone."""
 _KINDS = ("lookup_experts", OFFLOADED_EMBEDDINGS)
 """What a configuration of ours tells of, one of them or both."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -253,7 +252,7 @@ def attached_class(backbone: Any) -> Any:
     return make_class(
         attached_class,
         backbone,
-        _PREFIX + backbone.__name__,
+        ATTACHED + backbone.__name__,
         (FromFolder, LookupExpertsMixin, backbone),
         __doc__=f"{backbone.__name__} with lookup experts.",
         config_class=attached_config_class(backbone.config_class),
@@ -262,8 +261,8 @@ def attached_class(backbone: Any) -> Any:
 
 def __getattr__(name: str) -> Any:
     """The class of an attached model by its name, as PEFT writes it down beside adapters."""
-    backbone = getattr(transformers, name.removeprefix(_PREFIX), None)
-    if not name.startswith(_PREFIX) or backbone is None:
+    backbone = getattr(transformers, name.removeprefix(ATTACHED), None)
+    if not name.startswith(ATTACHED) or backbone is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return attached_class(backbone)
 
@@ -330,7 +329,7 @@ def _saved_backbone(config_dict: dict[str, Any]) -> Any:
             "package that registers it first, or take a newer transformers."
         )
     architectures = config_dict.get("architectures") or ()
-    prefixes = (_PREFIX, OFFLOADED, _PREFIX + OFFLOADED)
+    prefixes = (ATTACHED, OFFLOADED, ATTACHED + OFFLOADED)
     named = [
         kind
         for kind in found

@@ -520,12 +520,36 @@ def open_reader(
         TableError: the table is missing, damaged, or of another model.
     """
     budget = parse_cache(cache)
-    table = open_table(folder)
-    vocab_size = vocab_size or table.layout.shape.vocab_size
-    expected = TableShape(vocab_size, num_layers, num_experts, row_size)
-    _check_match(table, expected, fingerprint)
+    table = open_table_of_model(
+        folder,
+        num_layers=num_layers,
+        num_experts=num_experts,
+        row_size=row_size,
+        fingerprint=fingerprint,
+        vocab_size=vocab_size,
+    )
     opened = open_store(table, store, verify_checksums=verify_checksums, notify=notify)
     return TableReader(table, opened, dtype, device, budget, rows_per_token)
+
+
+def open_table_of_model(
+    folder: Path,
+    *,
+    num_layers: int,
+    num_experts: int,
+    row_size: int,
+    fingerprint: str,
+    vocab_size: int | None = None,
+) -> Table:
+    """The table of a model; arguments as of `open_reader`. No record is read.
+
+    Raises:
+        TableError: the table is missing, damaged, or of another model.
+    """
+    table = open_table(folder)
+    vocab_size = vocab_size or table.layout.shape.vocab_size
+    _check_match(table, TableShape(vocab_size, num_layers, num_experts, row_size), fingerprint)
+    return table
 
 
 def _check_match(table: Table, expected: TableShape, fingerprint: str) -> None:

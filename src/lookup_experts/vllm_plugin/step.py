@@ -1,0 +1,59 @@
+"""The rows of the step under way, of one model in one process of vLLM."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from lookup_experts.errors import UserError
+from lookup_experts.model.rows import ExpertSource, TokenRows
+
+
+class Step:
+    """A step of a model: the tokens of all requests that it goes on with, chunks of prompts too.
+
+    Attributes:
+        source: where rows come from; None until the model has its weights.
+    """
+
+    def __init__(self) -> None:
+        self.source: ExpertSource | None = None
+        self._rows: TokenRows | None = None
+
+    @contextmanager
+    def of(self, token_ids: Tensor | None, model: Any) -> Iterator[None]:
+        """Within it blocks find the rows of token_ids [T] int; reading has begun.
+
+        Raises:
+            UserError: there are no ids, or the model's weights were never loaded.
+            TableError: an id is outside of the table, or reading can't begin.
+        """
+        if token_ids is None:
+            raise UserError(
+                "A model with lookup experts needs token ids: its experts are looked up by them. "
+                "vLLM gave it embeddings alone."
+            )
+        if self.source is None:
+            raise UserError(
+                "This model with lookup experts never got their weights: vLLM has to load them "
+                "from its folder (--load-format auto)."
+            )
+        self._rows = self.source.rows(token_ids.long().unsqueeze(0), base_model=model)
+        try:
+            yield
+        finally:
+            rows, self._rows = self._rows, None
+            leave = getattr(rows, "leave", None)
+            if leave is not None:
+                leave()
+
+    def rows_for(self, hidden_states: Tensor) -> TokenRows:
+        """The rows of the step under way, whose T tokens `hidden_states` [T, d] are of."""
+        rows = self._rows
+        if rows is None or rows.num_positions * hidden_states.shape[-1] != hidden_states.numel():
+            under_way = "no step" if rows is None else f"a step of {rows.num_positions} tokens"
+            raise RuntimeError(
+                f"A block got hidden states of shape {tuple(hidden_states.shape)} in {under_way}."
+            )
+        return rows
