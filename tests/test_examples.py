@@ -21,12 +21,12 @@ def run(*arguments: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 def test_attach_and_fold():
     assert "the table says what the experts say" in run(EXAMPLES / "attach_and_fold.py")
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 def test_upcycle():
     assert "the folded model says what the trained one says" in run(EXAMPLES / "upcycle.py")
 

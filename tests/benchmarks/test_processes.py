@@ -116,7 +116,7 @@ def test_a_process_does_not_outlive_its_parent():
     assert not Path(f"/proc/{number}/exe").exists()
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 def test_memory_is_that_of_the_process():
     assert 45_000_000 < in_own_process(growth_by_an_array, 50_000_000) < 60_000_000
 

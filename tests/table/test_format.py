@@ -128,7 +128,6 @@ def test_a_row_that_was_half_written_is_not_counted(tmp_path):
         assert writer.verified_rows(30) == 17
 
 
-@pytest.mark.timeout(30)
 def test_a_killed_writer_leaves_what_it_wrote(tmp_path):
     script = """
 import os, sys
@@ -143,7 +142,7 @@ os.kill(os.getpid(), 9)
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}
     command = [sys.executable, "-c", script, str(tmp_path / "part"), str(here)]
-    killed = subprocess.run(command, env=environment, timeout=30)
+    killed = subprocess.run(command, env=environment, timeout=100)
     assert killed.returncode == -signal.SIGKILL
     with ShardWriter(tmp_path / "part", *small_layout(), "f") as writer:
         assert writer.resumed and writer.verified_rows(30) == 12

@@ -272,10 +272,11 @@ def _results(
     from_disk: int,
 ) -> list[Result]:
     read = readers.stats()
-    wanted = sum(
-        reader.stats().ids_unique * reader.table.layout.record_bytes
-        for reader in readers.by_place.values()
-    )
+    wanted = 0
+    for reader in readers.by_place.values():
+        asked = reader.stats()
+        missed = asked.ids_unique - asked.cache_hits
+        wanted += missed * reader.table.layout.record_bytes
     found: list[Result] = []
     for system, taken in seconds.items():
         ratios = pair_ratios(taken, seconds["resident"])
