@@ -8,7 +8,7 @@ TEST_ARGS ?=
 # Where no NVIDIA GPU is found torch is held to the version tested on CPU.
 CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 
-.PHONY: demo test test-all lint results clean
+.PHONY: demo test test-all test-vllm lint results clean
 
 demo: $(VENV)/installed
 	$(BIN)/mole demo $(DEMO_ARGS)
@@ -19,6 +19,10 @@ test: $(VENV)/installed $(VENV)/browser
 # With those that start many processes, some minutes more.
 test-all: $(VENV)/installed $(VENV)/browser
 	$(BIN)/python -m pytest -n auto --dist loadfile $(TEST_ARGS)
+
+# In an environment of its own, since vLLM takes other versions of what both need.
+test-vllm: $(VENV)-vllm/installed
+	$(VENV)-vllm/bin/python -m pytest tests/vllm_plugin $(TEST_ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -39,6 +43,15 @@ $(VENV)/installed: pyproject.toml constraints-cpu.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet $(CONSTRAINT) --requirement requirements-dev.txt
 	touch $@
 
+# Pins hold torch as well, which goes first as above. Then all else as it is pinned, since the wheel
+# of vLLM asks for a torch that is on no index.
+$(VENV)-vllm/installed: pyproject.toml requirements-vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --constraint requirements-vllm.txt torch
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 # The browser test drives Debian's chromium. Where it is missing and can't be installed that test
 # is skipped and says so.
 $(VENV)/browser: $(VENV)/installed
@@ -48,4 +61,4 @@ $(VENV)/browser: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(VENV)-vllm demo

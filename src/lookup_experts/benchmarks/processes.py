@@ -12,6 +12,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -235,12 +236,31 @@ def _listen(pipe: Connection) -> None:
         _thread.interrupt_main()
 
 
+def free_port() -> int:
+    """A port of this machine on which nobody listens, for a server that can't choose one."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
+
+
 # ------------------------------------------------------------------------- what the kernel tells
 
 
 def proportional_set_size() -> int:
     """Bytes of memory that this process holds; shared pages count by their share."""
     return _figure("smaps_rollup", "Pss") * 1024
+
+
+def proportional_set_size_of_family(process: int) -> int:
+    """Bytes of memory that a process, by its number, and all that descend from it hold."""
+    family, held = [process], 0
+    for member in family:
+        with suppress(OSError):  # it has ended
+            held += _figure("smaps_rollup", "Pss", member) * 1024
+            for thread in Path(f"/proc/{member}/task").iterdir():
+                family += map(int, (thread / "children").read_text().split())
+    return held
 
 
 def resident_bytes() -> int:
@@ -275,8 +295,9 @@ class DiskCounter:
         return _figure("io", "read_bytes") - self._before
 
 
-def _figure(file: str, name: str) -> int:
-    for line in Path("/proc/self", file).read_text().splitlines():
+def _figure(file: str, name: str, process: int | str = "self") -> int:
+    path = Path(f"/proc/{process}/{file}")
+    for line in path.read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1])
-    raise OSError(f"/proc/self/{file} has no line {name}")
+    raise OSError(f"{path} has no line {name}")
