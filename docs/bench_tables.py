@@ -203,6 +203,34 @@ def serve(reports: Sequence[Result]) -> str:
     return table(results_of(reports), columns)
 
 
+def serve_by_streams(reports: Sequence[Result]) -> str:
+    """A row for each system of `mole bench serve`, a column of tokens per second for each number of
+    streams, and what the servers' processes hold after the most."""
+    found = {(result["system"], result["streams"]): result for result in results_of(reports)}
+    systems, streams = (list(dict.fromkeys(keys)) for keys in zip(*found, strict=True))
+
+    def speed(name: str, number: int) -> str:
+        result = found.get((name, number))
+        if result is None:
+            return ""
+        ratio = f" ({result['ratio_to_dense']:.2f} ×)" if name.startswith("mole") else ""
+        return f"{result['tokens_per_second']:,.0f}{ratio}"
+
+    def memory(name: str) -> list[str]:
+        result = found.get((name, streams[-1]), {})
+        if "resident_bytes" not in result:
+            return ["", ""]
+        beyond = f"{result['beyond_dense_bytes'] / 1e6:+.0f} MB"
+        held = f"{result['resident_bytes'] / 1e6:,.0f} MB"
+        return [held, beyond if name.startswith("mole") else ""]
+
+    words = [f"{number} stream{'s' if number > 1 else ''}" for number in streams]
+    return markdown(
+        ["tokens/s (× dense)", *words, "resident", "beyond dense"],
+        [[name, *(speed(name, number) for number in streams), *memory(name)] for name in systems],
+    )
+
+
 def soak(reports: Sequence[Result]) -> str:
     """A row for each report of `mole bench serve --soak`."""
     columns: dict[str, Column] = {

@@ -151,6 +151,7 @@ RENDERERS: dict[str, Callable[[Sequence[Result]], str]] = {
     "readme-speed": readme_speed,
     "scale": bench.scale,
     "serve": bench.serve,
+    "serve-by-streams": bench.serve_by_streams,
     "soak": bench.soak,
     "train": bench.train,
     "trainer": bench.trainer,

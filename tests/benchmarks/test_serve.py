@@ -1,6 +1,8 @@
 """`mole bench serve` for real: servers, streams over sockets, a shape small enough for a test."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -72,6 +74,65 @@ def test_beside_serving_without_graphs(tmp_path, ids):
         found["mole"]["tokens_per_second"] / found["mole eager"]["tokens_per_second"]
     )
     assert "ratio_to_eager" not in found["mole eager"]
+
+
+VLLM = """#!{python}
+import json, os, sys
+option = lambda name: sys.argv[sys.argv.index(name) + 1]
+assert sys.argv[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+assert option("--max-num-seqs") == "2"
+options = ["--port", option("--port"), "--model-name", option("--served-model-name")]
+if "mole" in option("--model"):
+    reader = json.loads(option("--additional-config"))["lookup_experts"]
+    assert reader == {{"store": "direct", "cache": "0"}}
+run = "from lookup_experts.cli import main; main()"
+os.execv("{python}", ["{python}", "-c", run, "serve", option("--model"), *options])
+"""
+LLAMA_BENCH = """#!{python}
+import json, sys
+assert sys.argv[sys.argv.index("-pg") + 1] == "8,5"
+print(json.dumps([dict(avg_ts=130.0, build_commit="abc123")]))
+"""
+
+
+@pytest.mark.slow
+def test_beside_vllm_transformers_and_llama_cpp(tmp_path, monkeypatch):
+    """In vLLM's place stands `mole serve` itself, which vLLM is asked for as it would be."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, body in (("python", VLLM), ("vllm", ""), ("llama-bench", LLAMA_BENCH)):
+        (programs / name).write_text(body.format(python=sys.executable))
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    options = ("--streams", "1,2", "--rounds", 1, "--cache", "0", "--peers")
+    results = bench(tmp_path, *options)
+    found = {(result["system"], result["streams"]): result for result in results}
+    servers = ["dense", "mole", "dense in vLLM", "mole in vLLM"]
+    assert list(found) == [
+        ("transformers", 1), ("llama.cpp", 1), ("transformers", 2),
+        *((name, streams) for streams in (1, 2) for name in servers),
+    ]  # fmt: skip
+    assert found["llama.cpp", 1]["tokens_per_second"] == 50
+    assert all(found[name, 2]["lost"] == 0 for name in servers)
+    for vllm in ("", " in vLLM"):
+        dense, mole = found[f"dense{vllm}", 2], found[f"mole{vllm}", 2]
+        ratio = mole["tokens_per_second"] / dense["tokens_per_second"]
+        assert mole["ratio_to_dense"] == pytest.approx(ratio)
+        beyond = mole["resident_bytes"] - dense["resident_bytes"]
+        assert beyond == pytest.approx(mole["beyond_dense_bytes"], abs=20e6)
+    rows = {row["tokens/s (× dense)"]: row for row in result_rows("serve-by-streams", results)}
+    assert list(rows) == ["transformers", "llama.cpp", *servers]
+    assert (rows["llama.cpp"]["1 stream"], rows["llama.cpp"]["2 streams"]) == ("50", "")
+    assert "×" in rows["mole in vLLM"]["2 streams"] and rows["dense"]["beyond dense"] == ""
+    assert rows["mole"]["beyond dense"].endswith(" MB")
+
+
+def test_without_vllm_a_sentence_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = CliRunner().invoke(cli.app, ["bench", "serve", "--peers"])
+    assert "needs vllm on the path" in str(done.exception)
+    done = CliRunner().invoke(cli.app, ["bench", "serve", "--peers", "--soak", "1"])
+    assert "--peers compares loads on the CPU" in str(done.exception)
 
 
 class Answers:

@@ -1,15 +1,16 @@
 """What people would run instead, on the same dense shape: llama.cpp and vLLM, where their own
-programs for measuring are on the path.
+programs for measuring are on the path, and transformers' `generate`.
 
-Each gets a model of random weights whose matrices are those of ours: llama.cpp a GGUF file of the
-architecture `arcee`, vLLM the configuration of a `nemotron`, which are Llamas without a gate in the
-FFN; for a shape with one, both get a Llama.
+Each of the first two gets a model of random weights whose matrices are those of ours: llama.cpp a
+GGUF file of the architecture `arcee`, vLLM the configuration of a `nemotron`, which are Llamas
+without a gate in the FFN; for a shape with one, both get a Llama.
 """
 
 import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ import torch
 
 from lookup_experts.benchmarks.models import Case, dense_model
 from lookup_experts.benchmarks.results import Result
+from lookup_experts.benchmarks.timing import median
 from lookup_experts.errors import UserError
 
 ROUNDS = 5
@@ -50,6 +52,38 @@ class Peer(Protocol):
     def prefill(self, tokens: int) -> Result:
         """`tokens_per_second` of a prompt."""
         ...
+
+
+class Generating(Protocol):
+    """What generates with a dense model, without a server."""
+
+    name: str
+
+    def generate(self, batch: int, prompt: int, tokens: int) -> Result | None:
+        """`tokens_per_second` of new tokens after prompts, whose time counts; None: it has no such
+        batches."""
+        ...
+
+
+def find_generating(case: Case, work: Path) -> list[Generating]:
+    """transformers' `generate`, and llama.cpp where it is on the path."""
+    llama_bench = shutil.which("llama-bench")
+    found: list[Generating] = [Transformers(case)]
+    if llama_bench:
+        found.append(LlamaBench(llama_bench, write_gguf(case, work / "peers")))
+    return found
+
+
+def measured_generating(
+    peers: Sequence[Generating], batches: Sequence[int], prompt: int, tokens: int
+) -> list[Result]:
+    """What each has at each batch; see `Generating`."""
+    return [
+        found | {"system": peer.name, "streams": batch}
+        for batch in batches
+        for peer in peers
+        if (found := peer.generate(batch, prompt, tokens))
+    ]
 
 
 def find_peers(case: Case, device: str, work: Path) -> list[Peer]:
@@ -90,6 +124,36 @@ def measured_peers(
     return results
 
 
+# --------------------------------------------------------------------------------- transformers
+
+
+class Transformers:
+    """transformers' own `generate`, with linear layers as torch has them."""
+
+    name = "transformers"
+
+    def __init__(self, case: Case) -> None:
+        self._model = dense_model(case)
+
+    def generate(self, batch: int, prompt: int, tokens: int) -> Result:
+        """See `Generating`."""
+        size = (batch, prompt)
+        ids = torch.randint(1, self._model.config.vocab_size, size)
+        seconds = []
+        for _ in range(1 + ROUNDS):
+            started_at = time.perf_counter()
+            self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            seconds.append(time.perf_counter() - started_at)
+        return {"tokens_per_second": batch * tokens / median(seconds[1:])}
+
+
 # ------------------------------------------------------------------------------------ llama.cpp
 
 
@@ -108,6 +172,14 @@ class LlamaBench:
     def prefill(self, tokens: int) -> Result:
         """See `Peer`."""
         return self._run("-p", tokens, "-n", 0, "-b", tokens, "-ub", tokens)
+
+    def generate(self, batch: int, prompt: int, tokens: int) -> Result | None:
+        """See `Generating`."""
+        if batch != 1:
+            return None
+        both = self._run("-p", 0, "-n", 0, "-pg", f"{prompt},{tokens}")
+        speed = both["tokens_per_second"] * tokens / (prompt + tokens)
+        return both | {"tokens_per_second": speed}
 
     def _run(self, *words: object) -> Result:
         threads = len(os.sched_getaffinity(0))

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,13 @@ from lookup_experts.benchmarks.models import (
     random_table,
     table_model,
 )
+from lookup_experts.benchmarks.peers import Generating, measured_generating
 from lookup_experts.benchmarks.plots import draw_bars
+from lookup_experts.benchmarks.processes import proportional_set_size_of_family
 from lookup_experts.benchmarks.results import Result, Results
 from lookup_experts.benchmarks.text import id_stream
 from lookup_experts.benchmarks.timing import Advance, median, pair_ratios, percentile, rotated
+from lookup_experts.benchmarks.vllm_server import vllm_server
 from lookup_experts.errors import UserError
 from lookup_experts.generation.folding import save_without_experts
 from lookup_experts.table.opening import Table
@@ -42,6 +46,8 @@ REQUEST_SECONDS = 300.0
 SAMPLE_SECONDS = 5.0
 EAGER = " eager"
 """Behind a system's name: without CUDA graphs."""
+IN_VLLM = " in vLLM"
+"""Behind a system's name: vLLM's server, and not `mole serve`."""
 WARM_UP_SHARE = 0.2
 """Of a soak; the memory after it is compared with that to its end."""
 
@@ -57,23 +63,27 @@ def bench_serve(
     ids: Path | None,
     work: Path,
     results: Results,
+    peers: Sequence[Generating] = (),
 ) -> None:
     """`mole bench serve`: each number of streams of requests, of `prompt` tokens that `tokens` are
     generated for; or with `soak`, the largest for so many minutes.
 
     Args:
         options: of `mole serve`, for each system that is measured: `dense`, `mole`, and with
-            `EAGER` behind the name the same without CUDA graphs.
+            `EAGER` behind the name the same without CUDA graphs; with `IN_VLLM` behind it, of
+            vLLM's server.
         rounds: loads of each system, in turn.
+        peers: measured before the servers start, on the dense model.
     """
+
+    def add(*found: Result) -> None:
+        results.add(*(result | {"dtype": case.dtype_name} for result in found))
+
+    add(*measured_generating(peers, streams, prompt, tokens))
     with (
         loaded(case, options, prompt, tokens, ids, work) as clients,
         console.progress_bar("Serving") as progress,
     ):
-
-        def add(*found: Result) -> None:
-            results.add(*(result | {"dtype": case.dtype_name} for result in found))
-
         if soak:
             (name,) = clients
             add(asyncio.run(_soak(name, clients[name], max(streams), soak, progress)))
@@ -101,17 +111,17 @@ def loaded(
     prompts = [text[start : start + prompt].tolist() for start in starts]
     with ExitStack() as servers:
         clients = {}
-        kinds = sorted({name.removesuffix(EAGER) for name in options})
+        kinds = sorted({name.partition(" ")[0] for name in options})
         folders = {kind: save_folder(kind, case, table, work) for kind in kinds}
-        processes = {
-            name: servers.enter_context(_server(folders[name.removesuffix(EAGER)], *words))
-            for name, words in options.items()
-        }
-        for name, process in processes.items():  # all of them start at once
-            model, url, said = _when_it_serves(process)
+        started: dict[str, tuple[subprocess.Popen[Any], Callable[[], tuple[str, str, str]]]] = {}
+        for name, words in options.items():
+            server: Any = vllm_server if name.endswith(IN_VLLM) else _server
+            started[name] = servers.enter_context(server(folders[name.partition(" ")[0]], *words))
+        for name, (process, wait) in started.items():  # all of them start at once
+            model, url, said = wait()
             for warning in re.findall(r"Steps run without .*", said):
                 console.say(f"{name}: {warning}")
-            clients[name] = Client(model, url, prompts, tokens)
+            clients[name] = Client(model, url, prompts, tokens, process.pid)
         yield clients
 
 
@@ -154,8 +164,10 @@ def _counting_tokenizer(vocab_size: int) -> Any:
 
 
 @contextmanager
-def _server(folder: Path, *options: object) -> Iterator["subprocess.Popen[str]"]:
-    """A server that starts, and ends with the `with` block."""
+def _server(
+    folder: Path, *options: object
+) -> Iterator[tuple["subprocess.Popen[str]", Callable[[], tuple[str, str, str]]]]:
+    """As `vllm_server`, of `mole serve`."""
     program = (sys.executable, "-u", "-c", "from lookup_experts.cli import main; main()")
     process = subprocess.Popen(
         [*program, "serve", str(folder), "--port", "0", *map(str, options)],
@@ -164,7 +176,7 @@ def _server(folder: Path, *options: object) -> Iterator["subprocess.Popen[str]"]
         text=True,
     )
     try:
-        yield process
+        yield process, partial(_when_it_serves, process)
     finally:
         process.terminate()
         try:
@@ -194,6 +206,9 @@ class Stream:
 
     sent_at: float
     token_times: list[float] = field(default_factory=list)
+    """Of pieces: vLLM may send several tokens in one."""
+    num_tokens: int = 0
+    """As the server counts them."""
     complete: bool = False
     error: str | None = None
 
@@ -206,12 +221,21 @@ class Client:
         url: the server's, `http://host:port`.
         prompts: token ids of each.
         tokens: that are generated after each.
+        process: the server's, by its number, where it is one of this machine.
     """
 
-    def __init__(self, model: str, url: str, prompts: Sequence[list[int]], tokens: int) -> None:
+    def __init__(
+        self,
+        model: str,
+        url: str,
+        prompts: Sequence[list[int]],
+        tokens: int,
+        process: int | None = None,
+    ) -> None:
         address = urlsplit(url)
         self._host, self._port = address.hostname or "", address.port or 80
         self.prompts = prompts
+        self.process = process
         self._model, self._tokens = model, tokens
         self._in_turn = itertools.cycle(prompts)
 
@@ -229,6 +253,7 @@ class Client:
             "max_tokens": tokens or self._tokens,
             "temperature": 0,
             "stream": True,
+            "stream_options": {"include_usage": True},
         }
         stream, ended = Stream(time.perf_counter()), False
         try:
@@ -240,14 +265,16 @@ class Client:
                         event = json.loads(line[len(b"data: ") :])
                         if "error" in event:
                             raise UserError(event["error"]["message"])
-                        if event["choices"][0]["finish_reason"] is None:
-                            stream.token_times.append(time.perf_counter())
-                        else:
-                            ended = True
+                        for choice in event["choices"]:
+                            ended = choice["finish_reason"] is not None
+                            if not ended or choice["text"]:
+                                stream.token_times.append(time.perf_counter())
+                        if event.get("usage"):
+                            stream.num_tokens = event["usage"]["completion_tokens"]
         except (OSError, EOFError, ValueError, UserError) as error:  # the request is lost
             stream.error = f"{type(error).__name__}: {error}"
             return stream
-        stream.complete = ended and len(stream.token_times) == (tokens or self._tokens)
+        stream.complete = ended and stream.num_tokens == (tokens or self._tokens)
         return stream
 
     @asynccontextmanager
@@ -289,8 +316,19 @@ async def take_turns(
     loaded once, the others idle.
 
     Each system's result is given to `add`. `ratio_to_dense` of tokens per second is to the dense
-    system served alike, `ratio_to_eager` to the same one without CUDA graphs.
+    system served alike, `ratio_to_eager` to the same one without CUDA graphs. `resident_bytes` is
+    the memory of the server's processes after the last round, `beyond_dense_bytes` more than that
+    of dense.
     """
+
+    def held(name: str) -> Result:
+        process, dense = clients[name].process, clients.get(name.replace("mole", "dense"))
+        if process is None or dense is None or dense.process is None:
+            return {}
+        memory = proportional_set_size_of_family(process)
+        beyond = memory - proportional_set_size_of_family(dense.process)
+        return {"resident_bytes": memory, "beyond_dense_bytes": beyond}
+
     done, total = 0, len(counts) * (rounds + 1) * len(clients)
     for streams in counts:
         requests: dict[str, list[Stream]] = {name: [] for name in clients}
@@ -310,11 +348,11 @@ async def take_turns(
                 "streams": streams,
                 "tokens_per_second": median(speeds[name]),
             }
-            dense, eager = f"dense{EAGER if name.endswith(EAGER) else ''}", f"{name}{EAGER}"
+            dense, eager = name.replace("mole", "dense"), f"{name}{EAGER}"
             for key, other in (("ratio_to_dense", dense), ("ratio_to_eager", eager)):
                 if other in speeds:
                     result[key] = median(pair_ratios(speeds[name], speeds[other]))
-            add(result | _latencies(requests[name]) | _losses(requests[name]))
+            add(result | _latencies(requests[name]) | _losses(requests[name]) | held(name))
 
 
 async def _soak(
@@ -375,7 +413,7 @@ async def _soak(
 
 
 def _num_tokens(streams: Sequence[Stream]) -> int:
-    return sum(len(stream.token_times) for stream in streams)
+    return sum(stream.num_tokens for stream in streams)
 
 
 def _losses(streams: Sequence[Stream]) -> Result:

@@ -28,6 +28,14 @@ def serve(
             min=0, help="Instead: load MoLE for so many minutes with the most streams, steadily."
         ),
     ] = 0,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="On a CPU: also the same folders in vLLM's server, whose `vllm` has to be on the "
+            "path, transformers' generate, and llama.cpp, if llama-bench is there.",
+        ),
+    ] = False,
     device: options.Device = "cpu",
     ids: bench_options.Ids = None,
     work: bench_options.Work = bench_options.WORK,
@@ -38,8 +46,14 @@ def serve(
 
     Example: `mole bench serve --streams 1,8,32 --json serve.json --plot serve.png`
     """
+    from lookup_experts.benchmarks.peers import find_generating
     from lookup_experts.benchmarks.results import Results
-    from lookup_experts.benchmarks.serve import EAGER, bench_serve
+    from lookup_experts.benchmarks.serve import EAGER, IN_VLLM, bench_serve
+    from lookup_experts.benchmarks.vllm_server import options_in_vllm
+    from lookup_experts.errors import UserError
+
+    if peers and (soak or device != "cpu"):
+        raise UserError("--peers compares loads on the CPU; leave it, or --soak and --device, out.")
 
     most = max(bench_options.counts(streams))
     common = ("--device", device, "--weights", weights, "--max-batch", most)
@@ -51,8 +65,12 @@ def serve(
             servers |= {
                 f"{name}{EAGER}": (*words, "--no-graphs") for name, words in servers.items()
             }
+    case = bench_options.case_of(shape, experts, encoding, dtype, form, row_size)
+    if peers:
+        in_vllm = options_in_vllm(store, cache, most)
+        servers |= {f"{name}{IN_VLLM}": words for name, words in in_vllm.items()}
     bench_serve(
-        bench_options.case_of(shape, experts, encoding, dtype, form, row_size),
+        case,
         servers,
         bench_options.counts(streams),
         rounds,
@@ -62,4 +80,5 @@ def serve(
         ids,
         work,
         Results("serve", json, plot),
+        find_generating(case, work) if peers else (),
     )
