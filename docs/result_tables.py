@@ -9,6 +9,7 @@ from functools import partial
 from itertools import groupby
 
 import bench_tables as bench
+import embedding_tables as embeddings
 import forms_tables as forms
 from bench_tables import cache_budget
 from markdown_tables import Column, Result, loss_over_seeds, markdown, results_of, table
@@ -131,6 +132,8 @@ RENDERERS: dict[str, Callable[[Sequence[Result]], str]] = {
     "cache-policies": cache_policies,
     "decode": bench.decode,
     "systems": bench.systems,
+    "embedding-memory": embeddings.embedding_memory,
+    "embedding-steps": embeddings.embedding_steps,
     "encodings": encodings,
     "evaluation": evaluation,
     "forms": forms.forms,

@@ -1,10 +1,12 @@
 """`mole bench` decode, prefill and memory of models with embeddings in tables."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from embedding_models import saved_and_offloaded
+from result_rows import result_rows
 from run_command import run_command
 from safetensors import safe_open
 from tiny_models import VOCAB
@@ -38,6 +40,10 @@ def test_decoding(folders, capsys):
     assert found[2]["store"] == "direct"
     assert 0 < found[2]["hit_rate"] < 1
     assert 0 < found[2]["share_wanted"] <= 1  # of what was missed
+    rows = result_rows("embedding-steps", found)
+    assert [row["embeddings"] for row in rows[:3]] == ["resident", "mapped", "offloaded"]
+    assert (rows[0][""], rows[0]["× resident"]) == ("batch 1", "1.000")
+    assert (rows[1]["× mapped"], rows[2]["cache"]) == ("1.000", "1 MB")
 
 
 def test_prompts(folders, capsys):
@@ -55,6 +61,8 @@ def test_cold_prompts(folders, capsys):
         ("offloaded", True),
     ]
     assert all(result["rows_ms"] > 0 for result in found)
+    rows = result_rows("embedding-steps", found)
+    assert rows[0][""] == "70 tokens, the first prompt, nothing in the page cache"
 
 
 @pytest.mark.slow
@@ -63,6 +71,8 @@ def test_memory(folders, capsys):
     assert list(found) == ["without", "offloaded", "mapped", "resident"]
     assert found["without"]["table_bytes_held"] == 0
     assert found["offloaded"]["page_cache_bytes"] <= 65_536  # headers
+    rows = result_rows("embedding-memory", list(found.values()))
+    assert (rows[0]["embeddings"], rows[0]["for the embeddings"]) == ("without", "0 MB")
 
 
 @pytest.mark.slow
@@ -76,8 +86,14 @@ def test_within_a_limit(folders, capsys):
     found = json.loads(out)["results"]
     assert [result["system"] for result in found] == ["mapped", "offloaded"]
     assert found[1]["ratio_to_mapped"] > 0
-    for place in CONTROL_GROUPS:
-        assert not list(place.glob("mole-bench-*"))
+    assert not _left_behind()
+    assert result_rows("embedding-steps", found)[1][""] == "batch 2, 100MB beside the weights"
+
+
+def _left_behind() -> list[Path]:
+    """Control groups of benchmarks that have ended."""
+    groups = [group for place in CONTROL_GROUPS for group in place.glob("mole-bench-*")]
+    return [group for group in groups if not Path("/proc", group.name.split("-")[-1]).exists()]
 
 
 def test_folders_that_are_no_pair(folders, capsys):
