@@ -61,6 +61,8 @@ DECODING_STEPS = 128
 PROMPT_TOKENS = 512
 CONTROL_GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 """Of the first and the second version."""
+_GROUP = "mole-bench-"
+"""With a process's number, the name of its control group."""
 
 
 @dataclass(frozen=True)
@@ -392,7 +394,7 @@ def _within_limit(
 ) -> tuple[list[float], int, int]:
     """Seconds of each step, the limit, and how often it was met; to be called in a fresh process,
     which stays in the control group that is made for it."""
-    group = _ControlGroup(f"mole-bench-{os.getpid()}")
+    group = _ControlGroup()
     for place in subjects.table_files(system):
         _forget(*place)
     model = subjects.load(system)
@@ -423,17 +425,22 @@ def _steps(model: Any, what: str, tokens: Tensor) -> list[float]:
 
 
 class _ControlGroup:
-    """A control group with this process in it, of the kernel's first or second version.
+    """A control group with this process in it, of the kernel's first or second version; those that
+    killed processes left behind are removed.
 
     Raises:
         UserError: none can be made here.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self) -> None:
         first, second = CONTROL_GROUPS
         self._is_first = first.is_dir()
-        self._place = (first if self._is_first else second) / name
+        groups = first if self._is_first else second
+        self._place = groups / f"{_GROUP}{os.getpid()}"
         try:
+            for left in groups.glob(f"{_GROUP}*"):
+                if not Path("/proc", left.name.removeprefix(_GROUP)).exists():
+                    left.rmdir()
             self._place.mkdir()
             (self._place / "cgroup.procs").write_text(str(os.getpid()))
             self._file("limit_in_bytes", "max").read_text()
