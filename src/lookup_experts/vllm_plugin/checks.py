@@ -20,11 +20,14 @@ from lookup_experts.vllm_plugin.sources import check_table, reader_options
 TESTED_VERSION = "0.32"
 """Of vLLM; another may call the parts of a model in another way."""
 BACKBONES = (
+    "GPTNeoXForCausalLM",
     "GatelessLlamaForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
     "LlamaForCausalLM",
     "MistralForCausalLM",
+    "Olmo2ForCausalLM",
+    "Olmo3ForCausalLM",
     "Phi3ForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
@@ -85,7 +88,7 @@ def _check_backbone(model_config: Any) -> None:
 def _check_ways(vllm_config: Any) -> None:
     """Refuse ways of running that experts have no part in."""
     refused = {
-        "a quantised backbone": vllm_config.quant_config is not None,
+        "a quantised backbone": vllm_config.model_config.quantization is not None,
         "adapters (LoRA)": vllm_config.lora_config is not None,
         "prompts of embeddings, which have no token ids": (
             vllm_config.model_config.enable_prompt_embeds
