@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from embedding_models import saved_and_offloaded
 from random_tables import edit_json
 from tiny_models import attached_model, tiny_model
 
@@ -10,6 +11,7 @@ import lookup_experts as le
 
 pytest.importorskip("vllm", reason="`make test-vllm` runs these with vLLM")
 import vllm
+from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
 from lookup_experts.vllm_plugin import checks
@@ -47,7 +49,6 @@ def test_a_sound_folder_is_taken(folder):
     ("options", "said"),
     [
         ({"enable_lora": True}, r"can't have adapters \(LoRA\)"),
-        ({"pipeline_parallel_size": 3}, r"can't have its blocks shared out .* \(pipeline"),
         ({"enable_prompt_embeds": True}, "can't have prompts of embeddings"),
         ({"quantization": "fp8", "dtype": "bfloat16"}, "can't have a quantised backbone"),
         ({"additional_config": {"lookup_experts": {"cash": "1GB"}}}, "Did you mean 'cache'"),
@@ -57,6 +58,17 @@ def test_a_sound_folder_is_taken(folder):
 def test_a_way_of_running_is_refused(folder, options, said):
     with pytest.raises(ValueError, match=said):
         configure(folder, **options)
+
+
+def test_experts_that_are_computed_stay_in_one_process(folder):
+    with pytest.raises(ValueError, match=r"can't have its blocks in several .* \(pipeline"):
+        configure(folder.parent / "training", pipeline_parallel_size=2)
+
+
+def test_embeddings_in_tables_are_refused(tmp_path):
+    _, offloaded = saved_and_offloaded("llama", tmp_path)
+    with pytest.raises(ValueError, match="has embeddings in tables"):
+        configure(offloaded)
 
 
 def test_a_missing_table_is_refused(own_folder):
@@ -106,3 +118,25 @@ def test_models_without_experts_are_none_of_our_business(tmp_path, monkeypatch):
     assert configure(tmp_path, enable_prompt_embeds=True).model_config.architectures == [
         "LlamaForCausalLM"
     ]
+
+
+@pytest.mark.parametrize("asked_for", [None, CUDAGraphMode.FULL_AND_PIECEWISE])
+def test_on_a_gpu_no_graph_holds_the_experts(monkeypatch, asked_for):
+    """They are computed between graphs, as attention is."""
+    monkeypatch.setattr(checks.current_platform, "is_cpu", lambda: False)
+    compilation = CompilationConfig(cudagraph_mode=asked_for)
+    checks._let_graphs_be_split(compilation)
+    assert compilation.cudagraph_mode is CUDAGraphMode.PIECEWISE
+    assert {"lookup_experts::add_in_block", "vllm::unified_attention_with_output"} <= set(
+        compilation.splitting_ops
+    )
+
+
+def test_on_a_gpu_who_wants_no_graphs_gets_none(monkeypatch):
+    monkeypatch.setattr(checks.current_platform, "is_cpu", lambda: False)
+    compilation = CompilationConfig(
+        cudagraph_mode=CUDAGraphMode.NONE, splitting_ops=["vllm::some_op"]
+    )
+    checks._let_graphs_be_split(compilation)
+    assert compilation.cudagraph_mode is CUDAGraphMode.NONE
+    assert compilation.splitting_ops == ["vllm::some_op", "lookup_experts::add_in_block"]

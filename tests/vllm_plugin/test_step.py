@@ -29,6 +29,7 @@ def step(folder):
     )
     store = open_store(table, "direct", verify_checksums=True, notify=lambda message: None)
     step = Step()
+    step.num_blocks = 1
     step.source = TableReader(table, store, torch.float32, cache="10KB")
     with torch.no_grad():
         yield step
@@ -75,6 +76,11 @@ def test_a_damaged_record_is_an_error_in_the_step_that_needs_it(step, folder):
         step.rows_for(torch.zeros(8, SIZE)).layer(0)
     with step.of(ids_of(7), None):
         step.rows_for(torch.zeros(7, SIZE)).layer(0)
+
+
+def test_a_step_in_which_a_block_asks_for_nothing_is_an_error(step):
+    with pytest.raises(RuntimeError, match="Of 1 blocks .* 0 asked"), step.of(ids_of(3), None):
+        pass
 
 
 def test_embeddings_alone_are_refused(step):

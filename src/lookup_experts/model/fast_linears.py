@@ -353,9 +353,7 @@ def make_fast(
                 kind = kind_for(weight)
                 if kind is not None:
                     turn_into(Int8Linear if weights == "int8" else kind, module, ties)
-        for block in model.modules():
-            if isinstance(block, LookupBlock):
-                _make_block_fast(block)
+        make_blocks_fast(model)
 
     # By a thread that ends. OpenMP keeps helpers for each thread that has used it; with more of
     # them than cores it lets all sleep between two operations, and a step in whatever other thread
@@ -382,12 +380,18 @@ def describe_linears(model: Any) -> str:
     return ", ".join(f"{count} {words}" for words, count in found.items()) or "none"
 
 
-def _make_block_fast(block: LookupBlock) -> None:
-    """What reads rows stays in its dtype, 8 bits or not.
+@torch.no_grad()
+def make_blocks_fast(model: nn.Module) -> None:
+    """`make_fast` for what reads rows alone, which stays in its dtype, 8 bits or not."""
+    for block in model.modules():
+        if isinstance(block, LookupBlock):
+            _make_block_fast(block)
 
-    A router is a small product, but for several rows in bfloat16 torch arranges its weight anew in
-    every call, which takes longer; packed it uses the code that the FFN has just used as well. For
-    a single row the plain weight is best, so it stays.
+
+def _make_block_fast(block: LookupBlock) -> None:
+    """A router is a small product, but for several rows in bfloat16 torch arranges its weight anew
+    in every call, which takes longer; packed it uses the code that the FFN has just used as well.
+    For a single row the plain weight is best, so it stays.
     """
     for name, module in block.named_children():
         if is_called_plainly(module, nn.Linear):

@@ -1,6 +1,7 @@
 """Classes of vLLM's with lookup experts attached, by the name of an attached model's class.
 
-`LookupExpertsLlamaForCausalLM` of this module is vLLM's `LlamaForCausalLM` with experts.
+`LookupExpertsLlamaForCausalLM` of this module is vLLM's `LlamaForCausalLM` with experts. Models
+that have embeddings in tables get a class as well, for vLLM to look at; `checks.py` refuses them.
 """
 
 import re
@@ -12,11 +13,15 @@ from typing import Any
 from torch import Tensor, nn
 from vllm import ModelRegistry
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.utils import PPMissingLayer
 
+from lookup_experts.errors import UserError
 from lookup_experts.folders.configuration import ATTACHED
 from lookup_experts.folders.experts_alone import backbone_folder
 from lookup_experts.folders.model_folder import local_folder, refuse_partial_loading
-from lookup_experts.model.blocks import find_ffns
+from lookup_experts.folders.offloaded_model import PREFIX as OFFLOADED
+from lookup_experts.model.blocks import FFN_NAMES
+from lookup_experts.model.fast_linears import make_blocks_fast
 from lookup_experts.model.forms import Sizes, get_form
 from lookup_experts.model.settings import LookupSettings
 from lookup_experts.vllm_plugin.blocks import place_block
@@ -29,7 +34,7 @@ _OF_BLOCK = re.compile(r"\.(\d+)\.\w+\.lookup_experts\.(.+)")
 
 
 def __getattr__(name: str) -> Any:
-    backbone = name.removeprefix(ATTACHED)
+    backbone = name.removeprefix(ATTACHED).removeprefix(OFFLOADED)
     if backbone == name or backbone not in ModelRegistry.models:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _attached_class(backbone)
@@ -59,8 +64,10 @@ class ModelWithExperts:
         sizes = Sizes(config.vocab_size, config.hidden_size, config.hidden_size)
         model: Any = self
         names = {module: name for name, module in model.named_modules(prefix=prefix)}
-        ffns = find_ffns(model)
+        ffns = _ffns_here(model)
         for place, number in enumerate(self._settings.layers):
+            if number not in ffns:
+                continue
             block = form.new_reader(place, self._settings, sizes)
             if self._settings.form == "experts":
                 block.routed = form.new_maker(self._settings, sizes)
@@ -87,7 +94,7 @@ class ModelWithExperts:
             TableError: see `open_source`.
         """
         model: Any = self
-        experts = _ExpertWeights(find_ffns(model))
+        experts = _ExpertWeights(_ffns_here(model), self._settings)
         loaded = super().load_weights(experts.taken_out_of(weights))  # type: ignore[misc]
         refuse_partial_loading(
             self._folder, experts.report(), "missing", "mismatched", "unexpected"
@@ -102,6 +109,7 @@ class ModelWithExperts:
                 next(model.parameters()).device,
                 reader_options(self._vllm_config.additional_config),
             )
+            make_blocks_fast(model)
         return loaded | {name for name, _ in model.named_parameters() if ".lookup_experts." in name}
 
     def forward(
@@ -119,20 +127,46 @@ class ModelWithExperts:
             )
 
 
+def _ffns_here(model: Any) -> dict[int, Any]:
+    """The FFNs of a model's blocks by the blocks' numbers; of blocks in other processes none.
+
+    Raises:
+        UserError: a block has no FFN, or several.
+    """
+    blocks: Any = next(
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
+    )
+    found = {}
+    for number, block in enumerate(blocks):
+        if isinstance(block, PPMissingLayer):
+            continue
+        ffns = [child for name, child in block.named_children() if name in FFN_NAMES]
+        if len(ffns) != 1:
+            raise UserError(
+                f"vLLM's {type(model).__name__} has {len(ffns) or 'no'} FFNs in block {number}, "
+                "where lookup experts expect one."
+            )
+        found[number] = ffns[0]
+    return found
+
+
 class _ExpertWeights:
     """Takes what belongs to experts out of a stream of weights and gives it to them.
 
     Args:
-        ffns: of every block of a model.
+        ffns: of the blocks in this process, by their numbers.
+        settings: what was attached.
     """
 
-    def __init__(self, ffns: list[nn.Module]) -> None:
+    def __init__(self, ffns: dict[int, Any], settings: LookupSettings) -> None:
+        self._elsewhere = {str(number) for number in settings.layers if number not in ffns}
         self._missing = {
             f"{number}.{name}": weight
-            for number, ffn in enumerate(ffns)
-            for block in (ffn._modules.get("lookup_experts"),)
-            if block is not None
-            for name, weight in block.named_parameters()
+            for number in settings.layers
+            if number in ffns
+            for name, weight in ffns[number].lookup_experts.named_parameters()
         }
         self._unexpected: list[str] = []
         self._mismatched: list[str] = []
@@ -145,6 +179,8 @@ class _ExpertWeights:
                 yield name, given
                 continue
             weight = self._missing.pop(f"{found[1]}.{found[2]}", None)
+            if weight is None and found[1] in self._elsewhere:
+                continue
             if weight is None:
                 self._unexpected.append(name)
             elif weight.shape != given.shape:

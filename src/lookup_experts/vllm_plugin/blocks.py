@@ -59,9 +59,15 @@ class FFNWithExperts:
 
 
 @cache
-def _with_experts(ffn: Any) -> Any:
-    """The class of FFNs of a class once they have experts."""
-    return type(f"{ffn.__name__}WithExperts", (FFNWithExperts, ffn), {})
+def _with_experts(ffn: Any, forward: Any) -> Any:
+    """The class of FFNs once they have experts.
+
+    Args:
+        ffn: their class.
+        forward: what they do instead of what their class says; None: nothing.
+    """
+    plain = ffn if forward is None else type(ffn.__name__, (ffn,), {"forward": forward})
+    return type(f"{ffn.__name__}WithExperts", (FFNWithExperts, plain), {})
 
 
 def place_block(ffn: Any, block: LookupBlock, name: str, step: Step, vllm_config: Any) -> None:
@@ -74,8 +80,11 @@ def place_block(ffn: Any, block: LookupBlock, name: str, step: Step, vllm_config
     """
     ffn.add_module("lookup_experts", block)
     ffn.lookup_name = f"{name}.lookup_experts"
+    # vLLM gives the modules that it takes from transformers a `forward` of their own.
+    own_forward = ffn.__dict__.pop("forward", None)
     plain: Any = type(ffn)
-    ffn.__class__ = _with_experts(plain)
+    ffn.__class__ = _with_experts(plain, getattr(own_forward, "__func__", None))
+    step.num_blocks += 1
     known = vllm_config.compilation_config.static_forward_context
     assert ffn.lookup_name not in known, f"two blocks are called {ffn.lookup_name}"
     known[ffn.lookup_name] = PlacedBlock(block, step)

@@ -59,10 +59,10 @@ def refuse_or_adapt(vllm_config: Any) -> None:
     require_tested_version()
     model_config = vllm_config.model_config
     _check_backbone(model_config)
-    _check_ways(vllm_config)
+    settings = LookupSettings.from_dict(model_config.hf_config.lookup_experts)
+    _check_ways(vllm_config, settings)
     reader_options(vllm_config.additional_config)
     folder = local_folder(model_config.model)
-    settings = LookupSettings.from_dict(model_config.hf_config.lookup_experts)
     _check_reference(folder, settings)
     if settings.form == "table":
         check_table(folder, settings, model_config.hf_config)
@@ -72,34 +72,33 @@ def refuse_or_adapt(vllm_config: Any) -> None:
 
 
 def _check_backbone(model_config: Any) -> None:
+    if hasattr(model_config.hf_config, OFFLOADED_EMBEDDINGS):
+        raise UserError(
+            f"{model_config.model} has embeddings in tables, which vLLM can't read; `mole serve` "
+            "does."
+        )
     backbone = model_config.architecture.removeprefix(ATTACHED)
     if backbone not in BACKBONES:
         raise UserError(
             f"vLLM can't run a {backbone} with lookup experts: these are tested with "
             f"{', '.join(BACKBONES)}. `mole serve` takes any."
         )
-    if hasattr(model_config.hf_config, OFFLOADED_EMBEDDINGS):
-        raise UserError(
-            f"{model_config.model} has embeddings in tables, which vLLM can't read; `mole serve` "
-            "does."
-        )
 
 
-def _check_ways(vllm_config: Any) -> None:
+def _check_ways(vllm_config: Any, settings: LookupSettings) -> None:
     """Refuse ways of running that experts have no part in."""
+    model_config = vllm_config.model_config
+    stages = vllm_config.parallel_config.pipeline_parallel_size
     refused = {
-        "a quantised backbone": vllm_config.model_config.quantization is not None,
+        "a quantised backbone": model_config.quantization is not None,
         "adapters (LoRA)": vllm_config.lora_config is not None,
-        "prompts of embeddings, which have no token ids": (
-            vllm_config.model_config.enable_prompt_embeds
-        ),
-        "its blocks shared out among processes (pipeline parallel)": (
-            vllm_config.parallel_config.pipeline_parallel_size > 1
-        ),
+        "prompts of embeddings, which have no token ids": model_config.enable_prompt_embeds,
+        "its blocks in several processes (pipeline parallel) as long as experts, which need the "
+        "embedding, aren't folded into a table": stages > 1 and settings.form == "experts",
     }
     for what, is_asked_for in refused.items():
         if is_asked_for:
-            raise UserError(f"In vLLM a model with lookup experts can't have {what}; leave it out.")
+            raise UserError(f"In vLLM a model with lookup experts can't have {what}.")
 
 
 def _check_reference(folder: Path, settings: LookupSettings) -> None:

@@ -15,11 +15,14 @@ class Step:
 
     Attributes:
         source: where rows come from; None until the model has its weights.
+        num_blocks: how many blocks have experts, here. In each step all of them must ask for rows.
     """
 
     def __init__(self) -> None:
         self.source: ExpertSource | None = None
+        self.num_blocks = 0
         self._rows: TokenRows | None = None
+        self._asked = 0
 
     @contextmanager
     def of(self, token_ids: Tensor | None, model: Any) -> Iterator[None]:
@@ -28,6 +31,7 @@ class Step:
         Raises:
             UserError: there are no ids, or the model's weights were never loaded.
             TableError: an id is outside of the table, or reading can't begin.
+            RuntimeError: blocks went on without their experts.
         """
         if token_ids is None:
             raise UserError(
@@ -40,8 +44,14 @@ class Step:
                 "from its folder (--load-format auto)."
             )
         self._rows = self.source.rows(token_ids.long().unsqueeze(0), base_model=model)
+        self._asked = 0
         try:
             yield
+            if self._asked != self.num_blocks:
+                raise RuntimeError(
+                    f"Of {self.num_blocks} blocks with lookup experts {self._asked} asked for "
+                    "their rows in a step: this vLLM calls FFNs in another way."
+                )
         finally:
             rows, self._rows = self._rows, None
             leave = getattr(rows, "leave", None)
@@ -51,6 +61,7 @@ class Step:
     def rows_for(self, hidden_states: Tensor) -> TokenRows:
         """The rows of the step under way, whose T tokens `hidden_states` [T, d] are of."""
         rows = self._rows
+        self._asked += 1
         if rows is None or rows.num_positions * hidden_states.shape[-1] != hidden_states.numel():
             under_way = "no step" if rows is None else f"a step of {rows.num_positions} tokens"
             raise RuntimeError(
