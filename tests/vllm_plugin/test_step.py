@@ -79,7 +79,7 @@ def test_a_damaged_record_is_an_error_in_the_step_that_needs_it(step, folder):
 
 
 def test_a_step_in_which_a_block_asks_for_nothing_is_an_error(step):
-    with pytest.raises(RuntimeError, match="Of 1 blocks .* 0 asked"), step.of(ids_of(3), None):
+    with pytest.raises(RuntimeError, match=r"Of 1 blocks .* 0 asked"), step.of(ids_of(3), None):
         pass
 
 
