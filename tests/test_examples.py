@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import greedy
 from tiny_runs import make_data, tiny_recipe
+from transformers import AutoTokenizer
 
+import lookup_experts as le
 from lookup_experts.training.train import train
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -39,6 +42,20 @@ def test_train_tokenizer(tmp_path):
     out = tmp_path / "tokenizer"
     assert "entries in" in run(EXAMPLES / "train_tokenizer.py", text, out, "--entries", "300")
     assert (out / "tokenizer.json").is_file()
+
+
+@pytest.mark.timeout(300)
+def test_smollm2(tmp_path):
+    """Upcycled, folded and served it is in tests/vllm_plugin/test_smollm2.py."""
+    folder = tmp_path / "smollm2"
+    example = [sys.executable, str(EXAMPLES / "smollm2.py"), str(folder)]
+    done = subprocess.run(example, capture_output=True, text=True, check=False)
+    if "can't be fetched" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert "Paris" in tokenizer.decode(greedy(le.load(folder), prompt, 5)[0])
 
 
 @pytest.mark.timeout(300)

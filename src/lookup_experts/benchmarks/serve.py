@@ -216,6 +216,8 @@ class Stream:
 class Client:
     """Sends requests of a fixed size to one server, the prompts in turn.
 
+    Tokens are drawn: with random weights the likeliest soon repeat, and nothing would be read.
+
     Args:
         model: the served name.
         url: the server's, `http://host:port`.
@@ -251,7 +253,7 @@ class Client:
             "model": self._model,
             "prompt": prompt or next(self._in_turn),
             "max_tokens": tokens or self._tokens,
-            "temperature": 0,
+            "temperature": 1,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
