@@ -19,6 +19,9 @@ SIZE = 8
 class Rows:
     num_positions = 5
 
+    def mix(self, layer, weights, experts=None):
+        return weights.expand(5, SIZE)
+
 
 class Source:
     def rows(self, token_ids, ready=False, base_model=None):
@@ -26,10 +29,11 @@ class Source:
 
 
 class AddsTwice(LookupBlock):
-    """Twice what the FFN was given."""
+    """Twice what the FFN was given, and 3 from its rows."""
 
     def forward(self, hidden_states, rows, observe=None):
-        return 2 * hidden_states
+        weights = hidden_states.new_full((rows.num_positions, 1), 3.0)
+        return 2 * hidden_states + rows.mix(self.layer, weights).view(hidden_states.shape)
 
 
 class Halves(nn.Module):
@@ -55,7 +59,7 @@ class Block(nn.Module):
 def placed(block, step):
     known = {}
     config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=known))
-    place_block(block.mlp, AddsTwice(0), "layers.0.mlp", step, config)
+    place_block(block.mlp, AddsTwice(0), SIZE, "layers.0.mlp", step, config)
     return ForwardContext(no_compile_layers=known, attn_metadata={}, slot_mapping={})
 
 
@@ -79,7 +83,7 @@ def test_an_ffn_adds_what_its_experts_say(step, own_forward, compiled, shape):
     states = torch.randn(shape)
     with override_forward_context(context), step.of(torch.arange(5), None):
         found = run(states)
-    assert torch.allclose(found, 3.5 * states + own_forward)
+    assert torch.allclose(found, 3.5 * states + 3 + own_forward)
 
 
 def test_names_of_parameters_stay(step):

@@ -127,7 +127,7 @@ def test_on_a_gpu_no_graph_holds_the_experts(monkeypatch, asked_for):
     compilation = CompilationConfig(cudagraph_mode=asked_for)
     checks._let_graphs_be_split(compilation)
     assert compilation.cudagraph_mode is CUDAGraphMode.PIECEWISE
-    assert {"lookup_experts::add_in_block", "vllm::unified_attention_with_output"} <= set(
+    assert {"lookup_experts::mix_rows_of_step", "vllm::unified_attention_with_output"} <= set(
         compilation.splitting_ops
     )
 
@@ -139,4 +139,4 @@ def test_on_a_gpu_who_wants_no_graphs_gets_none(monkeypatch):
     )
     checks._let_graphs_be_split(compilation)
     assert compilation.cudagraph_mode is CUDAGraphMode.NONE
-    assert compilation.splitting_ops == ["vllm::some_op", "lookup_experts::add_in_block"]
+    assert compilation.splitting_ops == ["vllm::some_op", "lookup_experts::mix_rows_of_step"]

@@ -45,7 +45,7 @@ def ids_of(count):
 def test_rows_of_a_step_are_its_tokens(step, folder, count):
     ids, weights = ids_of(count), torch.full((count, 3), 0.5)
     with step.of(ids, None):
-        found = step.rows_for(torch.zeros(count, SIZE)).mix(1, weights)
+        found = step.rows_for(count).mix(1, weights)
     with open_store(open_table(folder), "memory", notify=print) as store:
         whole = TableReader(open_table(folder), store, torch.float32)
         expected = whole.rows(ids.long().unsqueeze(0)).mix(1, weights)
@@ -58,24 +58,24 @@ def test_rows_are_given_back_at_the_end(step, fails):
     """Or the next step would find no slots in the row cache."""
     for _ in range(20):
         with contextlib.suppress(ZeroDivisionError), step.of(ids_of(SLOT_BATCH), None):
-            assert isinstance(step.rows_for(torch.zeros(SLOT_BATCH, SIZE)), MemoryRows)
+            assert isinstance(step.rows_for(SLOT_BATCH), MemoryRows)
             assert 1 / (not fails)
 
 
 def test_hidden_states_of_another_step_are_refused(step):
     with step.of(ids_of(3), None), pytest.raises(RuntimeError, match="a step of 3 tokens"):
-        step.rows_for(torch.zeros(4, SIZE))
+        step.rows_for(4)
     with pytest.raises(RuntimeError, match="no step"):
-        step.rows_for(torch.zeros(3, SIZE))
+        step.rows_for(3)
 
 
 def test_a_damaged_record_is_an_error_in_the_step_that_needs_it(step, folder):
     shard = next(folder.glob("*.safetensors"))
     flip_bit(shard, DATA_START + step.source.table.layout.stride * 7 + 5)
     with pytest.raises(TableError, match="record of id 7 is damaged"), step.of(ids_of(8), None):
-        step.rows_for(torch.zeros(8, SIZE)).layer(0)
+        step.rows_for(8).layer(0)
     with step.of(ids_of(7), None):
-        step.rows_for(torch.zeros(7, SIZE)).layer(0)
+        step.rows_for(7).layer(0)
 
 
 def test_a_step_in_which_a_block_asks_for_nothing_is_an_error(step):

@@ -24,7 +24,7 @@ from lookup_experts.model.blocks import FFN_NAMES
 from lookup_experts.model.fast_linears import make_blocks_fast
 from lookup_experts.model.forms import Sizes, get_form
 from lookup_experts.model.settings import LookupSettings
-from lookup_experts.vllm_plugin.blocks import place_block
+from lookup_experts.vllm_plugin.blocks import place_block, widen_routers
 from lookup_experts.vllm_plugin.checks import require_tested_version
 from lookup_experts.vllm_plugin.sources import open_source, reader_options
 from lookup_experts.vllm_plugin.step import Step
@@ -72,7 +72,9 @@ class ModelWithExperts:
             if self._settings.form == "experts":
                 block.routed = form.new_maker(self._settings, sizes)
             block.requires_grad_(False)
-            place_block(ffns[number], block, names[ffns[number]], self._step, vllm_config)
+            row_size = self._settings.row_size or sizes.hidden_size
+            name = names[ffns[number]]
+            place_block(ffns[number], block, row_size, name, self._step, vllm_config)
 
     @property
     def secondary_weights(self) -> list[Any]:
@@ -109,6 +111,7 @@ class ModelWithExperts:
                 next(model.parameters()).device,
                 reader_options(self._vllm_config.additional_config),
             )
+            widen_routers(model)
             make_blocks_fast(model)
         return loaded | {name for name, _ in model.named_parameters() if ".lookup_experts." in name}
 

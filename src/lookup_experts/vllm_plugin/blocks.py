@@ -2,18 +2,21 @@
 
 As in `model/wiring.py` the FFN has a child `lookup_experts`, and what that gives is added to its
 output. Here no hook does it but the FFN's own `forward`, in a class made of its own: so the names
-of the backbone's parameters stay as they are, and a compiled graph has one opaque operation for it.
-What that operation needs of a step lies elsewhere than in the graph, as with vLLM's attention: it
-finds its block by name in the forward context.
+of the backbone's parameters stay as they are.
 
-Shapes: T tokens of a step, d hidden size.
+What the child computes is part of a compiled graph; the rows of a step are not. Their weighted sum
+is one operation that no graph looks into, and that finds its block by name in the forward context,
+as vLLM's attention does.
+
+Shapes: T tokens of a step, N rows of a token and layer, d hidden size, r numbers of a row.
 """
 
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.library import Library
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -21,7 +24,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from lookup_experts.model.forms import LookupBlock
 from lookup_experts.vllm_plugin.step import Step
 
-OPERATION = "lookup_experts::add_in_block"
+OPERATION = "lookup_experts::mix_rows_of_step"
 
 
 class PlacedBlock:
@@ -36,14 +39,32 @@ class PlacedBlock:
         self._block = block
         self._step = step
 
-    def add_to(self, output: Tensor, hidden_states: Tensor) -> Tensor:
-        """The FFN's output [T, d] with what the experts add, a new tensor; `hidden_states` [T, d]
-        is what the FFN was given."""
-        shape = output.shape
-        rows = self._step.rows_for(hidden_states)
-        batch = (1, *shape[-2:])
-        added = self._block.add_to(output.view(batch), hidden_states.view(batch), rows)
-        return added.view(shape)
+    def mix(self, weights: Tensor) -> Tensor:
+        """[T, r]: the rows of a step's tokens, by weights [T, N]."""
+        rows = self._step.rows_for(len(weights))
+        return rows.mix(self._block.layer, weights, self._block.maker)
+
+
+class RowsInGraph:
+    """The `TokenRows` of a step as a graph sees them: it can have them mixed.
+
+    Args:
+        name: of the block that asks.
+        hidden_states: [..., d], what its FFN is given.
+        row_size: r.
+    """
+
+    def __init__(self, name: str, hidden_states: Tensor, row_size: int) -> None:
+        self.num_positions = hidden_states.numel() // hidden_states.shape[-1]
+        self._name = name
+        self._dtype = hidden_states.dtype
+        self._row_size = row_size
+
+    def mix(self, layer: int, weights: Tensor, experts: nn.Module | None = None) -> Tensor:
+        """See `TokenRows.mix`."""
+        return torch.ops.lookup_experts.mix_rows_of_step(
+            weights.to(self._dtype), self._name, self._row_size
+        )
 
 
 class FFNWithExperts:
@@ -51,11 +72,14 @@ class FFNWithExperts:
 
     lookup_name: str
     """By which the operation finds its block."""
+    lookup_row_size: int
+    """r"""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         hidden_states = args[0] if args else next(iter(kwargs.values()))
-        return torch.ops.lookup_experts.add_in_block(hidden_states, output, self.lookup_name)
+        rows = RowsInGraph(self.lookup_name, hidden_states, self.lookup_row_size)
+        return output + self.lookup_experts(hidden_states, rows)  # type: ignore[attr-defined]
 
 
 @cache
@@ -70,16 +94,20 @@ def _with_experts(ffn: Any, forward: Any) -> Any:
     return type(f"{ffn.__name__}WithExperts", (FFNWithExperts, plain), {})
 
 
-def place_block(ffn: Any, block: LookupBlock, name: str, step: Step, vllm_config: Any) -> None:
+def place_block(
+    ffn: Any, block: LookupBlock, row_size: int, name: str, step: Step, vllm_config: Any
+) -> None:
     """Have what `block` gives added to the output of `ffn`, from now on.
 
     Args:
+        row_size: r.
         name: of the FFN, as no other of vLLM's layers is called.
         step: of its model.
         vllm_config: with the context in which the operation looks.
     """
     ffn.add_module("lookup_experts", block)
     ffn.lookup_name = f"{name}.lookup_experts"
+    ffn.lookup_row_size = row_size
     # vLLM gives the modules that it takes from transformers a `forward` of their own.
     own_forward = ffn.__dict__.pop("forward", None)
     plain: Any = type(ffn)
@@ -90,18 +118,34 @@ def place_block(ffn: Any, block: LookupBlock, name: str, step: Step, vllm_config
     known[ffn.lookup_name] = PlacedBlock(block, step)
 
 
-def _add_in_block(hidden_states: Tensor, output: Tensor, block: str) -> Tensor:
-    return get_forward_context().no_compile_layers[block].add_to(output, hidden_states)
+class RouterInFloat32(nn.Linear):
+    """A router that multiplies in float32. For a product as small, torch takes twice as long in
+    bfloat16."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., d] -> [..., N] in float32."""
+        return F.linear(states.float(), self.weight)
 
 
-def _shape_of_sum(hidden_states: Tensor, output: Tensor, block: str) -> Tensor:
-    return torch.empty_like(output)
+@torch.no_grad()
+def widen_routers(model: Any) -> None:
+    """Let the routers of a model that has its weights multiply in float32."""
+    for block in model.modules():
+        router = block._modules.get("router") if isinstance(block, LookupBlock) else None
+        if router is not None:
+            router.weight.data = router.weight.data.float()
+            router.__class__ = RouterInFloat32
+
+
+def _mix(weights: Tensor, block: str, row_size: int) -> Tensor:
+    return get_forward_context().no_compile_layers[block].mix(weights)
+
+
+def _shape_of_mixed(weights: Tensor, block: str, row_size: int) -> Tensor:
+    return weights.new_empty(weights.shape[0], row_size)
 
 
 _library = Library("lookup_experts", "FRAGMENT")
 direct_register_custom_op(
-    OPERATION.partition("::")[2],
-    _add_in_block,
-    fake_impl=_shape_of_sum,
-    target_lib=_library,
+    OPERATION.partition("::")[2], _mix, fake_impl=_shape_of_mixed, target_lib=_library
 )

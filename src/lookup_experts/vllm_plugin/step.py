@@ -58,13 +58,11 @@ class Step:
             if leave is not None:
                 leave()
 
-    def rows_for(self, hidden_states: Tensor) -> TokenRows:
-        """The rows of the step under way, whose T tokens `hidden_states` [T, d] are of."""
+    def rows_for(self, num_tokens: int) -> TokenRows:
+        """The rows of the step under way, asked for by a block that was given `num_tokens`."""
         rows = self._rows
         self._asked += 1
-        if rows is None or rows.num_positions * hidden_states.shape[-1] != hidden_states.numel():
+        if rows is None or rows.num_positions != num_tokens:
             under_way = "no step" if rows is None else f"a step of {rows.num_positions} tokens"
-            raise RuntimeError(
-                f"A block got hidden states of shape {tuple(hidden_states.shape)} in {under_way}."
-            )
+            raise RuntimeError(f"A block was given {num_tokens} tokens in {under_way}.")
         return rows
