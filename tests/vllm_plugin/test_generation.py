@@ -156,11 +156,11 @@ def test_preempted_texts_go_on_as_if_nothing_had_been(folder):
     assert [ids for ids, _ in found] == [ids for ids, _ in our_greedy(folder, prompts, 40)]
 
 
-def test_two_ranks_say_the_same(folder):
+@pytest.mark.parametrize("cut", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_ranks_say_the_same(folder, cut):
     prompts = mixed_prompts(16, vocab_size=300)
-    with engine(
-        folder, tensor_parallel_size=2, enforce_eager=False, additional_config=FROM_DISK
-    ) as ranks:
+    ways = {cut: 2, "enforce_eager": False, "additional_config": FROM_DISK}
+    with engine(folder, **ways) as ranks:
         found = vllm_greedy(ranks, prompts)
     for (ids, logprobs), (ours, our_logprobs) in zip(
         found, our_greedy(folder, prompts), strict=True
