@@ -6,7 +6,7 @@ it to one of transformers (`attached_model.py`, `blocks.py`); what its blocks ne
 asked for ahead of the first one (`step.py`). What can't be served is refused before a worker starts
 (`checks.py`).
 
-But for this file nothing here can be imported without vLLM.
+Without vLLM only this file, `sources.py` and `step.py` can be imported.
 """
 
 
