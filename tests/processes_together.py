@@ -100,12 +100,17 @@ def told_by_accelerate(configuration: Path, folder: Path) -> dict[str, str]:
     Seconds faster than to have them train: they needn't import anything.
     """
     script = folder / "tell.py"
-    script.write_text("import json, os\nprint(os.environ['RANK'], json.dumps(dict(os.environ)))\n")
+    script.write_text(
+        "import json, os, sys\n"
+        "with open(sys.argv[1] + os.environ['RANK'], 'w') as told:\n"  # a pipe would mix them
+        "    json.dump(dict(os.environ), told)\n"
+    )
     options = ("--num_processes", 2, "--main_process_port", 0)  # any port that is free
     accelerate = (sys.executable, "-m", "accelerate.commands.launch")
-    done = launch(*accelerate, "--config_file", configuration, *options, script)
+    told_by = folder / "told-by-"
+    done = launch(*accelerate, "--config_file", configuration, *options, script, told_by)
     assert done.returncode == 0, done.stderr[-2000:]
-    told = [json.loads(line[2:]) for line in done.stdout.splitlines()]
+    told = [json.loads(Path(f"{told_by}{rank}").read_text()) for rank in range(2)]
     assert [environment["WORLD_SIZE"] for environment in told] == ["2", "2"]
     names = ("ACCELERATE_", "FSDP_")
     return {name: value for name, value in told[0].items() if name.startswith(names)}
