@@ -343,6 +343,7 @@ def _measure_cold(subjects: Subjects, tokens: int, pairs: int) -> list[Result]:
 @torch.inference_mode()
 def _first_prompt(subjects: Subjects, system: str, tokens: int) -> tuple[float, float]:
     """Seconds, of the prompt and of rows alone; to be called in a fresh process."""
+    allocation.keep_freed_memory()  # as `mole serve` does
     for place in subjects.table_files(system):
         _forget(*place)
     model = subjects.load(system)
