@@ -24,6 +24,8 @@ from lookup_experts.errors import UserError
 
 ROUNDS = 5
 """Of each measurement, by the peer itself."""
+GENERATED_ROUNDS = 3
+"""Of transformers' `generate`, after one that doesn't count."""
 _GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -137,10 +139,9 @@ class Transformers:
 
     def generate(self, batch: int, prompt: int, tokens: int) -> Result:
         """See `Generating`."""
-        size = (batch, prompt)
-        ids = torch.randint(1, self._model.config.vocab_size, size)
+        ids = torch.randint(1, self._model.config.vocab_size, (batch, prompt))
         seconds = []
-        for _ in range(1 + ROUNDS):
+        for _ in range(1 + GENERATED_ROUNDS):
             started_at = time.perf_counter()
             self._model.generate(
                 ids,
