@@ -22,14 +22,14 @@ test-all: $(VENV)/installed $(VENV)/browser
 
 # In an environment of its own, since vLLM takes other versions of what both need.
 test-vllm: $(VENV)-vllm/installed
-	$(VENV)-vllm/bin/python -m pytest tests/vllm_plugin $(TEST_ARGS)
+	$(VENV)-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm_plugin $(TEST_ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The tables of README.md and docs/results.md, from the JSON files in docs/results.
+# The tables of README.md, docs/results.md and docs/serving.md, from the JSON files in docs/results.
 results: $(VENV)/installed
 	$(BIN)/python docs/render_results.py
 
