@@ -26,7 +26,7 @@ from lookup_experts.errors import UserError, unknown_name
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"
-PAGES = (DOCS.parent / "README.md", DOCS / "results.md")
+PAGES = (DOCS.parent / "README.md", DOCS / "results.md", DOCS / "serving.md")
 BLOCK = re.compile(
     r"(?P<begin><!-- results: (?P<name>[\w-]+)(?P<files>( [\w.-]+\.json)+) -->\n)"
     r".*?(?P<end><!-- /results -->)",

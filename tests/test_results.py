@@ -1,4 +1,4 @@
-"""The tables of the README and of docs/results.md are those of the committed JSON files."""
+"""The tables of the README and of pages in docs/ are those of the committed JSON files."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def render_results():
         sys.path.remove(str(DOCS))
 
 
-@pytest.mark.parametrize("name", ["README.md", "results.md"])
+@pytest.mark.parametrize("name", ["README.md", "results.md", "serving.md"])
 def test_pages_say_what_the_files_say(render_results, name):
     (path,) = (path for path in render_results.PAGES if path.name == name)
     page = path.read_text()
