@@ -22,7 +22,7 @@ test-all: $(VENV)/installed $(VENV)/browser
 
 # In an environment of its own, since vLLM takes other versions of what both need.
 test-vllm: $(VENV)-vllm/installed
-	$(VENV)-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm_plugin $(TEST_ARGS)
+	$(VENV)-vllm/bin/python -m pytest tests/vllm_plugin $(TEST_ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
