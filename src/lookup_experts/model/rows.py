@@ -171,6 +171,13 @@ class ExpertSource(Protocol):
         ...
 
 
+def leave(rows: TokenRows | None) -> None:
+    """Tell rows, if there are any and they ask for it, that their forward pass is over."""
+    told = getattr(rows, "leave", None)
+    if told is not None:
+        told()
+
+
 def mix(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Each position's weighted sum of its token's expert outputs.
 

@@ -36,7 +36,7 @@ from lookup_experts.model.forms import (
     is_unhooked,
 )
 from lookup_experts.model.placement import execution_device
-from lookup_experts.model.rows import Addition, ExpertSource, TokenRows
+from lookup_experts.model.rows import Addition, ExpertSource, TokenRows, leave
 from lookup_experts.model.settings import LookupSettings
 
 
@@ -198,9 +198,7 @@ def leave_forward_pass(module: Any, args: tuple[Any, ...], output: Any) -> None:
     under_way = forward_pass()
     if under_way is not None and under_way.entrance is module.lookup_entrance:
         _of_thread.innermost = under_way.outer
-        leave = getattr(under_way.rows, "leave", None)
-        if leave is not None:
-            leave()
+        leave(under_way.rows)
 
 
 @contextmanager

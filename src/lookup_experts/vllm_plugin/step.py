@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lookup_experts.errors import UserError
-from lookup_experts.model.rows import ExpertSource, TokenRows
+from lookup_experts.model.rows import ExpertSource, TokenRows, leave
 
 
 class Step:
@@ -54,9 +54,7 @@ class Step:
                 )
         finally:
             rows, self._rows = self._rows, None
-            leave = getattr(rows, "leave", None)
-            if leave is not None:
-                leave()
+            leave(rows)
 
     def rows_for(self, num_tokens: int) -> TokenRows:
         """The rows of the step under way, asked for by a block that was given `num_tokens`."""
