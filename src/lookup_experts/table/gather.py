@@ -18,8 +18,10 @@ QUAD = 16
 def gather(records: Tensor, places: Tensor, start: int, out: Tensor, problem: Tensor) -> None:
     """Put bytes `start` to `start + W` of the records at `places` into `out`.
 
-    A place that isn't there is put into `problem`, and its row becomes bytes of 0xFF: in every
-    encoding these are no numbers, so whatever is computed of them shows it.
+    The row of a place that isn't there becomes bytes of 0xFF: in every encoding these are no
+    numbers, so whatever is computed of them shows it. Who gathers from byte 0 on is told the place
+    in `problem`: records come in several pieces, of which the later ones may be on their way while
+    somebody reads what the first one told, and what is told once mustn't come back.
 
     Args:
         records: uint8 [M, stride], contiguous, within reach of the device.
@@ -48,7 +50,8 @@ def gather_reference(
             out[row] = records[place, start : start + out.shape[1]]
         elif place != SKIP:
             out[row] = 0xFF
-            problem[0] = place
+            if start == 0:
+                problem[0] = place
 
 
 def unique_places(ids: Tensor) -> tuple[Tensor, Tensor]:

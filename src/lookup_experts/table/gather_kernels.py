@@ -37,7 +37,7 @@ def _gather(
     values = tl.load(record + words, mask=inside & is_there, other=-1)
     tl.store(out + position * (width * 4) + words, values, mask=inside & (place != skip))
     is_wrong = (place != skip) & (is_there == 0) & (tl.program_id(1) == 0)
-    tl.store(problem, place, mask=is_wrong)
+    tl.store(problem, place, mask=is_wrong & (start == 0))
 
 
 def gather_kernel(
