@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import greedy
 from tiny_runs import make_data, tiny_recipe
 from transformers import AutoTokenizer
@@ -94,6 +95,40 @@ def test_compare_upcycling_takes_finished_runs_as_they_are(tmp_path):
         [sys.executable, *map(str, command), "--steps", "3"], capture_output=True, text=True
     )
     assert refused.returncode and "has 2 steps, not 3" in refused.stderr
+
+
+@pytest.mark.timeout(300)
+def test_compare_upcycling_with_lora_and_narrow_rows(tmp_path):
+    data = make_data(tmp_path / "text")
+    backbone = tmp_path / "dense"
+    train(tiny_recipe(steps=2, context_length=256), data, backbone, progress=False)
+    work, report = tmp_path / "work", tmp_path / "upcycling.json"
+    command = [EXAMPLES / "compare_upcycling.py", "lora@1e-2", "narrow@1e-2", "meki@1e-2"]
+    command += ["--backbone", backbone, "--data", data, "--work", work, "--json", report]
+    command += ["--steps", "2", "--row-size", "16", "--set", "training.sequences_per_step=4"]
+    run(*command, "--set", "training.sequences_per_micro_batch=2")
+
+    _, lora, narrow, meki = json.loads(report.read_text())["results"]
+    assert [result["system"] for result in (lora, narrow, meki)] == [
+        "LoRA, rank 16",
+        "experts with rows of 16",
+        "MeKi's rows of 16",
+    ]
+    for result in (lora, narrow, meki):
+        assert result["tokens"] == 2 * 4 * 256 and 0 < abs(result["gain"]) < 1
+    plain = le.load(backbone)
+    linears = [
+        module
+        for name, module in plain.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+    assert lora["parameters_trained"] == 16 * sum(sum(each.weight.shape) for each in linears)
+
+    # What is said of the adapters is true of the folder that they were merged into.
+    merged = work / "lora@1e-2-seed1"
+    run(*command, "--set", "training.sequences_per_micro_batch=2", "--also", merged)
+    _, _, _, _, again = json.loads(report.read_text())["results"]
+    assert again["validation_loss"] == pytest.approx(lora["validation_loss"], abs=1e-4)
 
 
 def test_every_example_is_run_here():
