@@ -20,12 +20,19 @@ import torch
 from lookup_experts.benchmarks.models import Case, dense_model
 from lookup_experts.benchmarks.results import Result
 from lookup_experts.benchmarks.timing import median
+from lookup_experts.benchmarks.vllm_server import VLLM_ENVIRONMENT, vllm_python
 from lookup_experts.errors import UserError
 
 ROUNDS = 5
 """Of each measurement, by the peer itself."""
 GENERATED_ROUNDS = 3
 """Of transformers' `generate`, after one that doesn't count."""
+_VLLM_LATENCY = (
+    "from vllm.benchmarks.latency import add_cli_args, main; "
+    "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
+    "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
+)
+"""What `vllm bench latency` does; see `vllm_python`."""
 _GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -96,12 +103,12 @@ def find_peers(case: Case, device: str, work: Path) -> list[Peer]:
     """
     if torch.device(device).type != "cpu":
         raise UserError(f"--peers compares on the CPU; leave it or --device {device} out.")
-    llama_bench, vllm = shutil.which("llama-bench"), shutil.which("vllm")
+    llama_bench = shutil.which("llama-bench")
     found: list[Peer] = []
     if llama_bench:
         found.append(LlamaBench(llama_bench, write_gguf(case, work / "peers")))
-    if vllm:
-        found.append(VllmBench(vllm, write_configuration(case, work / "peers"), case.dtype_name))
+    if shutil.which("vllm"):
+        found.append(VllmBench(write_configuration(case, work / "peers"), case.dtype_name))
     if not found:
         raise UserError(
             "--peers needs llama-bench (llama.cpp) or vllm on the path, and neither is there."
@@ -245,8 +252,8 @@ class VllmBench:
 
     name = "vllm"
 
-    def __init__(self, command: str, folder: Path, dtype: str) -> None:
-        self._command, self._folder, self._dtype = command, folder, dtype
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self._folder, self._dtype = folder, dtype
 
     def decode(self, batch: int, context: int, steps: int) -> Result | None:
         """See `Peer`; the prompt's time and the first token's, measured apart, are taken off."""
@@ -272,8 +279,8 @@ class VllmBench:
         }
         words = [word for option in sizes.items() for word in option]
         flags = ("--skip-tokenizer-init", "--disable-detokenize")
-        command = [self._command, "bench", "latency", "--model", self._folder, *words, *flags]
-        _output_of(command, {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ})
+        command = [vllm_python(), "-c", _VLLM_LATENCY, "--model", self._folder, *words, *flags]
+        _output_of(command, VLLM_ENVIRONMENT | os.environ)
         seconds: float = json.loads(out.read_text())["avg_latency"]
         return seconds
 

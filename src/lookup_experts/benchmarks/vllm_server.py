@@ -19,7 +19,7 @@ from lookup_experts.errors import UserError
 NAME = "served"
 """By which clients ask for the model."""
 START_SECONDS = 300.0
-_ENVIRONMENT = {
+VLLM_ENVIRONMENT = {
     # Left alone it computes on all cores but one: of two, half as fast.
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -48,6 +48,15 @@ def options_in_vllm(store: str, cache: str, streams: int) -> dict[str, tuple[obj
     return {"dense": common, "mole": (*common, "--additional-config", reader)}
 
 
+def vllm_python() -> Path:
+    """The Python of the `vllm` on the path, which runs the modules behind its commands.
+
+    The command itself asks for the version of a package of the name vllm, which there isn't where
+    vllm-cpu is installed.
+    """
+    return Path(shutil.which("vllm") or "vllm").with_name("python")
+
+
 @contextmanager
 def vllm_server(
     folder: Path, *options: object
@@ -60,10 +69,7 @@ def vllm_server(
         Its process; and what waits until it serves, and gives the model's name, its address, and
         nothing that was said. That raises a `UserError` where it doesn't come to it.
     """
-    # The module that `vllm serve` runs: the command itself asks for the version of a package of the
-    # name vllm, which there isn't where vllm-cpu is installed.
-    python = Path(shutil.which("vllm") or "vllm").with_name("python")
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command = [vllm_python(), "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     port = free_port()
     options = (*options, "--host", "127.0.0.1", "--port", port, "--served-model-name", NAME)
     said = Path(f"{folder}.log")
@@ -72,7 +78,7 @@ def vllm_server(
             [str(word) for word in (*command, *options)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=_ENVIRONMENT | os.environ,
+            env=VLLM_ENVIRONMENT | os.environ,
         )
 
         def wait() -> tuple[str, str, str]:
