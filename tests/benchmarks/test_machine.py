@@ -24,6 +24,26 @@ def test_this_machine():
     assert json.loads(json.dumps(described.to_dict())) == described.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("flops_per_second", "largest"), [(1e9, 512), (1e10, 1024), (1e13, 4096), (1e15, 4096)]
+)
+def test_no_product_takes_long(monkeypatch, flops_per_second, largest):
+    sizes = []
+
+    def seconds_of(matrix):
+        sizes.append(len(matrix))
+        return 2 * len(matrix) ** 3 / flops_per_second
+
+    monkeypatch.setattr(machine, "_seconds_of_product", seconds_of)
+    assert machine.matmul_flops_per_second(torch.float32) == pytest.approx(flops_per_second)
+    assert sizes == [size for size in (512, 1024, 2048, 4096) if size <= largest]
+
+
+def test_what_a_product_takes(monkeypatch):
+    monkeypatch.setattr(machine, "MATRIX_SIZE", 256)
+    assert machine.matmul_flops_per_second(torch.float32) > 1e8
+
+
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     command = ["git", "-C", str(folder), *identity, *arguments]

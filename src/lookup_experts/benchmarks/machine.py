@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import lookup_experts
 from lookup_experts.benchmarks.timing import interleave
@@ -22,7 +23,9 @@ PROGRAMS = ("torch", "transformers", "lookup-experts")
 LARGE_READ = 8 * 2**20
 MEMORY_SAMPLE_BYTES = 2**28
 """Well beyond the caches of a processor."""
-MATRIX_SIZE = 4096
+SMALL_MATRIX, MATRIX_SIZE = 512, 4096
+PASS_SECONDS = 1.0
+"""Matrices stay smaller where a pass would take longer, as bfloat16 does without AVX-512."""
 PASSES = 5
 
 
@@ -138,9 +141,19 @@ def memory_bytes_per_second(device: torch.device | str = "cpu") -> float:
 
 
 def matmul_flops_per_second(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
-    """A product of two large square matrices, on all cores: the best of a few passes."""
-    matrix = torch.ones(MATRIX_SIZE, MATRIX_SIZE, dtype=dtype, device=device)
-    return 2 * MATRIX_SIZE**3 / _fastest(lambda: (matrix @ matrix)[0, 0].item())
+    """A product of two square matrices, as large as is of use and takes no longer than a moment,
+    on all cores: the best of a few passes."""
+    size = min(SMALL_MATRIX, MATRIX_SIZE)
+    while True:
+        matrix = torch.ones(size, size, dtype=dtype, device=device)
+        seconds = _seconds_of_product(matrix)
+        if 2 * size > MATRIX_SIZE or 8 * seconds > PASS_SECONDS:
+            return 2 * size**3 / seconds
+        size *= 2
+
+
+def _seconds_of_product(matrix: Tensor) -> float:
+    return _fastest(lambda: (matrix @ matrix)[0, 0].item())
 
 
 def _fastest(work: Callable[[], object]) -> float:
