@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from embedding_models import saved_and_offloaded
 from result_rows import result_rows
 from run_command import run_command
 from safetensors import safe_open
 from tiny_models import VOCAB
 
+import lookup_experts as le
 from lookup_experts.benchmarks import released
 from lookup_experts.benchmarks.offloaded import CONTROL_GROUPS
 from lookup_experts.generation.inspection import verify_folder
@@ -119,3 +121,5 @@ def test_checkpoints_of_released_shapes(shape, tmp_path, monkeypatch):
     with safe_open(plain / "model.safetensors", "pt") as file:
         assert len(list(file.keys())) > 10
     assert released.released_folders(shape, "bfloat16", tmp_path) == (plain, out)
+    new = le.load(out, weights="plain").generate(torch.tensor([[5, 7, 11]]), max_new_tokens=4)
+    assert new.shape[1] > 3  # they decode
