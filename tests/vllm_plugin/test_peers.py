@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("vllm", reason="`make test-vllm` runs these with vLLM")
 from lookup_experts.benchmarks.models import Case
 from lookup_experts.benchmarks.peers import VllmBench, write_configuration
 from lookup_experts.model import gateless_llama
