@@ -15,7 +15,7 @@ from tiny_models import VOCAB
 
 import lookup_experts as le
 from lookup_experts.benchmarks import released
-from lookup_experts.benchmarks.offloaded import CONTROL_GROUPS
+from lookup_experts.benchmarks.offloaded import CONTROL_GROUPS, Subjects
 from lookup_experts.generation.inspection import verify_folder
 
 
@@ -106,6 +106,15 @@ def test_folders_that_are_no_pair(folders, capsys):
     code, _, err = run_command(capsys, "bench", "decode", "--model", plain, "--resident", plain)
     assert code == 2
     assert "has no embeddings in tables" in err
+
+
+@pytest.mark.parametrize("system", ["resident", "mapped", "offloaded"])
+def test_models_take_gradients_wherever_they_are_loaded(folders, system):
+    """Else torch copies the head for every prompt."""
+    _, out, _, plain, _, ids, _, work = folders
+    with torch.inference_mode():
+        model = Subjects(out, plain, "direct", "0", ids, work).load(system)
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 @pytest.mark.parametrize("shape", released.SHAPES)
