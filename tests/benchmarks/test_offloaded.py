@@ -109,12 +109,12 @@ def test_folders_that_are_no_pair(folders, capsys):
 
 
 @pytest.mark.parametrize("system", ["resident", "mapped", "offloaded"])
-def test_models_take_gradients_wherever_they_are_loaded(folders, system):
+def test_models_are_no_inference_tensors_wherever_they_are_loaded(folders, system):
     """Else torch copies the head for every prompt."""
     _, out, _, plain, _, ids, _, work = folders
     with torch.inference_mode():
         model = Subjects(out, plain, "direct", "0", ids, work).load(system)
-    assert all(weight.requires_grad for weight in model.parameters())
+    assert not any(weight.is_inference() for weight in model.parameters())
 
 
 @pytest.mark.parametrize("shape", released.SHAPES)

@@ -99,8 +99,8 @@ class Subjects:
             ids = np.asarray(ids).astype(np.int64) * (vocab_size // TOKENIZER_ENTRIES)
         return TextWindows(ids, device=self.device)
 
-    # A weight that takes no gradients, as none does that is made in inference mode, is copied whole
-    # by torch for a product with a slice of states: the head for each prompt.
+    # A weight that was made in inference mode, as one that takes no gradients, is copied whole by
+    # torch for a product with a slice of states: the head for each prompt.
     @torch.inference_mode(False)
     def load(self, system: str) -> Any:
         """One of the systems."""
