@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # CI shortens the demo with `make demo DEMO_ARGS=--quick`; the same way takes your own text.
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# A process that dies is a failure; one started in its place would begin the same test again.
+PARALLEL := -n auto --dist loadfile --max-worker-restart 0
 # Where no NVIDIA GPU is found torch is held to the version tested on CPU.
 CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 
@@ -14,11 +16,11 @@ demo: $(VENV)/installed
 	$(BIN)/mole demo $(DEMO_ARGS)
 
 test: $(VENV)/installed $(VENV)/browser
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(TEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(TEST_ARGS)
 
 # With those that start many processes, some minutes more.
 test-all: $(VENV)/installed $(VENV)/browser
-	$(BIN)/python -m pytest -n auto --dist loadfile $(TEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(TEST_ARGS)
 
 # In an environment of its own, since vLLM takes other versions of what both need.
 test-vllm: $(VENV)-vllm/installed

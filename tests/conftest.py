@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_models import VOCAB, attached_model
 
 import lookup_experts as le
@@ -30,6 +32,18 @@ def official_oracles() -> Path:
     if not folder.is_dir():
         pytest.skip("the oracles of the official code (../shared/oracles/official) are not here")
     return folder
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A process group of this process alone.
+
+    As a fixture it outlives what the test wraps: gloo's threads are joined by whoever lets go of
+    the group last, and DistributedDataParallel would hold the interpreter that they wait for.
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from tiny_models import attached_model, gateless_model, token_ids
+from torch.nn.parallel import DistributedDataParallel
 
 import lookup_experts as le
 from lookup_experts.errors import UserError
@@ -112,26 +113,20 @@ def test_the_model_is_as_before_afterwards():
     assert model.expert_source is source
 
 
-def test_distributed_data_parallel_reduces_every_gradient_once(tmp_path):
+@pytest.mark.usefixtures("group_of_one")
+def test_distributed_data_parallel_reduces_every_gradient_once():
     """One process is enough to have the reducer refuse a gradient that comes twice or never."""
-    from torch.nn.parallel import DistributedDataParallel
-
     model = attached_model("gateless_llama")
     exact = accumulate(model, BATCHES, share=False)
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        wrapped = DistributedDataParallel(model)
-        for _ in range(2):  # the second step finds out whether the first was complete
-            model.zero_grad()
-            with le.shared_expert_outputs(wrapped, BATCHES):
-                with wrapped.no_sync():
-                    for ids in BATCHES[:-1]:
-                        wrapped(input_ids=ids, labels=ids).loss.backward()
-                wrapped(input_ids=BATCHES[-1], labels=BATCHES[-1]).loss.backward()
-            assert_same(gradients_of(model), exact)
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = DistributedDataParallel(model)
+    for _ in range(2):  # the second step finds out whether the first was complete
+        model.zero_grad()
+        with le.shared_expert_outputs(wrapped, BATCHES):
+            with wrapped.no_sync():
+                for ids in BATCHES[:-1]:
+                    wrapped(input_ids=ids, labels=ids).loss.backward()
+            wrapped(input_ids=BATCHES[-1], labels=BATCHES[-1]).loss.backward()
+        assert_same(gradients_of(model), exact)
 
 
 # --- what would give wrong gradients is refused -------------------------------------------------

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny_runs import make_data, tiny_recipe
 from torch import Tensor, nn
@@ -205,15 +204,7 @@ def test_a_checkpoint_holds_what_adamw_would_have(data: Path, tmp_path: Path) ->
         torch.testing.assert_close(weight, two[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def alone() -> Any:
-    """A group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("group_of_one")
 def test_neither_copies_nor_shards_send_static_rows() -> None:
     model = build_model(tiny_recipe(MEKI), 300)
     rows = {embedding.weight for embedding in keep_whole(model)}
