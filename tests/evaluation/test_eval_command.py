@@ -8,6 +8,7 @@ import pytest
 from tiny_models import gateless_model, moe_model
 from tiny_tasks import write_tasks
 
+import lookup_experts as le
 from lookup_experts import cli
 from lookup_experts.errors import UserError
 from lookup_experts.evaluation import run as evaluation
@@ -254,3 +255,45 @@ def test_what_8_bits_cost_is_said_beside_the_perplexity(mole, tokenizer, tmp_pat
     assert f"{expected['perplexity']:.4f} (8 bits cost {cost:+.2f} %)" in format_summaries([result])
     code, _, stderr = mole(folder, "--perplexity", text, "--weights", "int4")
     assert code == 2 and "int4" in stderr
+
+
+def test_what_an_encoding_costs_against_the_resident_model(mole, tokenizer, tmp_path):
+    """Tables of embeddings: exact in float32, the coarser the further off in fewer bits."""
+    resident = tmp_path / "resident"
+    gateless_model(tie_word_embeddings=False).save_pretrained(resident)
+    tokenizer.save_pretrained(resident)
+    folders = []
+    for encoding in ("float32", "int8", "nf4"):
+        folders.append(tmp_path / encoding)
+        le.offload(resident, folders[-1], ["model.embed_tokens"], encoding, notify=lambda _: None)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    code, stdout, stderr = mole(*folders, "--perplexity", text, "--against", resident, "--json")
+    assert code == 0, stderr
+    results = json.loads(stdout)["results"]
+    exact, int8, nf4 = (result["predictions"] for result in results)
+    assert exact["reference"] == str(resident)
+    assert (exact["top1_agreement"], exact["largest_logit_difference"]) == (1, 0)
+    assert exact["perplexity"] == exact["reference_perplexity"]
+    assert 0 < int8["kl_divergence"] < nf4["kl_divergence"] / 3
+    code, stdout, stderr = mole(folders[1], "--perplexity", text, "--json")
+    alone = json.loads(stdout)["results"][0]
+    assert results[1]["perplexity"] == pytest.approx(alone["perplexity"])
+    assert alone["predictions"] is None
+    table = format_summaries(results).split("\n\n")[1].splitlines()
+    assert f"against {resident} (perplexity {exact['reference_perplexity']:.4f})" in table[0]
+    assert table[3].startswith("| same likeliest token | 100.00 % | ")
+
+
+def test_the_reference_is_looked_for_before_anything_is_evaluated(
+    mole, loaded, table_folder, tmp_path
+):
+    (tmp_path / "text.txt").write_text("The quick brown fox. " * 5)
+    text = ("--perplexity", tmp_path / "text.txt")
+    for arguments, message in (
+        (("--recall", "--against", table_folder), "compares predictions on the text"),
+        ((*text, "--against", tmp_path / "nowhere"), "nowhere"),
+    ):
+        code, stdout, stderr = mole(table_folder, *arguments)
+        assert (code, stdout, loaded) == (2, "", []), stderr
+        assert message in stderr.splitlines()[-1]

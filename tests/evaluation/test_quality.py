@@ -13,7 +13,6 @@ import lookup_experts as le
 from lookup_experts.errors import UserError
 from lookup_experts.evaluation.perplexity import perplexity
 from lookup_experts.evaluation.quality import (
-    compare_logits,
     compare_on_text,
     format_quality,
     measure_quality,
@@ -118,16 +117,6 @@ def test_sizes(model, tables):
 
 
 # ----------------------------------------------------------------------------------- on a text
-
-
-def test_compared_logits_by_hand():
-    reference = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]]).log()
-    found = torch.tensor([[0.25, 0.5, 0.25], [0.25, 0.5, 0.25]]).log()
-    sums = compare_logits(reference, found + 3, torch.tensor([0, 0]))  # logits up to a constant
-    divergence = 0.5 * math.log(2) - 0.25 * math.log(2)
-    divergence += 2 * 0.125 * math.log(0.5) + 0.75 * math.log(1.5)
-    expected = [math.log(2) + math.log(8), 2 * math.log(4), divergence, 1]
-    assert sums.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_exact_table_changes_nothing(model, tables):

@@ -34,6 +34,14 @@ def eval(  # noqa: A001
         Path | None,
         typer.Option(metavar="TEXT", help="Also on up to 32k tokens of this file."),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also how far predictions on the text of --perplexity are from this model's (KL "
+            "divergence): what an encoding or int8 weights cost. Both are in memory then.",
+        ),
+    ] = None,
     recall: Annotated[
         bool, typer.Option("--recall", help="Also pairs of words, to be found in the context.")
     ] = False,
@@ -60,6 +68,8 @@ def eval(  # noqa: A001
     `--data-dir`. Accuracies are in percent, with standard errors.
 
     Example: `mole eval dense/ folded/ --tasks arc_easy,piqa --data-dir data/eval --recall`
+
+    Example: `mole eval out-int8/ out-nf4/ --perplexity text.txt --against resident/`
     """
     from lookup_experts.benchmarks.results import make_report
     from lookup_experts.evaluation.run import Request, evaluate_folders
@@ -75,6 +85,7 @@ def eval(  # noqa: A001
         data_dir=data_dir,
         limit=limit,
         text=perplexity,
+        reference=against,
         recall=recall,
         batch_size=batch_size,
         out=out,

@@ -49,7 +49,7 @@ def reencode(
         if place != TABLE:
             raise UserError(
                 f"{folder} has no lookup experts, whose predictions --eval compares. Leave it out, "
-                "and compare by mole eval."
+                "and compare by mole eval --against."
             )
         token_ids = read_token_ids(evaluate, load_tokenizer(folder, trust_remote_code))
     with console.progress_bar("Re-encoding the table") as progress:

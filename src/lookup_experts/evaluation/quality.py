@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,9 @@ from lookup_experts.evaluation.perplexity import (
     Progress,
     check_text,
     next_token_logits,
-    positions,
     window_size,
-    windows,
 )
+from lookup_experts.evaluation.predictions import TextQuality, compare_predictions
 from lookup_experts.model.folded import evaluate_experts
 from lookup_experts.model.wiring import routed_experts
 from lookup_experts.table.build import RowsOf, decode_records
@@ -47,22 +47,6 @@ class RowError:
     worst_layer: int
     """The layer, 0 to L - 1, whose own relative error is the largest."""
     worst_layer_error: float
-
-
-@dataclass(frozen=True)
-class TextQuality:
-    """What a model makes of a text with a table, against what it makes of it with the reference."""
-
-    predicted_tokens: int
-    context: int
-    """Tokens of a window."""
-    reference_perplexity: float
-    perplexity: float
-    kl_divergence: float
-    """Mean over positions of KL(reference || table), in nats."""
-    top1_agreement: float
-    """Share of positions at which both find the same token likeliest."""
-    largest_logit_difference: float
 
 
 @dataclass(frozen=True)
@@ -186,7 +170,6 @@ def row_error(table: Table, reference: RowsOf, num_ids: int = SAMPLE_IDS) -> Row
     )
 
 
-@torch.inference_mode()
 def compare_on_text(
     model: Any,
     table: Table,
@@ -200,56 +183,19 @@ def compare_on_text(
     Args:
         model: an attached model in evaluation mode; it is left as it was.
         table: of the same experts.
-        token_ids: [n] int64, at least 2.
-        context: tokens of a window; see `perplexity`.
-        batch_size: windows in a forward pass.
-        progress: called with (tokens predicted, tokens in all).
+
+    See `compare_predictions` for the rest.
     """
     check_text(model, token_ids, context)
-    sums = torch.zeros(4, dtype=torch.float64)
-    largest, done = 0.0, 0
     with open_source(table, model) as source:
-        for inputs, targets in windows(token_ids, context, batch_size):
-            expected = next_token_logits(model, inputs)
+
+        def with_table(inputs: Tensor) -> Tensor:
             with rows_from(source, model):
-                found = next_token_logits(model, inputs)
-            for (of_reference, wanted), (of_table, _) in zip(
-                positions(expected, targets), positions(found, targets), strict=True
-            ):
-                sums += compare_logits(of_reference, of_table, wanted)
-                largest = max(largest, float((of_reference - of_table).abs().max()))
-            done += targets.numel()
-            if progress:
-                progress(done, len(token_ids) - 1)
-    reference_nats, nats, divergence, agreement = (sums / done).tolist()
-    return TextQuality(
-        predicted_tokens=done,
-        context=context,
-        reference_perplexity=math.exp(reference_nats),
-        perplexity=math.exp(nats),
-        kl_divergence=divergence,
-        top1_agreement=agreement,
-        largest_logit_difference=largest,
-    )
+                return next_token_logits(model, inputs)
 
-
-def compare_logits(reference: Tensor, found: Tensor, targets: Tensor) -> Tensor:
-    """Sums over positions: nats of both, KL(reference || found), agreements; float64 [4].
-
-    Args:
-        reference, found: [P, V], any float type.
-        targets: [P] int64.
-    """
-    expected_log, found_log = reference.float().log_softmax(-1), found.float().log_softmax(-1)
-    wanted = targets.unsqueeze(1)
-    return torch.stack(
-        [
-            -expected_log.gather(1, wanted).double().sum(),
-            -found_log.gather(1, wanted).double().sum(),
-            (expected_log.exp() * (expected_log - found_log)).sum(-1).double().sum(),
-            (expected_log.argmax(-1) == found_log.argmax(-1)).double().sum(),
-        ]
-    ).cpu()
+        return compare_predictions(
+            partial(next_token_logits, model), with_table, token_ids, context, batch_size, progress
+        )
 
 
 @contextmanager

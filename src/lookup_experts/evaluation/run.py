@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lookup_experts import console
 from lookup_experts.errors import UserError
 from lookup_experts.evaluation.answers import AnswerJournal, folder_identity
@@ -17,6 +19,7 @@ from lookup_experts.evaluation.harness import (
     evaluate_tasks,
 )
 from lookup_experts.evaluation.perplexity import Perplexity, perplexity, window_size
+from lookup_experts.evaluation.predictions import TextQuality, compare_models
 from lookup_experts.evaluation.recall import Recall, measure_recall, word_ids
 from lookup_experts.evaluation.summary import ModelSummary
 from lookup_experts.evaluation.tasks import EvaluationTask, local_file
@@ -28,6 +31,9 @@ from lookup_experts.folders.tokenizer import load_tokenizer
 from lookup_experts.generation.inspection import inspect_folder
 from lookup_experts.model.fast_linears import describe_linears
 from lookup_experts.table.reader import ReaderStatistics
+
+UNROUNDED = {"weights": "auto"}
+"""For `load`: weights as they are in the folder."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Request:
     """Rows of each task; None for all."""
     text: Path | None = None
     """Its perplexity, too."""
+    reference: str | None = None
+    """A model whose predictions on the text are compared with; None for no comparison."""
     recall: bool = False
     batch_size: int = 8
     out: Path | None = None
@@ -70,7 +78,12 @@ class Request:
                 raise UserError(f"The model {folders[position]} is given twice.")
         if self.text is not None:
             find_text(self.text)
-        for folder in folders:
+        elif self.reference is not None:
+            raise UserError(
+                f"--against {self.reference} compares predictions on the text of --perplexity; "
+                "give one."
+            )
+        for folder in folders if self.reference is None else [*folders, self.reference]:
             read_config(local_folder(folder))  # a bare table has none, and can be inspected
             inspect_folder(folder)
         for folder in folders if tokenizer_folder is None else [str(tokenizer_folder)]:
@@ -102,7 +115,12 @@ def evaluate_folders(
         UserError: no such model; no tokenizer; rows or a text that can't be read.
     """
     request.check(folders, tokenizer_folder, loading.get("trust_remote_code", False))
-    found = [_evaluate(folder, request, tokenizer_folder, loading) for folder in folders]
+    reference = None
+    if request.reference is not None:
+        reference = load(request.reference, notify=console.say, **loading | UNROUNDED)
+    found = [_evaluate(folder, request, tokenizer_folder, loading, reference) for folder in folders]
+    if reference is not None:
+        _close(reference)
     # Kept up to here: interrupted at the last model, the others needn't be asked again.
     for folder in folders:
         if request.out is not None:
@@ -111,24 +129,36 @@ def evaluate_folders(
 
 
 def _evaluate(
-    folder: str, request: Request, tokenizer_folder: Path | None, loading: dict[str, Any]
+    folder: str,
+    request: Request,
+    tokenizer_folder: Path | None,
+    loading: dict[str, Any],
+    reference: Any,
 ) -> ModelSummary:
     trusted = loading.get("trust_remote_code", False)
     tokenizer = load_tokenizer(tokenizer_folder or folder, trusted)
     unrounded = None
     if request.text is not None and loading.get("weights") == "int8":
-        model = load(folder, notify=console.say, **loading | {"weights": "auto"})
+        model = load(folder, notify=console.say, **loading | UNROUNDED)
         unrounded = _perplexity(model, tokenizer, request)
         _close(model)
         del model  # before it is loaded again
     model = load(folder, notify=console.say, **loading)
+    text, predictions = None, None
+    if reference is not None:
+        predictions = _predictions(model, reference, tokenizer, request)
+        text = predictions.of_model
+    elif request.text is not None:
+        text = _perplexity(model, tokenizer, request)
     found = ModelSummary(
         model=folder,
         form=inspect_folder(folder)["form"],
         dtype=str(model.dtype).removeprefix("torch."),
         tasks=_tasks(folder, model, tokenizer, request, loading) if request.tasks else None,
-        perplexity=_perplexity(model, tokenizer, request) if request.text else None,
+        perplexity=text,
         perplexity_unrounded=unrounded,
+        predictions=predictions,
+        reference=request.reference,
         recall=_recall(model, tokenizer, request) if request.recall else None,
         linear_layers=describe_linears(model),
     )
@@ -201,11 +231,21 @@ def _file_name(folder: str) -> str:
 
 
 def _perplexity(model: Any, tokenizer: Any, request: Request) -> Perplexity:
-    assert request.text is not None
-    num_ids = model.get_input_embeddings().weight.shape[0]
-    token_ids = read_token_ids(request.text, tokenizer, num_ids=num_ids)
+    token_ids = _read_text(model, tokenizer, request)
     with console.progress_bar("Perplexity") as progress:
         return perplexity(model, token_ids, window_size(model), progress=progress)
+
+
+def _predictions(model: Any, reference: Any, tokenizer: Any, request: Request) -> TextQuality:
+    token_ids = _read_text(model, tokenizer, request)
+    with console.progress_bar("Comparing predictions") as progress:
+        return compare_models(model, reference, token_ids, progress)
+
+
+def _read_text(model: Any, tokenizer: Any, request: Request) -> Tensor:
+    assert request.text is not None
+    num_ids = model.get_input_embeddings().weight.shape[0]
+    return read_token_ids(request.text, tokenizer, num_ids=num_ids)
 
 
 def _recall(model: Any, tokenizer: Any, request: Request) -> Recall:

@@ -1,11 +1,12 @@
 """What `mole eval` found of one model or several, as JSON values and as Markdown."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lookup_experts.evaluation.harness import Evaluation
 from lookup_experts.evaluation.perplexity import Perplexity
+from lookup_experts.evaluation.predictions import TextQuality
 from lookup_experts.evaluation.recall import Recall
 from lookup_experts.table.reader import ReaderStatistics
 
@@ -23,6 +24,10 @@ class ModelSummary:
     perplexity: Perplexity | None = None
     perplexity_unrounded: Perplexity | None = None
     """With the weights as they are in the folder, where `--weights` rounds them."""
+    predictions: TextQuality | None = None
+    """On the same text, against those of `reference`."""
+    reference: str | None = None
+    """The folder of the model that this one is compared with, as it was given."""
     recall: Recall | None = None
     reader: ReaderStatistics | None = None
     """What its table was asked for, by this process (an answer journal may hold more answers);
@@ -42,12 +47,16 @@ class ModelSummary:
             }
             if self.perplexity_unrounded is not None:
                 text["perplexity_unrounded"] = self.perplexity_unrounded.perplexity
+        predictions = None
+        if self.predictions is not None:
+            predictions = {"reference": self.reference, **asdict(self.predictions)}
         return {
             "model": self.model,
             "form": self.form,
             "dtype": self.dtype,
             "tasks": self.tasks.to_dict() if self.tasks else None,
             "perplexity": text,
+            "predictions": predictions,
             "recall": self.recall.to_dict() if self.recall else None,
             "reader": self.reader.to_dict() if self.reader else None,
             "linear_layers": self.linear_layers,
@@ -61,9 +70,10 @@ def format_summaries(results: Sequence[dict[str, Any]]) -> str:
         for name, table in (
             ("tasks", tasks_table),
             ("perplexity", perplexity_table),
+            ("predictions", predictions_table),
             ("recall", recall_table),
         )
-        if results[0][name] is not None
+        if results[0].get(name) is not None  # files of an earlier version lack some
     ]
     return "\n\n".join(parts)
 
@@ -114,6 +124,25 @@ def perplexity_table(results: Sequence[dict[str, Any]]) -> str:
             ["with unrounded weights", *(_unrounded(each["perplexity"]) for each in results)]
         )
     return _table(["", *_columns(results)], rows)
+
+
+def predictions_table(results: Sequence[dict[str, Any]]) -> str:
+    """How far predictions on a text are from the reference's."""
+    found = [result["predictions"] for result in results]
+    first = found[0]
+    name = (
+        f"predictions of {first['predicted_tokens']:,} tokens in windows of {first['context']:,}, "
+        f"against {first['reference']} (perplexity {first['reference_perplexity']:.4f})"
+    )
+    rows = [
+        ["KL divergence, nats per token", *(f"{each['kl_divergence']:.2e}" for each in found)],
+        ["same likeliest token", *(f"{100 * each['top1_agreement']:.2f} %" for each in found)],
+        [
+            "logits at most apart",
+            *(f"{each['largest_logit_difference']:.2e}" for each in found),
+        ],
+    ]
+    return _table([name, *_columns(results)], rows)
 
 
 def _unrounded(text: dict[str, Any]) -> str:
