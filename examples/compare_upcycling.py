@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
+from transformers import ProgressCallback
 
 import lookup_experts as le
 from lookup_experts.benchmarks.machine import describe_machine
@@ -171,9 +172,8 @@ def train_lora(arguments: argparse.Namespace, settings: list[str], rate: float, 
     model = get_peft_model(upcycled_model(recipe), lora)
     trained = count_parameters(model).trained
     sequences, held_out = data.sequences(recipe.training), data.held_out(recipe.training)
-    trainer = RecipeTrainer(
-        RunFolder(out), recipe, model, sequences, held_out, [TakeOwnIntervals()]
-    )
+    callbacks = [TakeOwnIntervals(), ProgressCallback()]
+    trainer = RecipeTrainer(RunFolder(out), recipe, model, sequences, held_out, callbacks)
     trainer.args.save_strategy = "no"
     trainer.train()
     found = trainer.evaluate()
