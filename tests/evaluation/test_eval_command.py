@@ -285,6 +285,28 @@ def test_what_an_encoding_costs_against_the_resident_model(mole, tokenizer, tmp_
     assert table[3].startswith("| same likeliest token | 100.00 % | ")
 
 
+def test_what_8_bits_cost_is_told_in_the_windows_of_the_comparison(mole, tokenizer, tmp_path):
+    """Those of a reference that takes less at once."""
+    for name, context in (("large", 128), ("short", 32)):
+        model = gateless_model(
+            hidden_size=256, intermediate_size=512, max_position_embeddings=context
+        )
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    asked = (tmp_path / "large", "--perplexity", text, "--against", tmp_path / "short", "--json")
+    found = []
+    for more in ((), ("--weights", "int8")):
+        code, stdout, stderr = mole(*asked, *more)
+        assert code == 0, stderr
+        found.append(json.loads(stdout)["results"][0]["perplexity"])
+    exact, rounded = found
+    assert exact["context"] == rounded["context"] == 32
+    assert rounded["perplexity_unrounded"] == pytest.approx(exact["perplexity"], rel=1e-6)
+    assert rounded["perplexity"] != exact["perplexity"]
+
+
 def test_the_reference_is_looked_for_before_anything_is_evaluated(
     mole, loaded, table_folder, tmp_path
 ):

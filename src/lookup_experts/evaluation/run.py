@@ -140,7 +140,7 @@ def _evaluate(
     unrounded = None
     if request.text is not None and loading.get("weights") == "int8":
         model = load(folder, notify=console.say, **loading | UNROUNDED)
-        unrounded = _perplexity(model, tokenizer, request)
+        unrounded = _perplexity(model, tokenizer, request, reference)
         _close(model)
         del model  # before it is loaded again
     model = load(folder, notify=console.say, **loading)
@@ -149,7 +149,7 @@ def _evaluate(
         predictions = _predictions(model, reference, tokenizer, request)
         text = predictions.of_model
     elif request.text is not None:
-        text = _perplexity(model, tokenizer, request)
+        text = _perplexity(model, tokenizer, request, reference)
     found = ModelSummary(
         model=folder,
         form=inspect_folder(folder)["form"],
@@ -230,10 +230,12 @@ def _file_name(folder: str) -> str:
     return folder.strip("/").replace("/", "__") or "root"
 
 
-def _perplexity(model: Any, tokenizer: Any, request: Request) -> Perplexity:
+def _perplexity(model: Any, tokenizer: Any, request: Request, reference: Any) -> Perplexity:
+    """In the windows that predictions are compared in, where there is a reference."""
     token_ids = _read_text(model, tokenizer, request)
+    context = min(window_size(each) for each in (model, reference) if each is not None)
     with console.progress_bar("Perplexity") as progress:
-        return perplexity(model, token_ids, window_size(model), progress=progress)
+        return perplexity(model, token_ids, context, progress=progress)
 
 
 def _predictions(model: Any, reference: Any, tokenizer: Any, request: Request) -> TextQuality:
