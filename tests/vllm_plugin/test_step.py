@@ -50,7 +50,7 @@ def test_rows_of_a_step_are_its_tokens(step, folder, count):
         whole = TableReader(open_table(folder), store, torch.float32)
         expected = whole.rows(ids.long().unsqueeze(0)).mix(1, weights)
         whole.close()
-    assert torch.allclose(found, expected)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("fails", [False, True])
