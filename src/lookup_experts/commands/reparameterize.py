@@ -28,6 +28,12 @@ def reparameterize(
             "keep that with the table: mole serve fills its row cache by it when it starts.",
         ),
     ] = None,
+    save: Annotated[
+        str,
+        typer.Option(
+            help="full: OUT has the backbone too. experts: it refers to it, for mole serve --table."
+        ),
+    ] = "full",
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
@@ -60,6 +66,7 @@ def reparameterize(
             encoding=encoding,
             block_size=block_size,
             trust_remote_code=trust_remote_code,
+            save=save,
             ranks=ranks,
         )
         if not ranks.is_main:

@@ -99,14 +99,20 @@ def _folder_with(name: str | Path, file: str | None) -> Path:
 
 
 def backbone_fingerprint(folder: Path, file: str | None = None) -> str:
-    """The fingerprint of a model folder's weights; the same however they are cut into files.
+    """The fingerprint of a model folder's weights, those of experts aside; the same however they
+    are cut into files.
 
     Args:
         folder: a model folder.
         file: the GGUF file in it that is meant; None: its safetensors files.
     """
     files = weight_files(folder) if file is None else [folder / file]
-    tensors = sorted((name, path, place) for path in files for name, place in _tensors(path))
+    tensors = sorted(
+        (name, path, place)
+        for path in files
+        for name, place in _tensors(path)
+        if not is_attached(name)
+    )
     digest = hashlib.sha256()
     for name, path, (kind, shape, start, stop) in tensors:
         digest.update(f"{name} {kind} {shape}\n".encode())
@@ -232,23 +238,43 @@ def _config_to_save(model: Any) -> Any:
 def load_experts(model: Any, folder: Path) -> None:
     """Give an attached model the experts and routers of a folder; all of them must be there."""
     own = {name: weight for name, weight in model.state_dict().items() if is_attached(name)}
+    fill_experts(own, folder)
+
+
+@torch.no_grad()
+def fill_experts(own: dict[str, Tensor], folder: Path) -> None:
+    """Fill tensors with the experts and routers in a folder, by their names.
+
+    The number of the block and what it has of experts is what counts of a name: transformers saves
+    the FFNs of some mixtures under another one than they have in memory.
+
+    Raises:
+        UserError: one has none, there are others, or a shape is another.
+    """
+    own_names = {_place_of_expert(name): name for name in own}
     given: set[str] = set()
     mismatched = []
-    with torch.no_grad():
-        for path in weight_files(folder):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    given.add(name)
-                    if name in own and own[name].shape == tuple(file.get_slice(name).get_shape()):
-                        own[name].copy_(file.get_tensor(name))
-                    elif name in own:
-                        mismatched.append(name)
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for stored in filter(is_attached, file.keys()):
+                name = own_names.get(_place_of_expert(stored), stored)
+                given.add(name)
+                if name in own and own[name].shape == tuple(file.get_slice(stored).get_shape()):
+                    own[name].copy_(file.get_tensor(stored))
+                elif name in own:
+                    mismatched.append(name)
     report = {
         "missing_keys": own.keys() - given,
         "unexpected_keys": given - own.keys(),
         "mismatched_keys": mismatched,
     }
     refuse_partial_loading(folder, report, "missing", "mismatched", "unexpected")
+
+
+def _place_of_expert(name: str) -> tuple[str | None, str]:
+    """The number of the block in a parameter's name, and what follows the experts' module."""
+    ffn, _, inner = name.partition(".lookup_experts.")
+    return next(filter(str.isdecimal, ffn.split(".")), None), inner
 
 
 def backbone_folder(folder: Path, settings: LookupSettings) -> Path:

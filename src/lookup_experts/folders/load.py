@@ -1,5 +1,6 @@
 """From a folder to a model that is ready to generate."""
 
+from collections.abc import Mapping
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.folders.attached_model import LookupExpertsMixin
+from lookup_experts.folders.by_table import put_tables_on
 from lookup_experts.folders.configuration import (
     ATTACHED,
     MODEL_TYPE,
@@ -87,6 +89,7 @@ def load(
     verify_checksums: bool = False,
     num_experts_per_tok: int | None = None,
     trust_remote_code: bool = False,
+    tables: Mapping[str, str | Path] | None = None,
     notify: Notify = log,
 ) -> Any:
     """The model in a folder, in evaluation mode.
@@ -113,12 +116,16 @@ def load(
             selects; default: what the folder says, else 2.
         trust_remote_code: let code that the folder brings along run; a model of a class that isn't
             transformers' own needs it.
+        tables: folders in table form, by names, that were made with the model in `folder` as their
+            frozen backbone. Texts are generated with the one that `model.use_table(name)` says, at
+            first with none.
         notify: told which store was chosen and why, and what could not be had; default: a warning
             of the logger `lookup_experts`.
 
     Raises:
         UserError: no such folder, no model in it, or one that can't be loaded; a table that is
-            missing, damaged or of another model; 8 bits for a GPU, or for a quantised model.
+            missing, damaged or of another model; 8 bits for a GPU, or for a quantised model; tables
+            of another backbone.
     """
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
@@ -146,6 +153,9 @@ def load(
                 "notify": notify,
             }
         model = _load_huggingface(path, device, dtype, selection)
+    if tables:
+        reading = {"store": store, "cache": cache, "verify_checksums": verify_checksums}
+        model = put_tables_on(model, path, tables, {**reading, "notify": notify})
     return make_fast(model.eval(), weights, notify)
 
 

@@ -12,17 +12,23 @@ class TableReaders:
     """What reads a model's tables.
 
     Args:
-        by_place: the readers, by the places of their tables in the model's folder; at least one.
+        by_place: the readers, by the places of their tables in the model's folder, or by the names
+            of tables that texts choose among; at least one.
+        one_of_them: whether a token has records in one table alone.
     """
 
-    def __init__(self, by_place: dict[str, TableReader]) -> None:
+    def __init__(self, by_place: dict[str, TableReader], one_of_them: bool = False) -> None:
         self.by_place = by_place
+        self._one_of_them = one_of_them
 
     @property
     def bytes_per_token(self) -> int:
-        """What the records that a token needs take."""
-        readers = self.by_place.values()
-        return sum(reader.table.layout.record_bytes * reader.rows_per_token for reader in readers)
+        """What the records that a token needs take, at most."""
+        needed = [
+            reader.table.layout.record_bytes * reader.rows_per_token
+            for reader in self.by_place.values()
+        ]
+        return max(needed) if self._one_of_them else sum(needed)
 
     def stats(self) -> ReaderStatistics:
         """The counts of all, added up; `batches` is of one, since each is asked once per forward
@@ -60,6 +66,8 @@ class TableReaders:
 
 def table_readers(model: Any) -> TableReaders | None:
     """Those of a model; None where it reads no table."""
+    if hasattr(model, "readers_by_table"):
+        return TableReaders(model.readers_by_table, one_of_them=True)
     source = getattr(model, "expert_source", None)
     found = {TABLE: source} if isinstance(source, TableReader) else {}
     embeddings: dict[str, TableReader] = getattr(model, "embedding_readers", {})

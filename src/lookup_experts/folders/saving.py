@@ -129,16 +129,22 @@ def _saves_experts_alone(model: Any, save: str | None) -> bool:
         return refers
     if save not in SAVES:
         raise unknown_name("value of save", save, SAVES)
-    if save == "experts" and not refers:
-        raise UserError(
-            "This model refers to no backbone, so its experts can't be saved alone: attach them "
-            'with save="experts".'
-        )
+    if save == "experts":
+        require_referring(model)
     if save == "full" and is_quantised(model):
         raise UserError(
             f"This {type(model).__name__} is quantised: its experts are saved without it."
         )
     return save == "experts"
+
+
+def require_referring(model: Any) -> None:
+    """Raise a `UserError` for a model whose experts can't be saved without their backbone."""
+    if model.lookup_settings.backbone is None:
+        raise UserError(
+            "This model refers to no backbone, so its experts can't be saved alone: attach them "
+            'with save="experts".'
+        )
 
 
 def _is_writing(is_main_process: bool) -> bool:

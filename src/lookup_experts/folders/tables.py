@@ -4,7 +4,7 @@ A model can have a table of lookup experts, in the folder `table`, and one for e
 rows lie on disk, in `embeddings/NAME of the module`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lookup_experts.folders.model_folder import TABLE
 from lookup_experts.model.embedding_settings import embedding_settings
 from lookup_experts.table.cache_budget import CacheBudget, parse_cache
 from lookup_experts.table.format import MANIFEST_NAME
+from lookup_experts.table.layout import RecordLayout
 from lookup_experts.table.manifest import read_manifest
 from lookup_experts.table.store import Notify, log
 from lookup_experts.table.store_choice import choose_store
@@ -42,9 +43,18 @@ def one_store(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         UserError: there is no such store.
         TableError: a table is damaged.
     """
-    total = sum(read_manifest(folder / place).layout.table_bytes for place in tables_of(folder))
+    return one_store_for(_layouts(folder).values(), options)
+
+
+def one_store_for(layouts: Iterable[RecordLayout], options: Mapping[str, Any]) -> dict[str, Any]:
+    """As `one_store`, for tables that are wherever they are."""
+    total = sum(layout.table_bytes for layout in layouts)
     notify: Notify = options.get("notify", log)
     return {**options, "store": choose_store(options.get("store", "auto"), total, notify)}
+
+
+def _layouts(folder: Path) -> dict[str, RecordLayout]:
+    return {place: read_manifest(folder / place).layout for place in tables_of(folder)}
 
 
 def share_cache(
@@ -64,18 +74,32 @@ def share_cache(
         UserError: the budget can't be read.
         TableError: a table is damaged.
     """
-    budget = parse_cache(cache)
-    sizes = {place: read_manifest(folder / place).layout for place in tables_of(folder)}
-    if len(sizes) == 1:
-        return dict.fromkeys(sizes, budget)
     rows_per_token = {
         embedding_place(name): one.rows_per_token
         for name, one in embedding_settings(config).items()
     }
+    return share_cache_among(_layouts(folder), cache, rows_per_token)
+
+
+def share_cache_among(
+    layouts: Mapping[str, RecordLayout],
+    cache: int | str | CacheBudget,
+    rows_per_token: Mapping[str, int] | None = None,
+) -> dict[str, CacheBudget]:
+    """As `share_cache`, for tables that are wherever they are.
+
+    Args:
+        layouts: of the tables, by name.
+        rows_per_token: of those where it isn't one.
+    """
+    budget = parse_cache(cache)
+    if len(layouts) == 1:
+        return dict.fromkeys(layouts, budget)
+    rows_per_token = rows_per_token or {}
     per_token = {
-        place: layout.stride * rows_per_token.get(place, 1) for place, layout in sizes.items()
+        place: layout.stride * rows_per_token.get(place, 1) for place, layout in layouts.items()
     }
-    whole = {place: layout.table_bytes for place, layout in sizes.items()}
+    whole = {place: layout.table_bytes for place, layout in layouts.items()}
     total = _shares(budget.total, whole, per_token)
     if budget.on_device is None:
         return {place: CacheBudget(share) for place, share in total.items()}

@@ -148,6 +148,8 @@ def why_not_fixed(model: Any) -> str | None:
     settings = getattr(model, "lookup_settings", None)
     if settings is not None and settings.form == "experts":
         return "experts in training form, whose rows are computed for each batch anew"
+    if hasattr(model, "use_table"):
+        return "several tables, and each text its own"
     return None
 
 

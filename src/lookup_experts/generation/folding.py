@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lookup_experts.errors import UserError
+from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.folders.adapters import refuse_adapters
 from lookup_experts.folders.attached_model import LookupExpertsMixin
 from lookup_experts.folders.experts_alone import save_experts
@@ -29,6 +29,7 @@ from lookup_experts.folders.model_folder import (
     unfinished_place,
 )
 from lookup_experts.folders.own_code import copy_custom_generation
+from lookup_experts.folders.saving import SAVES, require_referring
 from lookup_experts.folders.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from lookup_experts.model.folded import evaluate_experts, expert_facts
 from lookup_experts.model.moe import MoeGatelessLlamaForCausalLM
@@ -60,6 +61,7 @@ def reparameterize(
     tokenizer: Any = None,
     token_counts: np.ndarray | None = None,
     trust_remote_code: bool = False,
+    save: str = "full",
     progress: Progress | None = None,
     notify: Notify = log,
     ranks: Ranks = ALONE,
@@ -76,6 +78,8 @@ def reparameterize(
         token_counts: int64 [vocab_size], how often each id occurs in text like that to come; kept
             with the table for `TableReader.fill_cache`.
         trust_remote_code: let code that a folder brings along run, see `load`.
+        save: `full`: the backbone lies with the table. `experts`: it stays where it is, and is
+            referred to, of a model that does so already (`attach`); a quantised one always does.
         progress: called with (ids done, ids in all).
         notify: told when an interrupted run is taken up again; default: a warning of the logger
             `lookup_experts`.
@@ -87,9 +91,12 @@ def reparameterize(
 
     Raises:
         TableError: `token_counts` isn't of the model's vocabulary.
-        UserError: `out` exists, the model has no experts to fold, or the disk is too small.
+        UserError: `out` exists, the model has no experts to fold or refers to no backbone, or the
+            disk is too small.
     """
     chosen = get_encoding(encoding, block_size)
+    if save not in SAVES:
+        raise unknown_name("value of save", save, SAVES)
     out = Path(out)
     if not ranks.is_main:
         return _help_to_fold(model_or_folder, out, chosen, trust_remote_code, progress, ranks)
@@ -102,6 +109,8 @@ def reparameterize(
     )
     _require_experts(model)
     _require_savable(model)
+    if save == "experts":
+        require_referring(model)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     if token_counts is not None:
         check_counts(token_counts, vocab_size, "token_counts")
@@ -116,7 +125,7 @@ def reparameterize(
     )
     # Before the table, which may take hours: what can't be saved shows at once.
     with full_disk_as_user_error(partial):
-        save_without_experts(model, partial, plan.manifest.fingerprint)
+        save_without_experts(model, partial, plan.manifest.fingerprint, save)
     _say_who_writes(plan, ranks, notify)
     ranks.wait()  # for the others to find the folder
     build_table(partial / TABLE, plan, evaluate_experts(embedding, layers), progress, ranks)
@@ -202,17 +211,18 @@ def tokenizer_hash(folder: Path) -> str | None:
     return None
 
 
-def save_without_experts(model: Any, folder: Path, fingerprint: str) -> None:
-    """Save the backbone with its routers, marked as being in table form.
+def save_without_experts(model: Any, folder: Path, fingerprint: str, save: str = "full") -> None:
+    """Save what reads the rows, marked as being in table form, with the backbone or (`experts`)
+    a reference to it.
 
     A quantised backbone, which transformers can't always save again, stays where it is.
     """
-    quantised = getattr(model, "hf_quantizer", None) is not None
+    alone = save == "experts" or getattr(model, "hf_quantizer", None) is not None
     settings = replace(
         model.lookup_settings,
         form="table",
         fingerprint=fingerprint,
-        backbone=model.lookup_settings.backbone if quantised else None,
+        backbone=model.lookup_settings.backbone if alone else None,
     )
     state = state_with_values(model, lambda name: not _is_expert(name))
     training_config = model.config
@@ -220,7 +230,7 @@ def save_without_experts(model: Any, folder: Path, fingerprint: str) -> None:
     model.config.lookup_experts = settings.to_dict()
     try:
         # The class's own method would take the table of a table-form model along; there is none.
-        if quantised:
+        if alone:
             save_experts(model, folder, state_dict=state)
         else:
             model.save_in_full(folder, state_dict=state)

@@ -160,8 +160,9 @@ class ExpertSource(Protocol):
 
     def rows(
         self, token_ids: Tensor, ready: bool = False, base_model: nn.Module | None = None
-    ) -> TokenRows:
-        """Take a batch's token ids [B, T] int64; called once per forward, before any layer.
+    ) -> TokenRows | None:
+        """Take a batch's token ids [B, T] int64; called once per forward, before any layer. None:
+        nothing is added in this forward.
 
         Args:
             ready: True where blocks can't wait for rows later on: in a compiled graph.

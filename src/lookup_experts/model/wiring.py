@@ -46,32 +46,44 @@ def install(model: Any, settings: LookupSettings) -> None:
     In training form the model's expert source is set; in table form it is still to be opened.
     """
     ffns = find_ffns(model)
-    embedding = model.get_input_embeddings()
     for place, block in enumerate(settings.layers):
-        ffn = ffns[block]
-        like = next(ffn.parameters())
-        dtype = like.dtype if like.is_floating_point() else embedding.weight.dtype
-        lookup = _new_block(place, model, settings).to(device=execution_device(ffn), dtype=dtype)
-        ffn.add_module("lookup_experts", lookup)
-        ffn.register_forward_pre_hook(begin_lookup_output, with_kwargs=True)
-        ffn.register_forward_hook(add_lookup_output, with_kwargs=True)
-    base = model.base_model
+        hook_ffn(ffns[block], new_block(place, model, settings, ffns[block]))
     source = FFNExperts(settings) if settings.form == "experts" else None
-    base.lookup_entrance = Entrance(source, placeholder_ids(model.config))
+    hook_base(model.base_model, Entrance(source, placeholder_ids(model.config)))
+
+
+def hook_ffn(ffn: Any, lookup: LookupBlock) -> None:
+    """Give an FFN its child, and the hooks that add what that gives."""
+    ffn.add_module("lookup_experts", lookup)
+    ffn.register_forward_pre_hook(begin_lookup_output, with_kwargs=True)
+    ffn.register_forward_hook(add_lookup_output, with_kwargs=True)
+
+
+def hook_base(base: Any, entrance: "Entrance") -> None:
+    """Give a base model its entrance, and the hooks by which token ids become rows."""
+    base.lookup_entrance = entrance
     base.register_forward_pre_hook(enter_forward_pass, with_kwargs=True)
     base.register_forward_hook(leave_forward_pass, always_call=True)
 
 
-def _new_block(place: int, model: Any, settings: LookupSettings) -> LookupBlock:
+def new_block(place: int, model: Any, settings: LookupSettings, ffn: Any) -> LookupBlock:
+    """What a block gains, on the device and in the dtype of its FFN.
+
+    Args:
+        place: among the blocks that have experts.
+    """
+    embedding = model.get_input_embeddings()
     form = get_form(settings.row_form)
-    vocab_size, embedding_size = model.get_input_embeddings().weight.shape
+    vocab_size, embedding_size = embedding.weight.shape
     sizes = Sizes(vocab_size, embedding_size, hidden_size_of(model))
     block: LookupBlock = form.new_reader(place, settings, sizes)
     if settings.form == "experts":
         # Not named `experts`: the weight conversions of transformers take any `.experts.` in a
         # checkpoint of a mixture-of-experts backbone for that backbone's own.
         block.routed = form.new_maker(settings, sizes)
-    return block
+    like = next(ffn.parameters())
+    dtype = like.dtype if like.is_floating_point() else embedding.weight.dtype
+    return block.to(device=execution_device(ffn), dtype=dtype)
 
 
 def hidden_size_of(model: Any) -> int:
@@ -124,7 +136,7 @@ class ForwardPass:
     """One forward pass under way: what its blocks see.
 
     Attributes:
-        rows: of its batch.
+        rows: of its batch; None: nothing is added to it.
         is_text: bool [B·T, 1], False at placeholders; None: text is everywhere.
         entrance: of its model.
         outer: the forward pass, of another model, within which it runs; None: there is none.
@@ -134,7 +146,7 @@ class ForwardPass:
 
     def __init__(
         self,
-        rows: TokenRows,
+        rows: TokenRows | None,
         is_text: Tensor | None,
         entrance: Entrance,
         outer: "ForwardPass | None",
@@ -256,6 +268,8 @@ def _add(lookup: Any, hidden_states: Tensor, output: Tensor) -> Tensor:
             "so the token ids are unknown. Call the model, or its base model, with input_ids."
         )
     rows, observe = forward.rows, forward.entrance.observe
+    if rows is None:
+        return output
     if hidden_states.numel() != rows.num_positions * hidden_states.shape[-1]:
         raise RuntimeError(
             f"Hidden states of shape {tuple(hidden_states.shape)} don't belong to the "
