@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from run_command import run_command
+from tables_of_a_backbone import fold
 from tiny_models import (
     VOCAB,
     attached_model,
@@ -29,15 +30,6 @@ TABLES = {
     "law": {"form": "meki", "row_size": 16},
 }
 """Of three shapes, which a batch mixes all the same."""
-
-
-def fold(backbone: Path, out: Path, seed: int, save: str = "experts", **settings: Any) -> Path:
-    """A table on a backbone, whose experts say something."""
-    model = AutoModelForCausalLM.from_pretrained(backbone)
-    le.attach(model, **{"train_backbone": False, "save": save, **settings})
-    randomize_experts(model, seed=seed)
-    le.reparameterize(model.eval(), out, encoding="float32", save=save)
-    return out
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "mixtral"])

@@ -18,6 +18,7 @@ from browser import DESKTOP, PHONE, faint_texts, open_browser, set_scheme, set_s
 from scripted_model import scripted
 from served_here import served_here
 from server_process import Server
+from tables_of_a_backbone import fold
 from tiny_models import attached_model, tiny_model
 
 import lookup_experts as le
@@ -146,6 +147,43 @@ def listen(service) -> list[Any]:
 def num_colours(png: bytes) -> int:
     image = pytest.importorskip("PIL.Image", reason="a picture is looked at with pillow")
     return len(image.open(io.BytesIO(png)).convert("RGB").getcolors(1 << 24))
+
+
+# --- several tables -------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(120)
+def test_a_table_is_chosen(tab, tmp_path, tokenizer):
+    """And remembered over a reload; who says so beside an answer is the model with that table."""
+    tiny_model("llama").save_pretrained(tmp_path / "backbone")
+    fold(tmp_path / "backbone", tmp_path / "novels", 1, num_experts=4, row_size=8)
+    fold(tmp_path / "backbone", tmp_path / "law", 2, form="meki", row_size=16)
+    tables = {name: tmp_path / name for name in ("novels", "law")}
+    model = le.load(tmp_path / "backbone", tables=tables, store="direct")
+    with page_of(tab, model, tokenizer, chat_template=PLAIN_TEMPLATE):
+        wait_for(lambda: find(tab, "#table").is_displayed())
+        assert texts(tab, "#table option") == ["none", "novels", "law"]
+        assert find(tab, "#model").text == "tiny · 3 layers · dense"
+        assert not find(tab, "#details").is_displayed()
+        generated(tab, "the fox", 6)
+        find(tab, "#table option[value=novels]").click()
+        assert (
+            find(tab, "#model").text == "tiny:novels · 3 layers · 4 lookup experts, table: direct"
+        )
+        assert find(tab, "#heat").is_displayed()
+        generated(tab, "the fox", 6)
+        assert texts(tab, ".speaker.model") == ["tiny", "tiny:novels"]
+        tab.refresh()
+        wait_for(lambda: find(tab, "#model").text.startswith("tiny:novels"))
+        assert texts(tab, ".speaker.model") == ["tiny", "tiny:novels"]
+        find(tab, "#table option[value=law]").click()
+        assert find(tab, "#model").text.startswith("tiny:law · 3 layers · one row of 16 per layer")
+        assert not find(tab, "#heat").is_displayed()
+
+
+@pytest.mark.timeout(60)
+def test_without_tables_there_is_nothing_to_choose(page):
+    assert not find(page, "#table-row").is_displayed()
 
 
 # --- a text is continued --------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`mole serve`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,14 @@ def serve(
     folder: options.ModelFolder,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes any that is free.")] = 8000,
+    table: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="FOLDER is a backbone, DIR a table made with it frozen: clients ask for the model "
+            "FOLDER:NAME. May be given several times.",
+        ),
+    ] = None,
     store: options.Store = "auto",
     cache: options.Cache = "0",
     checksums: options.Checksums = False,
@@ -67,6 +76,9 @@ def serve(
 
     Example: `mole serve out/ --store direct --cache 256MB`, then
     `curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once"}'`
+
+    Several tables: `mole serve smollm2/ --table novels=out/ --table code=out2/`, and the model is
+    `smollm2:novels`, `smollm2:code`, or `smollm2` without either.
     """
     for name, value, least in (
         ("--max-batch", max_batch, 1),
@@ -83,6 +95,7 @@ def serve(
         raise UserError("--model-name is empty; give the name by which clients ask for the model.")
     for origin in cors_origin or ():
         check_origin(origin)
+    tables = parse_tables(table or ())
 
     # Before torch is imported: its threads then take what is set here.
     from lookup_experts.serving.threads import sleep_soon, use_threads
@@ -123,6 +136,7 @@ def serve(
         weights=weights,
         verify_checksums=checksums,
         trust_remote_code=trust_remote_code,
+        tables=tables,
         notify=console.say,
     )
     console.say(f"Linear layers: {describe_linears(model)}")
@@ -147,6 +161,23 @@ def served_name(folder: str) -> str:
     """A folder's last part; a name on the hub as it is."""
     path = Path(folder)
     return path.resolve().name if path.exists() else folder
+
+
+def parse_tables(given: Sequence[str]) -> dict[str, str]:
+    """`["novels=out/"]` -> {"novels": "out/"}.
+
+    Raises:
+        UserError: one has no name or no folder, or two have one name.
+    """
+    tables: dict[str, str] = {}
+    for words in given:
+        name, equals, folder = words.partition("=")
+        if not (name and equals and folder):
+            raise UserError(f"--table {words} should be like novels=out/: a name, =, and a folder.")
+        if name in tables:
+            raise UserError(f"--table {words}: {name} is {tables[name]} already; choose another.")
+        tables[name] = folder
+    return tables
 
 
 def check_origin(origin: str) -> None:

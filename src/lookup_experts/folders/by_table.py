@@ -31,7 +31,13 @@ _CHARACTERS = frozenset("-_abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0
 
 
 class ByTableMixin:
-    """What a backbone with several tables does differently."""
+    """What a backbone with several tables does differently.
+
+    Attributes:
+        settings_by_table: what was attached to it with each table, by its name.
+    """
+
+    settings_by_table: dict[str, LookupSettings]
 
     @property
     def lookup_entrance(self) -> Entrance:
@@ -133,6 +139,7 @@ def put_tables_on(
     model.base_model.lookup_entrance.source = SourceByTable(readers)
     backbone: Any = type(model)
     model.__class__ = by_table_class(backbone)
+    model.settings_by_table = {name: one.settings for name, one in found.items()}
     freeze_backbone(model)
     return model
 

@@ -44,14 +44,9 @@ class Health(BaseModel):
     status: Literal["ok"]
 
 
-class Stats(BaseModel):
-    """`GET /v1/stats`: what the server does now; counts are since its start."""
+class RowStats(BaseModel):
+    """What a token id has in each layer."""
 
-    model: str
-    kind: str
-    """`dense`, `moe`, or the forms of rows and model: `mole-table`, `mole-experts`, `meki-table`,
-    `meki-experts`."""
-    layers: int
     experts: int
     """Of a layer: rows of a token id, or experts of a mixture."""
     row_size: int | None
@@ -60,6 +55,18 @@ class Stats(BaseModel):
     """Of a token id in the table; none without one."""
     router: bool
     """Whether rows are weighed by a router, of which `lookup_details` tells."""
+
+
+class Stats(RowStats):
+    """`GET /v1/stats`: what the server does now; counts are since its start."""
+
+    model: str
+    kind: str
+    """`dense`, `moe`, or the forms of rows and model: `mole-table`, `mole-experts`, `meki-table`,
+    `meki-experts`."""
+    tables: dict[str, RowStats]
+    """Of a model with several tables, by their names: what a text has with each."""
+    layers: int
     context: int
     """Tokens that a prompt and its continuation may have together."""
     chat: bool

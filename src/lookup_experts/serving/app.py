@@ -94,7 +94,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue one or several prompts."""
         call = await run_in_threadpool(service.completion, body)
-        replies = CompletionReplies(service.options.name, service.vocabulary, body.logprobs)
+        name = body.model or service.options.name
+        replies = CompletionReplies(name, service.vocabulary, body.logprobs)
         return await _answer(call, replies, body, request)
 
     @app.post(
@@ -106,7 +107,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer a conversation."""
         call = await run_in_threadpool(service.chat, body)
         top = (body.top_logprobs or 0) if body.logprobs else None
-        replies = ChatReplies(service.options.name, service.vocabulary, top)
+        name = body.model or service.options.name
+        replies = ChatReplies(name, service.vocabulary, top)
         return await _answer(call, replies, body, request)
 
 
@@ -127,9 +129,9 @@ def _either(model: type) -> dict[str, Any]:
 
 
 def _add_information(app: FastAPI, service: Service) -> None:
-    def card() -> dict[str, Any]:
+    def card(name: str) -> dict[str, Any]:
         return {
-            "id": service.options.name,
+            "id": name,
             "object": "model",
             "created": int(service.started_at),
             "owned_by": "lookup-experts",
@@ -137,14 +139,14 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", response_model=ModelList, responses=_errors(401))
     async def models() -> dict[str, Any]:
-        """What is served here: one model."""
-        return {"object": "list", "data": [card()]}
+        """What is served here: one model, and it with each of its tables if it has several."""
+        return {"object": "list", "data": [card(name) for name in service.models]}
 
     @app.get("/v1/models/{name:path}", response_model=ModelCard, responses=_errors(401, 404))
     async def model(name: str) -> dict[str, Any]:
-        """The served model."""
-        service.check_model(name)
-        return card()
+        """A served model."""
+        service.table_of(name)
+        return card(name)
 
     @app.get("/v1/stats", response_model=Stats, responses=_errors(401))
     async def stats() -> dict[str, Any]:

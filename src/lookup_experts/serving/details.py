@@ -1,7 +1,8 @@
 """What the experts did in one forward pass: router weights, and records that had to be read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isnan
 from typing import Any
 
 import torch
@@ -23,32 +24,19 @@ class LookupWatch:
     def __init__(self, model: Any) -> None:
         self._entrance = getattr(model, "lookup_entrance", None)
         self._device = model.device
-        source = getattr(model, "expert_source", None)
-        self.table: TableReader | None = source if isinstance(source, TableReader) else None
+        self._by_table: dict[str, TableReader] | None = getattr(model, "readers_by_table", None)
         self._embeddings: list[TableReader] = [*getattr(model, "embedding_readers", {}).values()]
-        # A GPU finds records itself, and tells nobody of single ones.
-        self._reads = (
-            self.table is not None
-            and self.table.stats().store != "memory"
-            and self._device.type == "cpu"
-        )
 
-    def were_cached(self, token_ids: Sequence[int]) -> list[bool] | None:
-        """For each id of the batch that was just forwarded, whether its record needed no reading.
+    def read_error(self, token_id: int, table: str | None = None) -> TableError | None:
+        """Why the record of a token can't be read, or None if it can.
 
-        None where nothing is read: no table, or the whole table in memory; and on a GPU.
+        Args:
+            table: where it is, of a model with several.
         """
-        if self.table is None or not self._reads:
-            return None
-        missed = self.table.missed
-        return [missed is not None and token_id not in missed for token_id in token_ids]
-
-    def read_error(self, token_id: int) -> TableError | None:
-        """Why the record of a token can't be read, or None if it can."""
         ids = torch.tensor([[token_id]], device=self._device)
         by_token = [reader for reader in self._embeddings if reader.rows_per_token == 1]
         try:
-            for reader in self._experts() + by_token:
+            for reader in self._experts(table) + by_token:
                 reader.rows(ids).layer(0)
         except TableError as error:
             return error
@@ -58,15 +46,18 @@ class LookupWatch:
         """What a GPU met when it looked for records in a step that is over: such steps go on, with
         numbers that are none, and the reader tells of it the next time that it is asked for
         something. None where nothing went wrong."""
+        experts = [one for table in self._by_table or (None,) for one in self._experts(table)]
         try:
-            for reader in self._experts() + self._embeddings:
+            for reader in experts + self._embeddings:
                 reader.rows(torch.empty(1, 0, dtype=torch.int64, device=self._device))
         except TableError as error:
             return error
         return None
 
-    def _experts(self) -> list[Any]:
+    def _experts(self, table: str | None) -> list[Any]:
         """The source of the experts' rows, if it reads any."""
+        if self._by_table is not None:
+            return [] if table is None else [self._by_table[table]]
         source = self._entrance.source if self._entrance is not None else None
         return [] if source is None or isinstance(source, FFNExperts) else [source]
 
@@ -84,21 +75,47 @@ class LookupWatch:
             self._entrance.observe = None
 
     def describe(
-        self, row: int, num_rows: int, weights: list[Tensor], cached: bool | None, seconds: float
+        self,
+        row: int,
+        num_rows: int,
+        weights: list[Tensor],
+        token_id: int,
+        table: str | None,
+        seconds: float,
     ) -> LookupDetail:
         """The detail of one row's last position.
 
         Args:
             row: which of the `num_rows` of the pass.
             weights: of each layer, from `weights`.
-            cached: what `were_cached` said of its token.
+            token_id: that went in.
+            table: that its text has, of a model with several.
             seconds: that the pass took.
         """
         of_row = None
         if weights:
-            last = torch.stack(
-                [layer.view(num_rows, -1, layer.shape[-1])[row, -1] for layer in weights]
-            )
-            of_row = [[round(weight, 4) for weight in layer] for layer in last.tolist()]
-        stride = self.table.table.layout.stride if self.table is not None else 0
-        return LookupDetail(of_row, stride if cached is False else 0, cached, seconds * 1e3)
+            last = [
+                layer.view(num_rows, -1, layer.shape[-1])[row, -1].tolist() for layer in weights
+            ]
+            # Where several tables are, a layer's own weights may be fewer, or none.
+            own = [[round(one, 4) for one in layer if not isnan(one)] for layer in last]
+            of_row = [layer for layer in own if layer] or None
+        cached, num_bytes = self._was_cached(token_id, table)
+        return LookupDetail(of_row, num_bytes, cached, seconds * 1e3)
+
+    def _was_cached(self, token_id: int, table: str | None) -> tuple[bool | None, int]:
+        """Whether the record of a token in the batch that was just forwarded needed no reading, and
+        the bytes that it needed.
+
+        None where nothing is read: no table, or the whole table in memory; and on a GPU, which
+        finds records itself and tells nobody of single ones.
+        """
+        for reader in self._experts(table):
+            if (
+                isinstance(reader, TableReader)
+                and self._device.type == "cpu"
+                and reader.stats().store != "memory"
+            ):
+                missed = reader.missed is None or token_id in reader.missed
+                return not missed, reader.table.layout.stride if missed else 0
+        return None, 0

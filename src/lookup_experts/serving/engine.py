@@ -248,7 +248,8 @@ class Engine:
         part = prompts.next_part(max(1, columns))
         started_at = time.perf_counter()
         with self._watch.weights(group.wants_details) as weights:
-            logits = self._forward.prefill(part, prompts.cache, all_logits=scores)
+            tables = [sequence.request.table for sequence in group.sequences]
+            logits = self._forward.prefill(part, prompts.cache, scores, tables)
         seconds = time.perf_counter() - started_at
         prompts.advance(part)
         if scores:
@@ -292,11 +293,12 @@ class Engine:
         if not self._running:
             return
         ids = [sequence.last_token_id for sequence in self._running]
+        tables = [sequence.request.table for sequence in self._running]
         details = any(sequence.request.lookup_details for sequence in self._running)
         started_at = time.perf_counter()
         try:
             with self._watch.weights(details) as weights:
-                logits = self._forward.decode(ids, self._cache)
+                logits = self._forward.decode(ids, self._cache, tables)
         except TableError as error:
             self._fail_unreadable(error)
             return
@@ -312,7 +314,10 @@ class Engine:
         The step is then taken again without them. If each record can be read alone, all end,
         rather than that it is tried for ever.
         """
-        own = [self._watch.read_error(sequence.last_token_id) for sequence in self._running]
+        own = [
+            self._watch.read_error(sequence.last_token_id, sequence.request.table)
+            for sequence in self._running
+        ]
         if not any(own):
             own = [error] * len(own)
         for row in reversed(range(len(own))):
@@ -327,14 +332,13 @@ class Engine:
         asked = [sequence.request.lookup_details for sequence in sequences]
         if not any(asked):
             return [None] * len(sequences)
-        cached: Sequence[bool | None] = self._watch.were_cached(
-            [sequence.last_token_id for sequence in sequences]
-        ) or [None] * len(asked)
         return [
-            self._watch.describe(row, len(asked), weights, cached[row], seconds)
-            if asked[row]
+            self._watch.describe(
+                row, len(asked), weights, one.last_token_id, one.request.table, seconds
+            )
+            if one.request.lookup_details
             else None
-            for row in range(len(asked))
+            for row, one in enumerate(sequences)
         ]
 
     def _take_tokens(

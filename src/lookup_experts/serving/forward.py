@@ -15,6 +15,10 @@ from lookup_experts.generation.captured import DecodingSteps, ModelCall, why_not
 from lookup_experts.generation.fixed_cache import FixedCache
 from lookup_experts.serving.kv_cache import BatchCache, check_can_batch
 
+Tables = Sequence[str | None]
+"""Of each row, of a model that has several; other models take no notice."""
+NO_TABLE: Tables = (None,)
+
 
 class Forward:
     """Calls a causal LM of transformers.
@@ -35,6 +39,7 @@ class Forward:
         self._model = model
         self._call = ModelCall(model)
         self._steps = DecodingSteps(model)
+        self._has_tables = hasattr(model, "use_table")
         self._is_fixed = captures and self.device.type == "cuda"
         self.why_not_captured: str | None = None
         if self._is_fixed:
@@ -50,9 +55,12 @@ class Forward:
         """An empty one for `decode`."""
         return FixedCache() if self._is_fixed else BatchCache()
 
-    def decode(self, token_ids: Sequence[int], cache: BatchCache | FixedCache) -> Tensor:
+    def decode(
+        self, token_ids: Sequence[int], cache: BatchCache | FixedCache, tables: Tables = NO_TABLE
+    ) -> Tensor:
         """One step: each row's newest token id -> the logits [B, V] of the next one, which the
         next step may overwrite."""
+        self._use(tables)
         cache.make_room()
         if isinstance(cache, FixedCache):
             cache.set_step(token_ids)
@@ -63,13 +71,20 @@ class Forward:
         cache.advance()
         return logits
 
-    def prefill(self, part: "PromptPart", cache: DynamicCache, all_logits: bool) -> Tensor:
+    def prefill(
+        self, part: "PromptPart", cache: DynamicCache, all_logits: bool, tables: Tables = NO_TABLE
+    ) -> Tensor:
         """A part of a group of prompts -> logits [G, T or 1, V]."""
+        self._use(tables)
         inputs = {
             "attention_mask": part.mask.to(self.device),
             "position_ids": part.positions.to(self.device),
         }
         return self._call(part.ids.to(self.device), cache, inputs, int(not all_logits))
+
+    def _use(self, tables: Tables) -> None:
+        if self._has_tables:
+            self._model.use_table(tables)
 
     def _is_observed(self) -> bool:
         entrance = getattr(self._model, "lookup_entrance", None)

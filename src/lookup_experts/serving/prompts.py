@@ -124,10 +124,12 @@ def refuse_half_characters(text: str, param: str) -> None:
 
 
 def vocab_size_of(model: Any) -> int:
-    """How many token ids the model knows; its table may know fewer than its embedding."""
+    """How many token ids the model knows; a table may know fewer than its embedding."""
     size = model.get_input_embeddings().weight.shape[0]
-    table = getattr(getattr(model, "expert_source", None), "table", None)
-    return size if table is None else min(size, table.layout.shape.vocab_size)
+    readers = [*getattr(model, "readers_by_table", {}).values()]
+    readers.append(getattr(model, "expert_source", None))
+    tables = [reader.table for reader in readers if hasattr(reader, "table")]
+    return min([size, *(table.layout.shape.vocab_size for table in tables)])
 
 
 def context_of(model: Any, tokenizer: Any) -> int:

@@ -46,8 +46,12 @@ class RequestMaker:
     seconds: float
     """That a request may take."""
 
-    def completion(self, body: CompletionBody) -> Asked:
-        """Raises ApiError for what the model can't do."""
+    def completion(self, body: CompletionBody, table: str | None = None) -> Asked:
+        """The sequences of a completion, with a table of the model's, if it has several.
+
+        Raises:
+            ApiError: the model can't do that.
+        """
         wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         if wanted == 0 and not body.echo:
             raise ApiError(400, "max_tokens can be 0 only with echo.", "max_tokens")
@@ -58,7 +62,7 @@ class RequestMaker:
             text = prompt if isinstance(prompt, str) else None
             for copy in range(body.n or 1):
                 place = len(asked.requests)
-                request = self._request(body, ids, wanted, place, body.logprobs, None)
+                request = self._request(body, ids, wanted, place, body.logprobs, None, table)
                 choice = Choice(place, len(ids), counts_prompt=copy == 0)
                 if body.echo:
                     choice.echo_text = self.prompter.text(ids) if text is None else text
@@ -68,8 +72,8 @@ class RequestMaker:
                 asked.choices.append(choice)
         return asked
 
-    def chat(self, body: ChatBody) -> Asked:
-        """Raises ApiError for what the model can't do."""
+    def chat(self, body: ChatBody, table: str | None = None) -> Asked:
+        """As `completion`, of a conversation."""
         tools = self._shown_tools(body)
         syntax = self._tool_syntax() if body.may_call else None
         ids = self.prompter.encode_chat(body.messages, tools, bool(body.continue_final_message))
@@ -78,7 +82,7 @@ class RequestMaker:
         top = (body.top_logprobs or 0) if body.logprobs else None
         places = range(body.n or 1)
         return Asked(
-            [self._request(body, ids, room, place, top, constraint) for place in places],
+            [self._request(body, ids, room, place, top, constraint, table) for place in places],
             [
                 Choice(
                     place,
@@ -156,6 +160,7 @@ class RequestMaker:
         place: int,
         top: int | None,
         constraint: Constraint | None,
+        table: str | None,
     ) -> GenerationRequest:
         stops = body.stops()
         ids_of_names = [self.vocabulary.special_id(stop) for stop in stops]
@@ -178,6 +183,7 @@ class RequestMaker:
             top,
             lookup_details=bool(body.lookup_details),
             deadline=time.monotonic() + self.seconds,
+            table=table,
         )
 
     def _chooser(

@@ -100,6 +100,8 @@ class GenerationRequest:
     lookup_details: bool = False
     deadline: float = float("inf")
     """`time.monotonic()` at which it is given up."""
+    table: str | None = None
+    """The table that its text is generated with, of a model with several."""
 
 
 class GenerationSequence:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lookup_experts.folders.readers import table_readers
 from lookup_experts.model.forms import get_form
+from lookup_experts.model.settings import LookupSettings
 from lookup_experts.serving.calls import Call, deliver_on
 from lookup_experts.serving.constraints import Constraints
 from lookup_experts.serving.defaults import SamplingDefaults
@@ -20,6 +21,7 @@ from lookup_experts.serving.reports import Outbox
 from lookup_experts.serving.requests import RequestMaker
 from lookup_experts.serving.vocabulary import Vocabulary
 from lookup_experts.serving.waiting import Limits
+from lookup_experts.table.reader import TableReader
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,30 @@ class Service:
 
     # ------------------------------------------------------------------ requests
 
-    def check_model(self, name: str | None) -> None:
-        """Raise an `ApiError` for a model that isn't served."""
-        if name is not None and name != self.options.name:
+    @property
+    def models(self) -> dict[str, str | None]:
+        """By which names clients ask for a model -> the table that it means; None: no table of
+        several. The first is the one without a name of its own."""
+        name = self.options.name
+        tables = getattr(self._model, "readers_by_table", {})
+        return {name: None, **{f"{name}:{table}": table for table in tables}}
+
+    def table_of(self, name: str | None) -> str | None:
+        """The table that a model's name means; no name is the first of `models`.
+
+        Raises:
+            ApiError: no such model is served.
+        """
+        known = self.models
+        if name is not None and name not in known:
             raise ApiError(
                 404,
                 f"The model {name[:200]!r} is not served here; this server has "
-                f"{self.options.name!r}.",
+                f"{', '.join(map(repr, known))}.",
                 "model",
                 "model_not_found",
             )
+        return None if name is None else known[name]
 
     def _check_number(self, sequences: int) -> None:
         """Raise an `ApiError` for more than can ever wait, before any work is done for them."""
@@ -116,31 +132,36 @@ class Service:
 
     def completion(self, body: CompletionBody) -> Call:
         """The sequences that a completion asks for, not yet submitted."""
-        self.check_model(body.model)
+        table = self.table_of(body.model)
         self._check_number(len(body.prompts()) * (body.n or 1))
-        return Call(self.engine, self._maker.completion(body))
+        return Call(self.engine, self._maker.completion(body, table))
 
     def chat(self, body: ChatBody) -> Call:
         """The sequences that a chat completion asks for, not yet submitted."""
-        self.check_model(body.model)
+        table = self.table_of(body.model)
         self._check_number(body.n or 1)
-        return Call(self.engine, self._maker.chat(body))
+        return Call(self.engine, self._maker.chat(body, table))
 
     # ------------------------------------------------------------------ what it tells of itself
 
     def stats(self) -> dict[str, Any]:
         """As `protocol.Stats`."""
         reader = self._tables.stats() if self._tables is not None else None
-        settings = getattr(self._model, "lookup_settings", None)
         config = self._model.config.get_text_config(decoder=True)
+        by_table: dict[str, TableReader] = getattr(self._model, "readers_by_table", {})
+        record_bytes = self._tables.bytes_per_token if self._tables and not by_table else None
+        own = getattr(self._model, "lookup_settings", None)
         return {
             "model": self.options.name,
             "kind": kind_of(self._model),
+            "tables": {
+                table: _rows(
+                    self._model.settings_by_table[table], config, reader.table.layout.record_bytes
+                )
+                for table, reader in by_table.items()
+            },
             "layers": config.num_hidden_layers,
-            "experts": settings.num_experts if settings else num_routed(config),
-            "row_size": (settings.row_size or config.hidden_size) if settings else None,
-            "record_bytes": self._tables.bytes_per_token if self._tables else None,
-            "router": settings is not None and get_form(settings.row_form).HAS_ROUTER,
+            **_rows(own, config, record_bytes),
             "context": self.prompter.context,
             "chat": self.prompter.has_chat_template,
             "tokens_per_second": round(self.metrics.tokens_per_second, 2),
@@ -158,6 +179,24 @@ class Service:
             "backend": reader.backend if reader else None,
             "uptime_seconds": round(time.time() - self.started_at, 3),
         }
+
+
+def _rows(settings: LookupSettings | None, config: Any, record_bytes: int | None) -> dict[str, Any]:
+    """As `answers.RowStats`."""
+    if settings is None:
+        routed = num_routed(config)
+        return {
+            "experts": routed,
+            "row_size": None,
+            "record_bytes": record_bytes,
+            "router": False,
+        }
+    return {
+        "experts": settings.num_experts,
+        "row_size": settings.row_size or config.hidden_size,
+        "record_bytes": record_bytes,
+        "router": get_form(settings.row_form).HAS_ROUTER,
+    }
 
 
 def kind_of(model: Any) -> str:

@@ -8,7 +8,8 @@ import { clear, Turn } from "./transcript.js";
 const element = (id) => document.getElementById(id);
 const POLL_MILLISECONDS = 1000;
 
-let served = null; // the first that the server told of itself
+let served = null; // the first that the server told of itself, as the model with the chosen table
+let stated = null; // the same, of the model without one
 let turns = [];
 let running = null; // the AbortController of what is generated now
 
@@ -23,23 +24,35 @@ function showStats(stats) {
 }
 
 function begin(stats) {
-  served = stats;
-  element("model").textContent = describe(stats);
-  prepare(stats);
+  stated = stats;
   const before = kept();
-  if (before !== null && before.model !== stats.model) forgetAll();
+  offerTables(Object.keys(stats.tables), before?.table);
   element("mode-row").hidden = !stats.chat;
   const chosen = before?.model === stats.model ? before.mode : "chat";
   element("mode").value = stats.chat ? chosen : "completion";
+  useTable();
+  if (before !== null && before.model !== stats.model) forgetAll();
+}
+
+function offerTables(names, chosen) {
+  const option = (value, text) => new Option(text, value, false, value === chosen);
+  element("table").replaceChildren(option("", "none"), ...names.map((name) => option(name, name)));
+  element("table-row").hidden = names.length === 0;
+}
+
+function useTable() {
+  const table = element("table").value;
+  served = { ...stated, ...stated.tables[table], name: table ? `${stated.model}:${table}` : stated.model };
+  element("model").textContent = describe(served);
+  prepare(served);
   showMode();
 }
 
 function describe(stats) {
-  const form = {
-    dense: "dense",
-    moe: `mixture of ${stats.experts} experts`,
-  }[stats.kind];
-  return `${stats.model} · ${stats.layers} layers · ${form ?? describeRows(stats)}`;
+  const form = hasLookupExperts(stats)
+    ? null
+    : { dense: "dense", moe: `mixture of ${stats.experts} experts` }[stats.kind];
+  return `${stats.name} · ${stats.layers} layers · ${form ?? describeRows(stats)}`;
 }
 
 function describeRows(stats) {
@@ -88,6 +101,7 @@ function sentence(error) {
 function settings() {
   const seed = element("seed").value;
   return {
+    model: served.name,
     max_tokens: element("max-tokens").valueAsNumber,
     temperature: element("temperature").valueAsNumber,
     top_p: element("top-p").valueAsNumber,
@@ -193,7 +207,7 @@ async function send(event) {
       return;
     }
   }
-  const turn = new Turn({ prompt, isChat: isChat() }, served.model);
+  const turn = new Turn({ prompt, isChat: isChat(), speaker: served.name });
   for (const before of turns) before.dropGoOn();
   turns.push(turn);
   if (turn.isChat) element("prompt").value = "";
@@ -214,7 +228,8 @@ async function send(event) {
 
 function keepAll() {
   const model = served?.model ?? kept()?.model;
-  keep({ model, mode: element("mode").value, system: element("system").value, turns });
+  const [mode, system, table] = ["mode", "system", "table"].map((id) => element(id).value);
+  keep({ model, mode, system, table, turns });
 }
 
 function restore() {
@@ -223,7 +238,7 @@ function restore() {
   element("mode").value = before.mode;
   element("system").value = before.system;
   element("system-row").open = before.system !== "";
-  turns = before.turns.map((turn) => new Turn(turn, before.model));
+  turns = before.turns.map((turn) => new Turn(turn));
   if (turns.length > 0) offerToGoOn(turns.at(-1));
 }
 
@@ -243,6 +258,10 @@ element("prompt").addEventListener("keydown", (event) => {
 });
 element("mode").addEventListener("change", () => {
   showMode();
+  keepAll();
+});
+element("table").addEventListener("change", () => {
+  useTable();
   keepAll();
 });
 element("stop").addEventListener("click", () => running?.abort());

@@ -23,11 +23,11 @@ const isSame = (one, other) => one?.turn === other?.turn && one?.index === other
 /** One prompt and what the model made of it. */
 export class Turn {
   /**
-   * @param {object} said `prompt`, `isChat`, and what `toJSON` gave of a turn that was kept
-   * @param {string} speaker the model's name
+   * @param {object} said `prompt`, `isChat`, `speaker` (the model's name), and what `toJSON` gave of
+   * a turn that was kept
    */
-  constructor({ prompt, isChat, text = "", tokens = [], end = null, limit = null }, speaker) {
-    Object.assign(this, { prompt, isChat, text: "", tokens: [], end: null, limit });
+  constructor({ prompt, isChat, speaker, text = "", tokens = [], end = null, limit = null }) {
+    Object.assign(this, { prompt, isChat, speaker, text: "", tokens: [], end: null, limit });
     this.owners = []; // of each character of the text its token
     this.blocks = []; // what is drawn of a chat: {source, element}
     this.frame = 0;
@@ -53,8 +53,8 @@ export class Turn {
 
   /** As plain values, for the constructor. */
   toJSON() {
-    const { prompt, isChat, text, tokens, end, limit } = this;
-    return { prompt, isChat, text, tokens, end, limit };
+    const { prompt, isChat, speaker, text, tokens, end, limit } = this;
+    return { prompt, isChat, speaker, text, tokens, end, limit };
   }
 
   /** A token with its piece of text, which is empty for a part of a character. */
