@@ -76,6 +76,25 @@ def test_beside_serving_without_graphs(tmp_path, ids):
     assert "ratio_to_eager" not in found["mole eager"]
 
 
+@pytest.mark.slow
+def test_beside_several_tables(tmp_path):
+    """Both tables are asked for, of one server."""
+    results = bench(tmp_path, "--streams", "2", "--rounds", 1, "--tables", 2, "--row-size", 16)
+    found = {result["system"]: result for result in results}
+    assert list(found) == ["dense", "mole", "tables"]
+    assert all(result["lost"] == 0 for result in results)
+    tables, mole = found["tables"], found["mole"]
+    ratio = tables["tokens_per_second"] / mole["tokens_per_second"]
+    assert tables["ratio_to_mole"] == pytest.approx(ratio)
+    assert tables["beyond_dense_bytes"] > 0
+    assert len({*tmp_path.glob("work/t*/*/table-*")}) == 2
+
+
+def test_several_tables_and_a_soak_do_not_go_together():
+    done = CliRunner().invoke(cli.app, ["bench", "serve", "--tables", "2", "--soak", "1"])
+    assert "--tables compares loads" in str(done.exception or done.output)
+
+
 VLLM = """#!{python}
 import json, os, sys
 option = lambda name: sys.argv[sys.argv.index(name) + 1]
@@ -170,7 +189,7 @@ def test_what_a_client_can_meet(answer, tokens, error):
         server = await asyncio.start_server(Answers(answer), "127.0.0.1", 0)
         async with server:
             host, port = server.sockets[0].getsockname()
-            return await Client("tiny", f"http://{host}:{port}", [[1, 2]], 5).request()
+            return await Client(["tiny"], f"http://{host}:{port}", [[1, 2]], 5).request()
 
     stream = asyncio.run(meet())
     assert not stream.complete and len(stream.token_times) == tokens

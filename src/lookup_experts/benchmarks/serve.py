@@ -48,6 +48,8 @@ EAGER = " eager"
 """Behind a system's name: without CUDA graphs."""
 IN_VLLM = " in vLLM"
 """Behind a system's name: vLLM's server, and not `mole serve`."""
+TABLES = "tables"
+"""The system of one backbone with several tables; requests ask for one after the other."""
 WARM_UP_SHARE = 0.2
 """Of a soak; the memory after it is compared with that to its end."""
 
@@ -64,6 +66,7 @@ def bench_serve(
     work: Path,
     results: Results,
     peers: Sequence[Generating] = (),
+    num_tables: int = 1,
 ) -> None:
     """`mole bench serve`: each number of streams of requests, of `prompt` tokens that `tokens` are
     generated for; or with `soak`, the largest for so many minutes.
@@ -74,6 +77,7 @@ def bench_serve(
             vLLM's server.
         rounds: loads of each system, in turn.
         peers: measured before the servers start, on the dense model.
+        num_tables: of the system `TABLES`, each as large as that of `mole`, in files of their own.
     """
 
     def add(*found: Result) -> None:
@@ -81,7 +85,7 @@ def bench_serve(
 
     add(*measured_generating(peers, streams, prompt, tokens))
     with (
-        loaded(case, options, prompt, tokens, ids, work) as clients,
+        loaded(case, options, prompt, tokens, ids, work, num_tables) as clients,
         console.progress_bar("Serving") as progress,
     ):
         if soak:
@@ -100,6 +104,7 @@ def loaded(
     tokens: int,
     ids: Path | None,
     work: Path,
+    num_tables: int = 1,
 ) -> Iterator[dict[str, "Client"]]:
     """A running server of each system and its client; see `bench_serve`."""
     console.quiet_transformers()
@@ -111,8 +116,14 @@ def loaded(
     prompts = [text[start : start + prompt].tolist() for start in starts]
     with ExitStack() as servers:
         clients = {}
-        kinds = sorted({name.partition(" ")[0] for name in options})
+        kinds = sorted({name.partition(" ")[0] for name in options} - {TABLES})
         folders = {kind: save_folder(kind, case, table, work) for kind in kinds}
+        several: dict[str, Path] = {}
+        if TABLES in options:
+            several = save_tables(case, num_tables, work)
+            folders[TABLES] = folders["dense"]
+            given = [f"--table={name}={folder}" for name, folder in several.items()]
+            options = {**options, TABLES: (*given, *options[TABLES])}
         started: dict[str, tuple[subprocess.Popen[Any], Callable[[], tuple[str, str, str]]]] = {}
         for name, words in options.items():
             server: Any = vllm_server if name.endswith(IN_VLLM) else _server
@@ -121,7 +132,8 @@ def loaded(
             model, url, said = wait()
             for warning in re.findall(r"Steps run without .*", said):
                 console.say(f"{name}: {warning}")
-            clients[name] = Client(model, url, prompts, tokens, process.pid)
+            asked = [f"{model}:{table}" for table in several] if name == TABLES else [model]
+            clients[name] = Client(asked, url, prompts, tokens, process.pid)
         yield clients
 
 
@@ -144,6 +156,15 @@ def save_folder(system: str, case: Case, table: Table, work: Path) -> Path:
         link.symlink_to(table.folder.resolve())
     _counting_tokenizer(case.layout.shape.vocab_size).save_pretrained(folder)
     return folder
+
+
+def save_tables(case: Case, number: int, work: Path) -> dict[str, Path]:
+    """Folders with tables for the backbone in the folder of `dense`: name -> folder."""
+    names = [f"t{place + 1}" for place in range(number)]
+    return {
+        name: save_folder("mole", case, random_table(case, work / name), work / name)
+        for name in names
+    }
 
 
 def _counting_tokenizer(vocab_size: int) -> Any:
@@ -219,7 +240,7 @@ class Client:
     Tokens are drawn: with random weights the likeliest soon repeat, and nothing would be read.
 
     Args:
-        model: the served name.
+        models: the served names that are asked for in turn.
         url: the server's, `http://host:port`.
         prompts: token ids of each.
         tokens: that are generated after each.
@@ -228,7 +249,7 @@ class Client:
 
     def __init__(
         self,
-        model: str,
+        models: Sequence[str],
         url: str,
         prompts: Sequence[list[int]],
         tokens: int,
@@ -238,8 +259,8 @@ class Client:
         self._host, self._port = address.hostname or "", address.port or 80
         self.prompts = prompts
         self.process = process
-        self._model, self._tokens = model, tokens
-        self._in_turn = itertools.cycle(prompts)
+        self._tokens = tokens
+        self._models, self._in_turn = itertools.cycle(models), itertools.cycle(prompts)
 
     async def resident_bytes(self) -> int:
         """Of the server."""
@@ -250,7 +271,7 @@ class Client:
     async def request(self, prompt: list[int] | None = None, tokens: int | None = None) -> Stream:
         """Generate after the next prompt as many tokens as are usual, or as it is said."""
         body = {
-            "model": self._model,
+            "model": next(self._models),
             "prompt": prompt or next(self._in_turn),
             "max_tokens": tokens or self._tokens,
             "temperature": 1,
@@ -318,18 +339,21 @@ async def take_turns(
     loaded once, the others idle.
 
     Each system's result is given to `add`. `ratio_to_dense` of tokens per second is to the dense
-    system served alike, `ratio_to_eager` to the same one without CUDA graphs. `resident_bytes` is
-    the memory of the server's processes after the last round, `beyond_dense_bytes` more than that
-    of dense.
+    system served alike, `ratio_to_eager` to the same one without CUDA graphs, `ratio_to_mole` of
+    several tables to one. `resident_bytes` is the memory of the server's processes after the last
+    round, `beyond_dense_bytes` more than that of dense.
     """
 
     def held(name: str) -> Result:
-        process, dense = clients[name].process, clients.get(name.replace("mole", "dense"))
+        process, dense = clients[name].process, clients.get(beside(name))
         if process is None or dense is None or dense.process is None:
             return {}
         memory = proportional_set_size_of_family(process)
         beyond = memory - proportional_set_size_of_family(dense.process)
         return {"resident_bytes": memory, "beyond_dense_bytes": beyond}
+
+    def beside(name: str) -> str:
+        return "dense" if name == TABLES else name.replace("mole", "dense")
 
     done, total = 0, len(counts) * (rounds + 1) * len(clients)
     for streams in counts:
@@ -350,8 +374,10 @@ async def take_turns(
                 "streams": streams,
                 "tokens_per_second": median(speeds[name]),
             }
-            dense, eager = name.replace("mole", "dense"), f"{name}{EAGER}"
-            for key, other in (("ratio_to_dense", dense), ("ratio_to_eager", eager)):
+            others = {"ratio_to_dense": beside(name), "ratio_to_eager": f"{name}{EAGER}"}
+            if name == TABLES:
+                others["ratio_to_mole"] = "mole"
+            for key, other in others.items():
                 if other in speeds:
                     result[key] = median(pair_ratios(speeds[name], speeds[other]))
             add(result | _latencies(requests[name]) | _losses(requests[name]) | held(name))

@@ -36,6 +36,12 @@ def serve(
             "path, transformers' generate, and llama.cpp, if llama-bench is there.",
         ),
     ] = False,
+    tables: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Also one server with the backbone and so many tables, asked for in turn."
+        ),
+    ] = 1,
     device: options.Device = "cpu",
     ids: bench_options.Ids = None,
     work: bench_options.Work = bench_options.WORK,
@@ -48,12 +54,15 @@ def serve(
     """
     from lookup_experts.benchmarks.peers import find_generating
     from lookup_experts.benchmarks.results import Results
-    from lookup_experts.benchmarks.serve import EAGER, IN_VLLM, bench_serve
+    from lookup_experts.benchmarks.serve import EAGER, IN_VLLM, TABLES, bench_serve
     from lookup_experts.benchmarks.vllm_server import options_in_vllm
     from lookup_experts.errors import UserError
 
     if peers and (soak or device != "cpu"):
         raise UserError("--peers compares loads on the CPU; leave it, or --soak and --device, out.")
+
+    if tables > 1 and soak:
+        raise UserError("--tables compares loads; leave it, or --soak, out.")
 
     most = max(bench_options.counts(streams))
     common = ("--device", device, "--weights", weights, "--max-batch", most)
@@ -65,6 +74,8 @@ def serve(
             servers |= {
                 f"{name}{EAGER}": (*words, "--no-graphs") for name, words in servers.items()
             }
+    if tables > 1:
+        servers[TABLES] = servers["mole"]
     case = bench_options.case_of(shape, experts, encoding, dtype, form, row_size)
     if peers:
         in_vllm = options_in_vllm(store, cache, most)
@@ -81,4 +92,5 @@ def serve(
         work,
         Results("serve", json, plot),
         find_generating(case, work) if peers else (),
+        tables,
     )
