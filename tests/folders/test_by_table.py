@@ -28,8 +28,11 @@ TABLES = {
     "novels": {"num_experts": 4, "row_size": 8},
     "code": {"num_experts": 2, "layers": "0,2"},
     "law": {"form": "meki", "row_size": 16},
+    "tales": {"num_experts": 4, "row_size": 8},
+    "proofs": {"num_experts": 2, "layers": "0,2"},
+    "letters": {"num_experts": 4, "row_size": 8},
 }
-"""Of three shapes, which a batch mixes all the same."""
+"""Of three shapes, which a batch mixes all the same; those of one are read together."""
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "mixtral"])
@@ -52,7 +55,7 @@ def model(request, folders):
     backbone, tables = folders
     loaded = le.load(backbone, tables=tables, store=request.param, cache="20kB")
     yield loaded
-    for reader in loaded.readers_by_table.values():
+    for reader in loaded.table_readers.values():
         reader.close()
 
 
@@ -65,7 +68,9 @@ def alone(folders: Any, name: str | None, ids: torch.Tensor) -> torch.Tensor:
 def test_all_texts_of_one(folders, model, name):
     ids = token_ids(3, 7)
     model.use_table(name)
-    assert torch.equal(logits_of(model, ids), alone(folders, name, ids))
+    found, expected = logits_of(model, ids), alone(folders, name, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    assert name is not None or torch.equal(found, expected)
 
 
 def test_at_first_there_is_none(folders, model):
@@ -77,7 +82,7 @@ def test_at_first_there_is_none(folders, model):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_each_text_its_own(folders, model, gradients):
-    names = ["code", None, "novels", "law", "code"]
+    names = ["code", None, "novels", "law", "code", "tales", "proofs", "letters", "novels"]
     ids = token_ids(len(names), 9)
     model.use_table(names)
     with torch.set_grad_enabled(gradients):
@@ -168,10 +173,29 @@ def test_in_bfloat16_with_fast_linears(folders):
         torch.testing.assert_close(found[row : row + 1], own, rtol=0.1, atol=0.1)
 
 
+def test_tables_alike_are_read_together(folders, model):
+    groups = [group.tables for group in model.source_by_table.groups]
+    assert groups == [("novels", "tales", "letters"), ("code", "proofs"), ("law",)]
+    assert len(model.table_readers) == 3
+
+
+def test_no_more_are_multiplied_for_all_than_the_model_is_wide(folders):
+    """Rows of 8 and 32 numbers of width: four tables side by side."""
+    backbone, tables = folders
+    names = [f"t{number}" for number in range(6)]
+    loaded = le.load(backbone, tables={name: tables["novels"] for name in names}, store="memory")
+    assert [len(group.tables) for group in loaded.source_by_table.groups] == [4, 2]
+    ids = token_ids(1, 5).repeat(6, 1)
+    loaded.use_table(names)
+    found = logits_of(loaded, ids)
+    expected = alone(folders, "novels", ids)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+
+
 def test_one_budget_for_all(folders):
     backbone, tables = folders
     loaded = le.load(backbone, tables=tables, store="direct", cache="30kB")
-    budgets = [reader.cache_bytes for reader in loaded.readers_by_table.values()]
+    budgets = [reader.cache_bytes for reader in loaded.table_readers.values()]
     assert 0 < sum(budgets) <= 30_000
 
 

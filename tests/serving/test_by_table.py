@@ -1,5 +1,6 @@
 """One backbone with several tables behind one server: each request is answered with its own."""
 
+import shutil
 import threading
 
 import httpx
@@ -12,24 +13,26 @@ from tables_of_a_backbone import fold
 from tiny_models import greedy_reference, tiny_model, token_ids
 
 import lookup_experts as le
-from lookup_experts.errors import TableError, UserError
+from lookup_experts.errors import UserError
 from lookup_experts.serving.sequence import Failed, GenerationRequest
+from lookup_experts.table.opening import open_table
 
 openai = pytest.importorskip("openai", reason="the client tests need the openai package")
 
-NAMES = (None, "novels", "code", "law")
+NAMES = (None, "novels", "code", "law", "tales")
 LENGTHS = (5, 30, 2, 11, 64, 7, 19, 3)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizer):
-    """A folder with a backbone and three tables of it."""
+    """A folder with a backbone and tables of it, of which two are alike."""
     place = tmp_path_factory.mktemp("tables")
     tiny_model("llama").save_pretrained(place / "backbone")
     tokenizer.save_pretrained(place / "backbone")
     fold(place / "backbone", place / "novels", 1, num_experts=4, row_size=8)
     fold(place / "backbone", place / "code", 2, num_experts=2, layers="0,2")
     fold(place / "backbone", place / "law", 3, form="meki", row_size=16)
+    fold(place / "backbone", place / "tales", 4, num_experts=4, row_size=8)
     return place
 
 
@@ -66,7 +69,7 @@ def test_each_text_in_any_company(place, alone, store):
 
 def test_what_experts_did_is_told_of_the_texts_own(place):
     prompt = token_ids(6).tolist()
-    shapes = {None: None, "novels": [4, 4, 4], "code": [2, 2], "law": None}
+    shapes = {None: None, "novels": [4, 4, 4], "code": [2, 2], "law": None, "tales": [4, 4, 4]}
     with Bench(load(place, store="direct")) as bench:
         requests = [
             GenerationRequest(prompt, 5, lookup_details=True, table=name) for name in shapes
@@ -81,25 +84,26 @@ def test_what_experts_did_is_told_of_the_texts_own(place):
             assert (token.lookup.cache_hit is None) == (name is None)
 
 
-def test_a_damaged_record_ends_the_texts_of_its_table_alone(place, alone):
+def test_a_damaged_record_ends_the_texts_of_its_table_alone(place, alone, tmp_path):
+    """Also not those of a table that is read together with it."""
     prompt = token_ids(7, seed=4).tolist()
-    model = load(place, store="direct", verify_checksums=True)
-    novels = model.readers_by_table["novels"]
     bad = alone("novels", prompt, 12)[6]
-    read = novels.rows
-
-    def rows(token_ids, *others):
-        if bad in token_ids:
-            raise TableError(f"shard: record {bad} can't be read.")
-        return read(token_ids, *others)
-
-    novels.rows = rows
+    shutil.copytree(place / "novels", tmp_path / "novels")
+    table = open_table(tmp_path / "novels" / "table")
+    with table.path(table.shards[0]).open("r+b") as file:
+        file.seek(table.layout.record_offset(bad) + 5)
+        file.write(b"\xff\xff\xff")
+    tables = {name: place / name for name in NAMES if name} | {"novels": tmp_path / "novels"}
+    model = le.load(place / "backbone", tables=tables, store="direct", verify_checksums=True)
+    assert model.source_by_table.groups[0].tables == ("novels", "tales")
     with Bench(model) as bench:
         requests = [GenerationRequest(prompt, 12, table=name) for name in NAMES]
         done = bench.run(*requests)
     for one, name in zip(done, NAMES, strict=True):
         if name == "novels":
             assert isinstance(one.end, Failed) and one.end.code == "table_error"
+            assert f"the record of id {bad} is damaged" in one.end.message
+            assert str(tmp_path / "novels") in one.end.message
         else:
             assert one.ids == alone(name, prompt, 12)
 
@@ -122,7 +126,7 @@ def client(server):
 
 def test_all_names_are_listed(client):
     names = [one.id for one in client.models.list()]
-    assert names == ["backbone", "backbone:novels", "backbone:code", "backbone:law"]
+    assert names == ["backbone", "backbone:novels", *(f"backbone:{name}" for name in NAMES[2:])]
     assert client.models.retrieve("backbone:code").id == "backbone:code"
 
 
@@ -182,6 +186,7 @@ def test_what_it_tells_of_itself(server):
         "novels": (4, 8, True),
         "code": (2, 32, True),
         "law": (1, 16, False),
+        "tales": (4, 8, True),
     }
     assert stats["tables"]["novels"]["record_bytes"] == 3 * 4 * 8 * 4
     assert stats["ids_asked"] > 0

@@ -20,12 +20,22 @@ from lookup_experts.folders.model_folder import (
 )
 from lookup_experts.folders.tables import one_store_for, share_cache_among
 from lookup_experts.made_classes import make_class
-from lookup_experts.model.by_table import SourceByTable, install_tables, module_of
+from lookup_experts.model.blocks import find_ffns
+from lookup_experts.model.by_table import (
+    Group,
+    Key,
+    SourceByTable,
+    can_be_stacked,
+    install_tables,
+    most_stacked,
+)
 from lookup_experts.model.freezing import freeze_backbone
 from lookup_experts.model.settings import LookupSettings
 from lookup_experts.model.wiring import Entrance, hidden_size_of
+from lookup_experts.table.joined import join_tables
+from lookup_experts.table.layout import RecordLayout
 from lookup_experts.table.opening import Table
-from lookup_experts.table.reader import TableReader, open_reader, open_table_of_model
+from lookup_experts.table.reader import TableReader, open_table_of_model, read_table
 
 _CHARACTERS = frozenset("-_abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
 
@@ -34,10 +44,10 @@ class ByTableMixin:
     """What a backbone with several tables does differently.
 
     Attributes:
-        settings_by_table: what was attached to it with each table, by its name.
+        tables: what each is, by its name.
     """
 
-    settings_by_table: dict[str, LookupSettings]
+    tables: dict[str, "TableFacts"]
 
     @property
     def lookup_entrance(self) -> Entrance:
@@ -45,14 +55,16 @@ class ByTableMixin:
         return self.base_model.lookup_entrance  # type: ignore[attr-defined]
 
     @property
-    def readers_by_table(self) -> dict[str, TableReader]:
-        """What reads each table, by its name."""
-        return self._by_table.sources  # type: ignore[return-value]
-
-    @property
-    def _by_table(self) -> SourceByTable:
+    def source_by_table(self) -> SourceByTable:
+        """Where rows come from."""
         source: Any = self.lookup_entrance.source
         return source
+
+    @property
+    def table_readers(self) -> dict[str, TableReader]:
+        """What reads the tables, by their names; those that are alike have one for all."""
+        groups: Any = self.source_by_table.groups
+        return {", ".join(group.tables): group.source for group in groups}
 
     def use_table(self, tables: str | Sequence[str | None] | None) -> None:
         """Take these tables from the next forward pass on; at first there is none.
@@ -64,7 +76,7 @@ class ByTableMixin:
         Raises:
             UserError: there is no table of that name.
         """
-        self._by_table.use(tables)
+        self.source_by_table.use(tables)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: backbone and tables are in folders of their own already.
@@ -90,11 +102,13 @@ def by_table_class(backbone: Any) -> Any:
     )
 
 
-class _Found(NamedTuple):
+class TableFacts(NamedTuple):
     """A folder in table form."""
 
-    folder: Path
     settings: LookupSettings
+    folder: Path
+    layout: RecordLayout
+    """Of its table."""
 
 
 def put_tables_on(
@@ -117,31 +131,46 @@ def put_tables_on(
     """
     _require_plain(model, path)
     own = backbone_fingerprint(path)
-    found = {name: _find(name, folder, path, own) for name, folder in tables.items()}
-    opened = {name: _table_of(one, model) for name, one in found.items()}
-    layouts = {name: table.layout for name, table in opened.items()}
-    shares = share_cache_among(layouts, options.get("cache", 0))
-    chosen = one_store_for(layouts.values(), options)
-    install_tables(model, {name: one.settings for name, one in found.items()})
+    found = {name: _find(name, folder, path, own, model) for name, folder in tables.items()}
+    groups = _grouped({name: one.facts for name, one in found.items()}, hidden_size_of(model))
+    install_tables(model, {group: found[group[0]].facts.settings for group in groups})
     for name, one in found.items():
-        _load_blocks(model, name, one.folder)
+        fill_experts(_weights_of(model, name), one.facts.folder)
+    joined = {group: _join([found[name].table for name in group]) for group in groups}
+    layouts = {" ".join(group): table.layout for group, table in joined.items()}
+    shares = share_cache_among(layouts, options.get("cache", 0))
+    reading = one_store_for(layouts.values(), options)
     weight = model.get_input_embeddings().weight
-    readers = {
-        name: open_reader(
-            one.folder / TABLE,
-            **_shape_of(one, model),
-            dtype=weight.dtype,
-            device=weight.device,
-            **{**chosen, "cache": shares[name]},
-        )
-        for name, one in found.items()
-    }
-    model.base_model.lookup_entrance.source = SourceByTable(readers)
+    sources = []
+    for group, table in joined.items():
+        cache = shares[" ".join(group)]
+        reader = read_table(table, weight.dtype, weight.device, **{**reading, "cache": cache})
+        sources.append(Group(group, reader, found[group[0]].facts.layout.shape.vocab_size))
+    model.base_model.lookup_entrance.source = SourceByTable(sources)
     backbone: Any = type(model)
     model.__class__ = by_table_class(backbone)
-    model.settings_by_table = {name: one.settings for name, one in found.items()}
+    model.tables = {name: one.facts for name, one in found.items()}
     freeze_backbone(model)
     return model
+
+
+def _grouped(tables: Mapping[str, TableFacts], hidden_size: int) -> list[Key]:
+    """The names of tables, those together that are alike, in order."""
+    groups: list[list[str]] = []
+    for name, one in tables.items():
+        for group in groups:
+            other = tables[group[0]]
+            is_alike = one.layout == other.layout and can_be_stacked(one.settings, other.settings)
+            if is_alike and len(group) < most_stacked(one.settings, hidden_size):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return [tuple(group) for group in groups]
+
+
+def _join(tables: Sequence[Table]) -> Table:
+    return tables[0] if len(tables) == 1 else join_tables(tables)
 
 
 def _require_plain(model: Any, path: Path) -> None:
@@ -157,7 +186,13 @@ def _require_plain(model: Any, path: Path) -> None:
         )
 
 
-def _find(name: str, folder: str | Path, path: Path, fingerprint: str) -> _Found:
+class _Found(NamedTuple):
+    facts: TableFacts
+    table: Table
+
+
+def _find(name: str, folder: str | Path, path: Path, fingerprint: str, model: Any) -> _Found:
+    """A folder that is given as a table of the backbone in `path`, whose fingerprint is given."""
     if not name or not set(name) <= _CHARACTERS:
         raise UserError(
             f"A table can't be called {name!r}; a name has letters, digits, '-' and '_' alone."
@@ -182,29 +217,22 @@ def _find(name: str, folder: str | Path, path: Path, fingerprint: str) -> _Found
             f"Table {name}: {place} belongs to another backbone than the one in {path}: the "
             "weights have another fingerprint."
         )
-    return _Found(place, settings)
+    table = open_table_of_model(
+        place / TABLE,
+        num_layers=len(settings.layers),
+        num_experts=settings.num_experts,
+        row_size=settings.row_size or hidden_size_of(model),
+        fingerprint=str(settings.fingerprint),
+    )
+    return _Found(TableFacts(settings, place, table.layout), table)
 
 
-def _shape_of(one: _Found, model: Any) -> dict[str, Any]:
-    settings = one.settings
-    return {
-        "num_layers": len(settings.layers),
-        "num_experts": settings.num_experts,
-        "row_size": settings.row_size or hidden_size_of(model),
-        "fingerprint": settings.fingerprint,
-    }
-
-
-def _table_of(one: _Found, model: Any) -> Table:
-    return open_table_of_model(one.folder / TABLE, **_shape_of(one, model))
-
-
-def _load_blocks(model: Any, table: str, folder: Path) -> None:
-    """Give a table's blocks the weights in its folder."""
-    module = f".lookup_experts.{module_of(table)}."
-    own = {
-        name.replace(module, ".lookup_experts."): weight
-        for name, weight in model.state_dict().items()
-        if module in name
-    }
-    fill_experts(own, folder)
+def _weights_of(model: Any, table: str) -> dict[str, Any]:
+    """What a table has in each block, by the names that it has in its folder."""
+    found = {}
+    for number, ffn in enumerate(find_ffns(model)):
+        block: Any = ffn._modules.get("lookup_experts")
+        if block is not None:
+            for name, weight in block.weights_of(table).items():
+                found[f"{number}.lookup_experts.{name}"] = weight
+    return found

@@ -66,8 +66,8 @@ class TableReaders:
 
 def table_readers(model: Any) -> TableReaders | None:
     """Those of a model; None where it reads no table."""
-    if hasattr(model, "readers_by_table"):
-        return TableReaders(model.readers_by_table, one_of_them=True)
+    if hasattr(model, "table_readers"):
+        return TableReaders(model.table_readers, one_of_them=True)
     source = getattr(model, "expert_source", None)
     found = {TABLE: source} if isinstance(source, TableReader) else {}
     embeddings: dict[str, TableReader] = getattr(model, "embedding_readers", {})

@@ -1,14 +1,15 @@
 """Several tables on one backbone, a name for each, and one of them for each sequence of a batch.
 
-What each table needs of a block (routers, matrices) and where its rows come from is as if it were
-alone; a batch is cut into the parts that belong together, and in each block every part has added
-what its own table says. Sequences without a table get what the backbone gives, untouched.
+Tables that are alike are a *group*: their records are read by one source, together, and what reads
+the rows lies side by side, so that a batch of several takes as many operations as one of one. A
+group of one table is as if that was alone.
 
-A model's parts are found anew in each forward pass, when its token ids enter, and reading has begun
-for all of them before the first block computes.
+A batch is cut into the parts that belong to one group, and in each block every part has added what
+its own tables say. Sequences without a table get what the backbone gives, untouched. Reading has
+begun for all parts when the token ids have entered.
 
 Shapes: B sequences, T tokens of each, P positions of a part, N rows of a token and layer, d hidden
-size.
+size, V ids of a table.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,31 +21,56 @@ from torch import Tensor, nn
 
 from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.model.blocks import find_ffns, placeholder_ids
-from lookup_experts.model.forms import LookupBlock, RowObserver, is_unhooked
-from lookup_experts.model.rows import Addition, ExpertSource, StepRows, TokenRows, leave
+from lookup_experts.model.forms import LookupBlock, RowObserver, get_form, is_unhooked
+from lookup_experts.model.forms.mole import StackedRows
+from lookup_experts.model.rows import (
+    Addition,
+    ExpertSource,
+    StepRows,
+    TokenRows,
+    check_bounds,
+    leave,
+)
 from lookup_experts.model.settings import LookupSettings
 from lookup_experts.model.wiring import Entrance, hook_base, hook_ffn, new_block
 
-_PREFIX = "table_"
-"""Before a table's name in that of its module: no name is one that a module has itself."""
+Key = tuple[str, ...]
+"""A group: the names of its tables, in order."""
 
 
-def module_of(table: str) -> str:
-    """The name of a table's module in a block."""
-    return f"{_PREFIX}{table}"
+class Group(NamedTuple):
+    """Where the rows of a group come from."""
+
+    tables: Key
+    source: ExpertSource
+    """Of the table in place k the record of id i is that of id k·V + i."""
+    vocab_size: int
+    """V, of each table."""
+
+
+class Positions(NamedTuple):
+    """Which sequences of a batch belong to a group."""
+
+    group: Group
+    sequences: Tensor | None
+    """int64 [b], of B; None: all."""
+    flat: Tensor | None
+    """int64 [P], of B·T: the positions in them; None: all."""
+    tables: Tensor
+    """int64 [b]: the place in the group of each sequence's table."""
 
 
 class Part(NamedTuple):
-    """The positions of a batch that belong to one table."""
+    """The positions of a batch that belong to a group, and their rows."""
 
-    table: str
-    positions: Tensor | None
-    """int64 [P], of B·T; None: all."""
+    group: Key
+    flat: Tensor | None
+    """See `Positions`."""
     rows: TokenRows
 
 
 class RowsByTable:
-    """The rows of one batch, table by table.
+    """The rows of one batch, group by group.
 
     Args:
         parts: at least one; no position is in two.
@@ -60,7 +86,7 @@ class RowsByTable:
     @property
     def only(self) -> Part | None:
         """The part that is the whole batch; None where there is none."""
-        return self.parts[0] if self.parts[0].positions is None else None
+        return self.parts[0] if self.parts[0].flat is None else None
 
     @property
     def index(self) -> Tensor:
@@ -82,12 +108,14 @@ class SourceByTable:
     """An `ExpertSource` over those of several tables.
 
     Args:
-        sources: by the tables' names.
+        groups: all tables are in one, each in one.
     """
 
-    def __init__(self, sources: Mapping[str, ExpertSource]) -> None:
-        self.sources = dict(sources)
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+        self._group_of = {table: group for group in groups for table in group.tables}
         self._chosen: tuple[str | None, ...] = (None,)
+        self._planned: tuple[Any, list[Positions]] = (None, [])
 
     def use(self, tables: str | Sequence[str | None] | None) -> None:
         """Take these from the next forward pass on.
@@ -102,9 +130,14 @@ class SourceByTable:
         if not chosen:
             raise UserError("Tables were chosen for no sequence; give one name, or one for each.")
         for table in chosen:
-            if table is not None and table not in self.sources:
-                raise unknown_name("table", table, self.sources)
+            if table is not None and table not in self._group_of:
+                raise unknown_name("table", table, self._group_of)
         self._chosen = chosen
+
+    def find(self, table: str) -> tuple[ExpertSource, int]:
+        """Where the rows of a table come from, and by how much its ids are to be raised there."""
+        group = self._group_of[table]
+        return group.source, group.tables.index(table) * group.vocab_size
 
     def rows(
         self, token_ids: Tensor, ready: bool = False, base_model: nn.Module | None = None
@@ -116,58 +149,109 @@ class SourceByTable:
 
         Raises:
             UserError: the batch can't be shared out so.
+            TableError: an id is outside of the tables, or reading can't begin.
         """
-        chosen = self._chosen
-        times, left = divmod(len(token_ids), len(chosen))
-        if left:
-            raise UserError(
-                f"Tables were chosen for {len(chosen)} sequences, and {len(token_ids)} came. "
-                "Choose one for all, or one for each: model.use_table(...)."
-            )
-        of_table: dict[str, list[int]] = {}
-        for place, table in enumerate(chosen):
-            if table is not None:
-                of_table.setdefault(table, []).extend(range(place * times, (place + 1) * times))
-        if not of_table:
-            return None
         parts: list[Part] = []
         with ExitStack() as begun:
-            for table, sequences in of_table.items():
-                ids, positions = _of_sequences(token_ids, sequences)
-                rows = self.sources[table].rows(ids, ready, base_model)
+            for positions in self._plan(token_ids):
+                rows = _rows_of(positions, token_ids, ready, base_model)
                 if rows is not None:
                     begun.callback(leave, rows)
-                    parts.append(Part(table, positions, rows))
+                    parts.append(Part(positions.group.tables, positions.flat, rows))
             begun.pop_all()
         return RowsByTable(parts, token_ids.shape) if parts else None
 
+    def _plan(self, token_ids: Tensor) -> list[Positions]:
+        """Which sequences belong to which group; kept for the steps that follow with the same."""
+        shape, device = token_ids.shape, token_ids.device
+        key = (self._chosen, shape, device)
+        if self._planned[0] == key:
+            return self._planned[1]
+        times, left = divmod(shape[0], len(self._chosen))
+        if left:
+            raise UserError(
+                f"Tables were chosen for {len(self._chosen)} sequences, and {shape[0]} came. "
+                "Choose one for all, or one for each: model.use_table(...)."
+            )
+        of_each = [table for table in self._chosen for _ in range(times)]
+        plan = []
+        for group in self.groups:
+            places = {table: place for place, table in enumerate(group.tables)}
+            chosen = [row for row, table in enumerate(of_each) if table in places]
+            if not chosen:
+                continue
+            tables = torch.tensor([places[of_each[row] or ""] for row in chosen], device=device)
+            sequences = flat = None
+            if len(chosen) < shape[0]:
+                sequences = torch.tensor(chosen, device=device)
+                columns = torch.arange(shape[1], device=device)
+                flat = (sequences.unsqueeze(1) * shape[1] + columns).view(-1)
+            plan.append(Positions(group, sequences, flat, tables))
+        self._planned = (key, plan)
+        return plan
 
-def _of_sequences(token_ids: Tensor, sequences: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """The token ids [b, T] of some sequences, and their positions; see `Part`."""
-    if len(sequences) == len(token_ids):
-        return token_ids, None
-    columns = token_ids.shape[1]
-    kept = torch.tensor(sequences, device=token_ids.device)
-    places = torch.arange(columns, device=token_ids.device)
-    return token_ids.index_select(0, kept), (kept.unsqueeze(1) * columns + places).view(-1)
+
+def _rows_of(
+    positions: Positions, token_ids: Tensor, ready: bool, base_model: nn.Module | None
+) -> TokenRows | None:
+    """The rows of a group's sequences in a batch [B, T]."""
+    group, ids = positions.group, token_ids
+    if positions.sequences is not None:
+        ids = ids.index_select(0, positions.sequences)
+    if len(group.tables) == 1:
+        return group.source.rows(ids, ready, base_model)
+    ids = _checked(ids, group) + (positions.tables * group.vocab_size).unsqueeze(1)
+    rows = group.source.rows(ids, ready, base_model)
+    if rows is None:
+        return None
+    of_positions = positions.tables.repeat_interleave(ids.shape[1])
+    stacked: Any = StackedRows(rows, of_positions, len(group.tables))
+    return stacked
+
+
+def _checked(ids: Tensor, group: Group) -> Tensor:
+    """Ids of a table, which must not become those of the next one.
+
+    On a GPU, which nobody waits for here, an id that is none becomes one that no table has.
+    """
+    if ids.device.type == "cpu":
+        low, high = (int(one) for one in ids.aminmax()) if ids.numel() else (0, 0)
+        check_bounds(low, high, group.vocab_size)
+        return ids
+    outside = group.vocab_size * len(group.tables)
+    return ids.where((ids >= 0) & (ids < group.vocab_size), outside)
 
 
 class BlockByTable(LookupBlock):
-    """What a block has of each table; a child for each.
+    """What a block has of each group; a child for each.
 
     Args:
         layer: see `LookupBlock`.
-        blocks: by the tables' names, of those that have something in this block.
+        blocks: of those that have something in this block.
     """
 
-    def __init__(self, layer: int, blocks: Mapping[str, LookupBlock]) -> None:
+    def __init__(self, layer: int, blocks: Mapping[Key, LookupBlock]) -> None:
         super().__init__(layer)
-        for table, block in blocks.items():
-            self.add_module(module_of(table), block)
+        self._names = {group: f"group_{number}" for number, group in enumerate(blocks)}
+        for group, block in blocks.items():
+            self.add_module(self._names[group], block)
 
-    def block(self, table: str) -> Any:
-        """A table's own; None if it has nothing here."""
-        return self._modules.get(module_of(table))
+    def block(self, group: Key) -> Any:
+        """A group's own; None if it has nothing here."""
+        name = self._names.get(group)
+        return None if name is None else self._modules[name]
+
+    def weights_of(self, table: str) -> dict[str, Tensor]:
+        """A table's weights here, by their names in a block of its own; writing to them writes to
+        the model's."""
+        for group in self._names:
+            if table in group:
+                block = self.block(group)
+                if len(group) > 1:
+                    stacked: dict[str, Tensor] = block.of_table(group.index(table))
+                    return stacked
+                return dict(block.state_dict(keep_vars=False))
+        return {}
 
     def forward(
         self, hidden_states: Tensor, rows: Any, observe: RowObserver | None = None
@@ -176,7 +260,7 @@ class BlockByTable(LookupBlock):
         observer = None if observe is None else _Observer(rows.num_positions)
         added = torch.zeros_like(hidden_states)
         for part in rows.parts:
-            block = self.block(part.table)
+            block = self.block(part.group)
             if block is not None:
                 states = _of_part(hidden_states, part)
                 told = None if observer is None else observer.of(part)
@@ -188,7 +272,7 @@ class BlockByTable(LookupBlock):
     def begin(self, hidden_states: Tensor, rows: Any) -> Addition | None:
         """See `LookupBlock.begin`; of a batch that has one table."""
         begin_rows: StepRows = rows.only.rows
-        block = self.block(rows.only.table)
+        block = self.block(rows.only.group)
         if block is None or not is_unhooked(block):
             return None
         begun: Addition | None = block.begin(hidden_states, begin_rows)
@@ -201,13 +285,13 @@ class BlockByTable(LookupBlock):
         rows: Any,
         observe: RowObserver | None = None,
     ) -> Tensor:
-        """See `LookupBlock.add_to`; where a part has no table, or this block nothing of its table,
-        the output stays to the bit."""
+        """See `LookupBlock.add_to`; where a position has no table, or this block nothing of it, the
+        output stays to the bit."""
         observer = None if observe is None else _Observer(rows.num_positions)
         # Not for a single part, whose sum is a tensor of its own.
         total = output if rows.only is not None else output.clone()
         for part in rows.parts:
-            block = self.block(part.table)
+            block = self.block(part.group)
             if block is not None:
                 states, own = _of_part(hidden_states, part), _of_part(output, part)
                 told = None if observer is None else observer.of(part)
@@ -223,17 +307,17 @@ class BlockByTable(LookupBlock):
 
 def _of_part(states: Tensor, part: Part) -> Tensor:
     """[..., d] of a batch -> [1, P, d] of a part, or all of it."""
-    if part.positions is None:
+    if part.flat is None:
         return states
-    return states.reshape(-1, states.shape[-1]).index_select(0, part.positions).unsqueeze(0)
+    return states.reshape(-1, states.shape[-1]).index_select(0, part.flat).unsqueeze(0)
 
 
 def _put(total: Tensor, part: Part, values: Tensor) -> Tensor:
     """`total` [..., d] with a part's positions from `values`; written to, unless it is replaced."""
-    if part.positions is None:
+    if part.flat is None:
         return values
     flat = total.view(-1, total.shape[-1])
-    flat.index_copy_(0, part.positions, values.view(-1, values.shape[-1]).to(total.dtype))
+    flat.index_copy_(0, part.flat, values.view(-1, values.shape[-1]).to(total.dtype))
     return total
 
 
@@ -261,21 +345,40 @@ class _Observer:
         like = self._seen[0][1]
         full = like.new_full((self._num_positions, most), torch.nan)
         for part, weights in self._seen:
-            places = slice(None) if part.positions is None else part.positions
+            places = slice(None) if part.flat is None else part.flat
             full[places, : weights.shape[1]] = weights
         observe(layer, full)
 
 
-def install_tables(model: Any, settings: Mapping[str, LookupSettings]) -> None:
+def can_be_stacked(one: LookupSettings, other: LookupSettings) -> bool:
+    """Whether two tables' blocks can lie side by side; their tables must be alike too."""
+
+    def kind(settings: LookupSettings) -> tuple[Any, ...]:
+        return settings.row_form, settings.num_experts, settings.row_size, settings.layers
+
+    return kind(one) == kind(other) and hasattr(get_form(one.row_form), "new_stacked_reader")
+
+
+def most_stacked(settings: LookupSettings, hidden_size: int) -> int:
+    """How many tables are multiplied for all at most: no more numbers than the model is wide."""
+    row_size = settings.row_size or hidden_size
+    per_table = settings.num_experts if row_size == hidden_size else row_size
+    return max(1, hidden_size // max(per_table, settings.num_experts))
+
+
+def install_tables(model: Any, settings: Mapping[Key, LookupSettings]) -> None:
     """Add to a backbone the modules and hooks of several tables; see `wiring.install`. Weights are
-    left as they come, and sources are still to be set."""
+    left as they come, and sources are still to be set.
+
+    Args:
+        settings: of each group, which is those of any of its tables.
+    """
     ffns = find_ffns(model)
-    for layer, place in enumerate(
-        sorted({block for one in settings.values() for block in one.layers})
-    ):
+    places = sorted({place for one in settings.values() for place in one.layers})
+    for layer, place in enumerate(places):
         blocks = {
-            table: new_block(one.layers.index(place), model, one, ffns[place])
-            for table, one in settings.items()
+            group: new_block(one.layers.index(place), model, one, ffns[place], len(group))
+            for group, one in settings.items()
             if place in one.layers
         }
         hook_ffn(ffns[place], BlockByTable(layer, blocks))

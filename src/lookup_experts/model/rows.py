@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lookup_experts.errors import TableError
+
 
 class TokenRows(Protocol):
     """The expert outputs of one batch, layer by layer."""
@@ -170,6 +172,15 @@ class ExpertSource(Protocol):
                 embedding.
         """
         ...
+
+
+def check_bounds(low: int, high: int, vocab_size: int) -> None:
+    """Raise a `TableError` unless ids from `low` to `high` are in a table of so many."""
+    if low < 0 or high >= vocab_size:
+        raise TableError(
+            f"Token id {low if low < 0 else high} is outside of the table's vocabulary (0 to "
+            f"{vocab_size - 1}). Is this the tokenizer that belongs to the model?"
+        )
 
 
 def leave(rows: TokenRows | None) -> None:

@@ -66,17 +66,24 @@ def hook_base(base: Any, entrance: "Entrance") -> None:
     base.register_forward_hook(leave_forward_pass, always_call=True)
 
 
-def new_block(place: int, model: Any, settings: LookupSettings, ffn: Any) -> LookupBlock:
+def new_block(
+    place: int, model: Any, settings: LookupSettings, ffn: Any, count: int = 1
+) -> LookupBlock:
     """What a block gains, on the device and in the dtype of its FFN.
 
     Args:
         place: among the blocks that have experts.
+        count: of the tables that are stacked.
     """
     embedding = model.get_input_embeddings()
     form = get_form(settings.row_form)
     vocab_size, embedding_size = embedding.weight.shape
     sizes = Sizes(vocab_size, embedding_size, hidden_size_of(model))
-    block: LookupBlock = form.new_reader(place, settings, sizes)
+    block: LookupBlock
+    if count > 1:
+        block = form.new_stacked_reader(place, settings, sizes, count)
+    else:
+        block = form.new_reader(place, settings, sizes)
     if settings.form == "experts":
         # Not named `experts`: the weight conversions of transformers take any `.experts.` in a
         # checkpoint of a mixture-of-experts backbone for that backbone's own.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lookup_experts.errors import TableError
+from lookup_experts.model.by_table import SourceByTable
 from lookup_experts.model.computed_rows import FFNExperts
 from lookup_experts.serving.sequence import LookupDetail
 from lookup_experts.table.reader import TableReader
@@ -24,7 +25,7 @@ class LookupWatch:
     def __init__(self, model: Any) -> None:
         self._entrance = getattr(model, "lookup_entrance", None)
         self._device = model.device
-        self._by_table: dict[str, TableReader] | None = getattr(model, "readers_by_table", None)
+        self._by_table: SourceByTable | None = getattr(model, "source_by_table", None)
         self._embeddings: list[TableReader] = [*getattr(model, "embedding_readers", {}).values()]
 
     def read_error(self, token_id: int, table: str | None = None) -> TableError | None:
@@ -33,10 +34,10 @@ class LookupWatch:
         Args:
             table: where it is, of a model with several.
         """
-        ids = torch.tensor([[token_id]], device=self._device)
         by_token = [reader for reader in self._embeddings if reader.rows_per_token == 1]
         try:
-            for reader in self._experts(table) + by_token:
+            for reader, offset in [*self._experts(table), *((one, 0) for one in by_token)]:
+                ids = torch.tensor([[token_id + offset]], device=self._device)
                 reader.rows(ids).layer(0)
         except TableError as error:
             return error
@@ -46,7 +47,10 @@ class LookupWatch:
         """What a GPU met when it looked for records in a step that is over: such steps go on, with
         numbers that are none, and the reader tells of it the next time that it is asked for
         something. None where nothing went wrong."""
-        experts = [one for table in self._by_table or (None,) for one in self._experts(table)]
+        if self._by_table is not None:
+            experts: list[Any] = [group.source for group in self._by_table.groups]
+        else:
+            experts = [reader for reader, _ in self._experts(None)]
         try:
             for reader in experts + self._embeddings:
                 reader.rows(torch.empty(1, 0, dtype=torch.int64, device=self._device))
@@ -54,12 +58,12 @@ class LookupWatch:
             return error
         return None
 
-    def _experts(self, table: str | None) -> list[Any]:
-        """The source of the experts' rows, if it reads any."""
+    def _experts(self, table: str | None) -> list[tuple[Any, int]]:
+        """The source of the experts' rows, if it reads any, and how far ids are raised there."""
         if self._by_table is not None:
-            return [] if table is None else [self._by_table[table]]
+            return [] if table is None else [self._by_table.find(table)]
         source = self._entrance.source if self._entrance is not None else None
-        return [] if source is None or isinstance(source, FFNExperts) else [source]
+        return [] if source is None or isinstance(source, FFNExperts) else [(source, 0)]
 
     @contextmanager
     def weights(self, asked: bool) -> Iterator[list[Tensor]]:
@@ -110,12 +114,12 @@ class LookupWatch:
         None where nothing is read: no table, or the whole table in memory; and on a GPU, which
         finds records itself and tells nobody of single ones.
         """
-        for reader in self._experts(table):
+        for reader, offset in self._experts(table):
             if (
                 isinstance(reader, TableReader)
                 and self._device.type == "cpu"
                 and reader.stats().store != "memory"
             ):
-                missed = reader.missed is None or token_id in reader.missed
+                missed = reader.missed is None or token_id + offset in reader.missed
                 return not missed, reader.table.layout.stride if missed else 0
         return None, 0

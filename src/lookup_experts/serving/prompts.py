@@ -126,10 +126,11 @@ def refuse_half_characters(text: str, param: str) -> None:
 def vocab_size_of(model: Any) -> int:
     """How many token ids the model knows; a table may know fewer than its embedding."""
     size = model.get_input_embeddings().weight.shape[0]
-    readers = [*getattr(model, "readers_by_table", {}).values()]
-    readers.append(getattr(model, "expert_source", None))
-    tables = [reader.table for reader in readers if hasattr(reader, "table")]
-    return min([size, *(table.layout.shape.vocab_size for table in tables)])
+    layouts = [one.layout for one in getattr(model, "tables", {}).values()]
+    table = getattr(getattr(model, "expert_source", None), "table", None)
+    if table is not None:
+        layouts.append(table.layout)
+    return min([size, *(layout.shape.vocab_size for layout in layouts)])
 
 
 def context_of(model: Any, tokenizer: Any) -> int:

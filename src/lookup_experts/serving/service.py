@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lookup_experts.folders.by_table import TableFacts
 from lookup_experts.folders.readers import table_readers
 from lookup_experts.model.forms import get_form
 from lookup_experts.model.settings import LookupSettings
@@ -21,7 +22,6 @@ from lookup_experts.serving.reports import Outbox
 from lookup_experts.serving.requests import RequestMaker
 from lookup_experts.serving.vocabulary import Vocabulary
 from lookup_experts.serving.waiting import Limits
-from lookup_experts.table.reader import TableReader
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Service:
         """By which names clients ask for a model -> the table that it means; None: no table of
         several. The first is the one without a name of its own."""
         name = self.options.name
-        tables = getattr(self._model, "readers_by_table", {})
+        tables = getattr(self._model, "tables", {})
         return {name: None, **{f"{name}:{table}": table for table in tables}}
 
     def table_of(self, name: str | None) -> str | None:
@@ -148,17 +148,15 @@ class Service:
         """As `protocol.Stats`."""
         reader = self._tables.stats() if self._tables is not None else None
         config = self._model.config.get_text_config(decoder=True)
-        by_table: dict[str, TableReader] = getattr(self._model, "readers_by_table", {})
+        by_table: dict[str, TableFacts] = getattr(self._model, "tables", {})
         record_bytes = self._tables.bytes_per_token if self._tables and not by_table else None
         own = getattr(self._model, "lookup_settings", None)
         return {
             "model": self.options.name,
             "kind": kind_of(self._model),
             "tables": {
-                table: _rows(
-                    self._model.settings_by_table[table], config, reader.table.layout.record_bytes
-                )
-                for table, reader in by_table.items()
+                name: _rows(one.settings, config, one.layout.record_bytes)
+                for name, one in by_table.items()
             },
             "layers": config.num_hidden_layers,
             **_rows(own, config, record_bytes),

@@ -6,18 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
-from lookup_experts.errors import TableError
 from lookup_experts.table.cache import SlotCache, Taken
 from lookup_experts.table.store import PendingRead, Store
-
-
-def check_bounds(low: int, high: int, vocab_size: int) -> None:
-    """Raise a `TableError` unless ids from `low` to `high` are in a table of so many."""
-    if low < 0 or high >= vocab_size:
-        raise TableError(
-            f"Token id {low if low < 0 else high} is outside of the table's vocabulary (0 to "
-            f"{vocab_size - 1}). Is this the tokenizer that belongs to the model?"
-        )
 
 
 def unique_in_order(ids: list[int]) -> tuple[list[int], list[int]]:

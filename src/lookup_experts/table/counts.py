@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save
 
 from lookup_experts.errors import TableError
 from lookup_experts.table.files import write_whole
+from lookup_experts.table.joined import JoinedTable
 from lookup_experts.table.opening import Table
 
 COUNTS_NAME = "token_counts.safetensors"
@@ -46,9 +47,17 @@ def keep_counts(folder: Path, counts: np.ndarray | None, vocab_size: int) -> Non
 def read_counts(table: Table) -> np.ndarray | None:
     """The counts kept with a table, int64 [vocab_size]; None where there are none.
 
+    Of a joined one those of its parts; ids of a part without any never occur.
+
     Raises:
         TableError: the file is damaged, or not of this table.
     """
+    if isinstance(table, JoinedTable):
+        counts = [read_counts(part) for part in table.parts]
+        if all(one is None for one in counts):
+            return None
+        none = np.zeros(table.parts[0].layout.shape.vocab_size, np.int64)
+        return np.concatenate([none if one is None else one for one in counts])
     path = table.folder / COUNTS_NAME
     if not path.exists():
         return None

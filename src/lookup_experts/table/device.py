@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lookup_experts.model.rows import TokenRows
-from lookup_experts.table.batch import check_bounds
+from lookup_experts.model.rows import TokenRows, check_bounds
 from lookup_experts.table.device_prompt import PromptRows
 from lookup_experts.table.device_records import CacheCounts, DeviceMemoryRecords, DeviceRecords
 from lookup_experts.table.device_rows import STEP_POSITIONS, StagedRows, staged_rows

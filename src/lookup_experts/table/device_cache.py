@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lookup_experts.errors import TableError, UserError
-from lookup_experts.table.batch import check_bounds
+from lookup_experts.model.rows import check_bounds
 from lookup_experts.table.counts import most_frequent, read_counts
 from lookup_experts.table.device_cache_reference import gather_reference, locate_reference
 from lookup_experts.table.device_records import CacheCounts

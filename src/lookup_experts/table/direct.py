@@ -466,7 +466,8 @@ class DirectStore(RecordStore):
             default=shard.first_id + row,
         )
         path, offset = self._place(token_id)
-        return TableError(f"{path}: can't read the record of id {token_id} at {offset}: {problem}.")
+        own_id = self.table.own_id(token_id)
+        return TableError(f"{path}: can't read the record of id {own_id} at {offset}: {problem}.")
 
     def reopened(self) -> Self:
         return type(self)(reopen_table(self.table), self.verify_checksums, log)

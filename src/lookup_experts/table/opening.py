@@ -35,6 +35,14 @@ class Table:
         """The file of `shard`."""
         return self.folder / shard.file
 
+    def own_id(self, record: int) -> int:
+        """The token id of a record, as it is told."""
+        return record
+
+    def open_again(self) -> "Table":
+        """What is there now."""
+        return open_table(self.folder)
+
 
 def open_table(folder: Path | str) -> Table:
     """The table in `folder`, after checking `table.json` and size and header of every shard.
@@ -54,7 +62,7 @@ def reopen_table(table: Table) -> Table:
     Raises:
         TableError: it isn't sound any more, or another one is there now.
     """
-    found = open_table(table.folder)
+    found = table.open_again()
     if found != table:
         raise TableError(
             f"{table.folder}: holds another table now than when it was opened first. Load the "

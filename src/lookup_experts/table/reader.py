@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lookup_experts.errors import TableError
-from lookup_experts.model.rows import TokenRows
+from lookup_experts.model.rows import TokenRows, check_bounds
 from lookup_experts.table.batch import (
     FillingFromStore,
     SlotBatch,
-    check_bounds,
     unique_in_order,
 )
 from lookup_experts.table.cache import RowCache
@@ -519,7 +518,7 @@ def open_reader(
     Raises:
         TableError: the table is missing, damaged, or of another model.
     """
-    budget = parse_cache(cache)
+    parse_cache(cache)  # before anything is opened
     table = open_table_of_model(
         folder,
         num_layers=num_layers,
@@ -528,6 +527,35 @@ def open_reader(
         fingerprint=fingerprint,
         vocab_size=vocab_size,
     )
+    return read_table(
+        table,
+        dtype,
+        device,
+        rows_per_token=rows_per_token,
+        store=store,
+        cache=cache,
+        verify_checksums=verify_checksums,
+        notify=notify,
+    )
+
+
+def read_table(
+    table: Table,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    rows_per_token: int = 1,
+    store: str = "auto",
+    cache: int | str | CacheBudget = 0,
+    verify_checksums: bool = False,
+    notify: Notify = log,
+) -> TableReader:
+    """A reader of an open table; arguments as of `open_reader`.
+
+    Raises:
+        TableError: a shard can't be read, or is damaged.
+    """
+    budget = parse_cache(cache)
     opened = open_store(table, store, verify_checksums=verify_checksums, notify=notify)
     return TableReader(table, opened, dtype, device, budget, rows_per_token)
 

@@ -263,7 +263,8 @@ class RecordStore(ABC):
 
     def _damaged(self, token_id: int, problem: str) -> TableError:
         path, _ = self._place(token_id)
-        return TableError(f"{path}: the record of id {token_id} is damaged: {problem}.")
+        own_id = self.table.own_id(token_id)
+        return TableError(f"{path}: the record of id {own_id} is damaged: {problem}.")
 
     def _locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard number and row within the shard of each id, int64 [U] both."""
