@@ -183,7 +183,7 @@ def test_no_more_are_multiplied_for_all_than_the_model_is_wide(folders):
     """Rows of 8 and 32 numbers of width: four tables side by side."""
     backbone, tables = folders
     names = [f"t{number}" for number in range(6)]
-    loaded = le.load(backbone, tables={name: tables["novels"] for name in names}, store="memory")
+    loaded = le.load(backbone, tables=dict.fromkeys(names, tables["novels"]), store="memory")
     assert [len(group.tables) for group in loaded.source_by_table.groups] == [4, 2]
     ids = token_ids(1, 5).repeat(6, 1)
     loaded.use_table(names)
