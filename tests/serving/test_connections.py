@@ -5,16 +5,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+from run_command import run_command
 from served_here import served_here
 from server_process import Server
 
 import lookup_experts as le
 from lookup_experts.errors import UserError
 from lookup_experts.serving.guard import ApiKeys
-from lookup_experts.serving.threads import usable_cores
+from lookup_experts.serving.threads import in_passing_thread, usable_cores
 
 SITE = "https://example.org"
 COMPLETIONS = "/v1/completions"
@@ -290,3 +292,41 @@ def test_threads_are_as_many_as_was_said(run_python):
     )
     assert run_python(code, 3)[1] == "3\n"
     assert 1 <= int(run_python(code, 0)[1]) <= usable_cores()
+
+
+_HELPERS = """
+import os, sys, torch
+from lookup_experts.serving.threads import in_passing_thread
+torch.set_num_threads(2)
+count = lambda: len(os.listdir("/proc/self/task"))
+work = lambda: float(torch.ones(2**22).add_(1).sum())
+before = count()
+assert in_passing_thread(work) == 2**23
+passed = count()
+work()
+print(passed - before, count() - passed)
+"""
+
+
+def test_helpers_of_a_passing_thread_are_gone(run_python):
+    """Those of a thread that stays, stay."""
+    code, out, err = run_python(_HELPERS)
+    assert (code, out) == (0, "0 1\n"), err
+
+
+def test_a_passing_thread_hands_on_what_went_wrong():
+    with pytest.raises(UserError, match="no such thing"):
+        in_passing_thread(lambda: (_ for _ in ()).throw(UserError("no such thing")))
+
+
+def test_the_server_loads_in_a_passing_thread(table_folder, monkeypatch, capsys):
+    threads = []
+
+    def load(*arguments, **options):
+        threads.append(threading.current_thread().name)
+        raise UserError("It can't be had.")
+
+    monkeypatch.setattr("lookup_experts.folders.load.load", load)
+    code, _, err = run_command(capsys, "serve", table_folder, "--port", 0)
+    assert (code, threads) == (2, ["passing"])
+    assert err.strip().endswith("It can't be had.")

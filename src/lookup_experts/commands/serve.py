@@ -98,7 +98,7 @@ def serve(
     tables = parse_tables(table or ())
 
     # Before torch is imported: its threads then take what is set here.
-    from lookup_experts.serving.threads import sleep_soon, use_threads
+    from lookup_experts.serving.threads import in_passing_thread, sleep_soon, use_threads
 
     sleep_soon()
 
@@ -127,28 +127,34 @@ def serve(
     listening = open_socket(host, port)  # before the model is loaded, which may take long
     keep_freed_memory()  # prompts of all lengths come: their tensors' pages are not taken anew
     use_threads(threads)
-    model = load(
-        folder,
-        store=store,
-        cache=cache,
-        device=device,
-        dtype=dtype,
-        weights=weights,
-        verify_checksums=checksums,
-        trust_remote_code=trust_remote_code,
-        tables=tables,
-        notify=console.say,
-    )
-    console.say(f"Linear layers: {describe_linears(model)}")
-    served = ServiceOptions(
-        name=model_name or served_name(folder),
-        limits=Limits(max_batch, max_queue),
-        seconds=timeout,
-        chat_template=template,
-        graphs=graphs,
-    )
+
+    def loaded_service() -> Service:
+        model = load(
+            folder,
+            store=store,
+            cache=cache,
+            device=device,
+            dtype=dtype,
+            weights=weights,
+            verify_checksums=checksums,
+            trust_remote_code=trust_remote_code,
+            tables=tables,
+            notify=console.say,
+        )
+        console.say(f"Linear layers: {describe_linears(model)}")
+        served = ServiceOptions(
+            name=model_name or served_name(folder),
+            limits=Limits(max_batch, max_queue),
+            seconds=timeout,
+            chat_template=template,
+            graphs=graphs,
+        )
+        service = Service(model, loaded_tokenizer, served)
+        service.prepare()
+        return service
+
     run_server(
-        Service(model, loaded_tokenizer, served),
+        in_passing_thread(loaded_service),
         listening,
         keys,
         console.say,

@@ -67,7 +67,7 @@ def serve(
     """Serve until a signal ends it; returns once everything has ended in good order.
 
     Args:
-        service: what is served.
+        service: what is served, prepared.
         listening: an open socket.
         keys: who may use it; None: everybody.
         say: told where it listens.
@@ -75,10 +75,7 @@ def serve(
         origins: of other sites whose pages may use the API; `*` for all.
         grace_seconds: for what runs when the end is asked for.
 
-    Raises:
-        TableError: the records that the row cache begins with can't be read.
     """
-    service.prepare()
     host, port = listening.getsockname()[:2]
     warning = warning_for(host, keys)
     if warning is not None:
