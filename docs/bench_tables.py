@@ -198,6 +198,8 @@ def serve(reports: Sequence[Result]) -> str:
         "tokens/s": "{tokens_per_second:.1f}",
         "× dense": "{ratio_to_dense:.2f}",
         "× eager?": "{ratio_to_eager:.2f}",
+        "× one table?": "{ratio_to_mole:.2f}",
+        "beyond dense?": megabytes("beyond_dense_bytes", "+,.0f"),
         **SERVED,
     }
     return table(results_of(reports), columns)

@@ -162,6 +162,33 @@ def test_a_record_that_cannot_be_read_is_an_error_and_others_go_on(folders, mode
         logits_of(model, ids)
 
 
+def test_compiled(folders):
+    backbone, tables = folders
+    loaded = le.load(backbone, tables=tables, store="memory")
+    names = ["code", None, "novels", "tales"]
+    ids = token_ids(len(names), 6)
+    loaded.use_table(names)
+    expected = logits_of(loaded, ids)
+    compiled = torch.compile(loaded, backend="aot_eager")
+    torch.testing.assert_close(logits_of(compiled, ids), expected, rtol=1e-5, atol=2e-5)
+    loaded.use_table(None)
+    plain = logits_of(loaded, ids)
+    torch.testing.assert_close(logits_of(compiled, ids), plain, rtol=1e-5, atol=2e-5)
+
+
+def test_gradients_after_inference(folders):
+    """What a pass in inference mode has planned serves one with gradients too."""
+    backbone, tables = folders
+    loaded = le.load(backbone, tables=tables, store="memory", weights="plain")
+    ids = token_ids(2, 6)
+    loaded.use_table(["novels", None])
+    with torch.inference_mode():
+        loaded(input_ids=ids, use_cache=False)
+    embeddings = loaded.get_input_embeddings().weight.requires_grad_()
+    loaded(input_ids=ids, use_cache=False).logits.sum().backward()
+    assert embeddings.grad.abs().sum() > 0
+
+
 def test_in_bfloat16_with_fast_linears(folders):
     backbone, tables = folders
     loaded = le.load(backbone, tables=tables, dtype="bfloat16", store="memory")

@@ -139,6 +139,8 @@ class SourceByTable:
         group = self._group_of[table]
         return group.source, group.tables.index(table) * group.vocab_size
 
+    # Which parts there are depends on what was chosen; a graph begins behind it.
+    @torch.compiler.disable
     def rows(
         self, token_ids: Tensor, ready: bool = False, base_model: nn.Module | None = None
     ) -> RowsByTable | None:
@@ -174,21 +176,27 @@ class SourceByTable:
                 "Choose one for all, or one for each: model.use_table(...)."
             )
         of_each = [table for table in self._chosen for _ in range(times)]
-        plan = []
-        for group in self.groups:
-            places = {table: place for place, table in enumerate(group.tables)}
-            chosen = [row for row, table in enumerate(of_each) if table in places]
-            if not chosen:
-                continue
-            tables = torch.tensor([places[of_each[row] or ""] for row in chosen], device=device)
-            sequences = flat = None
-            if len(chosen) < shape[0]:
-                sequences = torch.tensor(chosen, device=device)
-                columns = torch.arange(shape[1], device=device)
-                flat = (sequences.unsqueeze(1) * shape[1] + columns).view(-1)
-            plan.append(Positions(group, sequences, flat, tables))
-        self._planned = (key, plan)
-        return plan
+        with torch.inference_mode(False):  # autograd may see them in a later pass
+            plan = [_positions(group, of_each, shape, device) for group in self.groups]
+        self._planned = (key, [positions for positions in plan if positions is not None])
+        return self._planned[1]
+
+
+def _positions(
+    group: Group, of_each: Sequence[str | None], shape: torch.Size, device: torch.device
+) -> Positions | None:
+    """A group's of a batch [B, T], of whose sequences the tables are given; None: it has none."""
+    places = {table: place for place, table in enumerate(group.tables)}
+    chosen = {row: places[table] for row, table in enumerate(of_each) if table in places}
+    if not chosen:
+        return None
+    tables = torch.tensor(list(chosen.values()), device=device)
+    if len(chosen) == shape[0]:
+        return Positions(group, None, None, tables)
+    sequences = torch.tensor(list(chosen), device=device)
+    columns = torch.arange(shape[1], device=device)
+    flat = (sequences.unsqueeze(1) * shape[1] + columns).view(-1)
+    return Positions(group, sequences, flat, tables)
 
 
 def _rows_of(
