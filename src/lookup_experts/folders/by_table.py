@@ -21,16 +21,10 @@ from lookup_experts.folders.model_folder import (
 from lookup_experts.folders.tables import one_store_for, share_cache_among
 from lookup_experts.made_classes import make_class
 from lookup_experts.model.blocks import find_ffns
-from lookup_experts.model.by_table import (
-    Group,
-    Key,
-    SourceByTable,
-    can_be_stacked,
-    install_tables,
-    most_stacked,
-)
+from lookup_experts.model.by_table import Group, Key, SourceByTable, install_tables
 from lookup_experts.model.freezing import freeze_backbone
 from lookup_experts.model.settings import LookupSettings
+from lookup_experts.model.stacked_experts import can_be_stacked, most_stacked
 from lookup_experts.model.wiring import Entrance, hidden_size_of
 from lookup_experts.table.joined import join_tables
 from lookup_experts.table.layout import RecordLayout

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from lookup_experts.errors import UserError, unknown_name
 from lookup_experts.model.blocks import find_ffns, placeholder_ids
-from lookup_experts.model.forms import LookupBlock, RowObserver, get_form, is_unhooked
-from lookup_experts.model.forms.mole import StackedRows
+from lookup_experts.model.forms import LookupBlock, RowObserver, is_unhooked
 from lookup_experts.model.rows import (
     Addition,
     ExpertSource,
@@ -32,6 +31,7 @@ from lookup_experts.model.rows import (
     leave,
 )
 from lookup_experts.model.settings import LookupSettings
+from lookup_experts.model.stacked_experts import StackedRows
 from lookup_experts.model.wiring import Entrance, hook_base, hook_ffn, new_block
 
 Key = tuple[str, ...]
@@ -356,22 +356,6 @@ class _Observer:
             places = slice(None) if part.flat is None else part.flat
             full[places, : weights.shape[1]] = weights
         observe(layer, full)
-
-
-def can_be_stacked(one: LookupSettings, other: LookupSettings) -> bool:
-    """Whether two tables' blocks can lie side by side; their tables must be alike too."""
-
-    def kind(settings: LookupSettings) -> tuple[Any, ...]:
-        return settings.row_form, settings.num_experts, settings.row_size, settings.layers
-
-    return kind(one) == kind(other) and hasattr(get_form(one.row_form), "new_stacked_reader")
-
-
-def most_stacked(settings: LookupSettings, hidden_size: int) -> int:
-    """How many tables are multiplied for all at most: no more numbers than the model is wide."""
-    row_size = settings.row_size or hidden_size
-    per_table = settings.num_experts if row_size == hidden_size else row_size
-    return max(1, hidden_size // max(per_table, settings.num_experts))
 
 
 def install_tables(model: Any, settings: Mapping[Key, LookupSettings]) -> None:

@@ -38,6 +38,7 @@ from lookup_experts.model.forms import (
 from lookup_experts.model.placement import execution_device
 from lookup_experts.model.rows import Addition, ExpertSource, TokenRows, leave
 from lookup_experts.model.settings import LookupSettings
+from lookup_experts.model.stacked_experts import new_stacked_reader
 
 
 def install(model: Any, settings: LookupSettings) -> None:
@@ -81,7 +82,7 @@ def new_block(
     sizes = Sizes(vocab_size, embedding_size, hidden_size_of(model))
     block: LookupBlock
     if count > 1:
-        block = form.new_stacked_reader(place, settings, sizes, count)
+        block = new_stacked_reader(place, settings, sizes, count)
     else:
         block = form.new_reader(place, settings, sizes)
     if settings.form == "experts":

@@ -7,9 +7,6 @@ A form is a module of this package, named as in `LookupSettings.row_form`, that 
   [N, U, r], contiguous.
 - `inputs(embeddings, settings)`: what every layer's maker sees of embeddings [U, e].
 - `new_reader(layer, settings, sizes)`: a `LookupBlock`, which reads the rows in a block.
-- `new_stacked_reader(layer, settings, sizes, count)`, if it can be: a `LookupBlock` that reads the
-  rows of several tables alike, given as `mole.StackedRows`, and has the weights of each
-  (`of_table(place)`).
 - `HAS_ROUTER`: whether several rows are mixed by a router, whose weights an observer is told.
 - `defaults(hidden_size, ffn_size)`: the `Defaults` of what was left open.
 - `check(settings)`: raises a `UserError` for settings that don't fit the form.

@@ -30,7 +30,7 @@ from lookup_experts.model.forms import (
     plain_weights,
 )
 from lookup_experts.model.router_losses import record_logits
-from lookup_experts.model.rows import Addition, StepRows, TokenRows, leave
+from lookup_experts.model.rows import Addition, StepRows, TokenRows
 from lookup_experts.model.settings import LookupSettings
 
 HAS_ROUTER = True
@@ -69,13 +69,6 @@ def new_maker(settings: LookupSettings, sizes: Sizes) -> "LayerExperts":
 def new_reader(layer: int, settings: LookupSettings, sizes: Sizes) -> "LookupExperts":
     """See `forms`."""
     return LookupExperts(layer, sizes.hidden_size, settings.num_experts, settings.row_size)
-
-
-def new_stacked_reader(
-    layer: int, settings: LookupSettings, sizes: Sizes, count: int
-) -> "StackedExperts":
-    """See `forms`."""
-    return StackedExperts(layer, sizes.hidden_size, settings.num_experts, settings.row_size, count)
 
 
 def initialize(block: Any, init: str, std: float) -> None:
@@ -322,82 +315,3 @@ class LookupExperts(LookupBlock):
         ):
             return None
         return route_mix_add(self.layer, hidden_states, weight, output)
-
-
-class StackedRows:
-    """The rows of positions that belong to several tables alike, by one `TokenRows`.
-
-    Args:
-        rows: of all of them.
-        tables: int64 [P], the place of each position's table.
-        count: K, of the tables.
-    """
-
-    def __init__(self, rows: TokenRows, tables: Tensor, count: int) -> None:
-        self.rows = rows
-        self.mix = rows.mix
-        self.num_positions = rows.num_positions
-        self.own = tables + count * torch.arange(len(tables), device=tables.device)
-        """int64 [P]: of [P·K] things, one for each position and table, those that matter."""
-        self._is_own = F.one_hot(tables, count).unsqueeze(-1)
-
-    @property
-    def index(self) -> Tensor:
-        """See `TokenRows.index`."""
-        return self.rows.index
-
-    def spread(self, values: Tensor) -> Tensor:
-        """[P, r] -> [P, K·r]: in the place of each position's table, and zeros in the others'."""
-        if self._is_own.dtype != values.dtype:
-            self._is_own = self._is_own.to(values.dtype)
-        return (values.unsqueeze(1) * self._is_own).flatten(1)
-
-    def leave(self) -> None:
-        """The forward pass is over."""
-        leave(self.rows)
-
-
-class StackedExperts(LookupExperts):
-    """What reads the rows of several tables alike: the `LookupExperts` of each, side by side.
-
-    A step's many small operations are as many as with one table: all tables' routers and matrices
-    are multiplied, and what isn't a position's own is left out of the softmax, or is zero.
-
-    Args:
-        layer: see `LookupBlock`.
-        hidden_size: d.
-        num_experts: N, of each table.
-        row_size: r; None: d.
-        count: K, of the tables.
-    """
-
-    def __init__(
-        self, layer: int, hidden_size: int, num_experts: int, row_size: int | None, count: int
-    ) -> None:
-        stacked = None if row_size in (None, hidden_size) else row_size * count
-        super().__init__(layer, hidden_size, num_experts * count)
-        self._count, self._num_experts = count, num_experts
-        if stacked is not None:
-            self.out_proj = nn.Linear(stacked, hidden_size, bias=False)
-
-    def of_table(self, place: int) -> dict[str, Tensor]:
-        """Views of a table's weights, by the names that they have in a `LookupExperts`."""
-        found = {"router.weight": self.router.weight.data.chunk(self._count)[place]}
-        if self.out_proj is not None:
-            found["out_proj.weight"] = self.out_proj.weight.data.chunk(self._count, 1)[place]
-        return found
-
-    def mixed(self, hidden_states: Tensor, rows: Any, observe: RowObserver | None = None) -> Tensor:
-        """See `LookupExperts.mixed`; rows: `StackedRows`; [P, K·r] where there is a matrix behind
-        the sum."""
-        every = self.router_logits(hidden_states).reshape(-1, self._num_experts)
-        logits = every.index_select(0, rows.own)
-        weights = logits.softmax(-1, torch.float32 if torch.is_grad_enabled() else None)
-        if observe is not None:
-            observe(self.layer, weights)
-        mixed: Tensor = rows.mix(self.layer, weights)
-        return mixed if self.out_proj is None else rows.spread(mixed)
-
-    def begin(self, hidden_states: Tensor, rows: Any) -> Addition | None:
-        """See `LookupBlock.begin`; nothing begins earlier here."""
-        return None
