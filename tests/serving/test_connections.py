@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -295,13 +296,16 @@ def test_threads_are_as_many_as_was_said(run_python):
 
 
 _HELPERS = """
-import os, sys, torch
+import os, sys, time, torch
 from lookup_experts.serving.threads import in_passing_thread
 torch.set_num_threads(2)
 count = lambda: len(os.listdir("/proc/self/task"))
 work = lambda: float(torch.ones(2**22).add_(1).sum())
 before = count()
 assert in_passing_thread(work) == 2**23
+until = time.monotonic() + 20
+while count() > before and time.monotonic() < until:  # they are told to end, and then do
+    time.sleep(0.01)
 passed = count()
 work()
 print(passed - before, count() - passed)
@@ -317,6 +321,32 @@ def test_helpers_of_a_passing_thread_are_gone(run_python):
 def test_a_passing_thread_hands_on_what_went_wrong():
     with pytest.raises(UserError, match="no such thing"):
         in_passing_thread(lambda: (_ for _ in ()).throw(UserError("no such thing")))
+
+
+_INTERRUPTED = """
+import sys, time, threading
+from lookup_experts.serving.threads import in_passing_thread
+def work():
+    try:
+        print("works", flush=True)
+        while True:
+            time.sleep(0.01)
+    finally:
+        print("tidied up", flush=True)
+try:
+    in_passing_thread(work)
+except KeyboardInterrupt:
+    print(threading.active_count())
+"""
+
+
+def test_ctrl_c_ends_the_work_of_a_passing_thread():
+    command = [sys.executable, "-u", "-c", _INTERRUPTED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "works\n"
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=20)
+    assert (process.returncode, rest) == (0, "tidied up\n1\n")
 
 
 def test_the_server_loads_in_a_passing_thread(table_folder, monkeypatch, capsys):

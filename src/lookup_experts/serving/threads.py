@@ -11,6 +11,7 @@ the engine does runs in a thread that ends: while the helpers that had loaded th
 there, a step of SmolLM2 with a table took 1.4 times as long.
 """
 
+import ctypes
 import math
 import os
 from collections.abc import Callable
@@ -45,21 +46,29 @@ def use_threads(number: int | None) -> None:
 def in_passing_thread(work: Callable[[], Result]) -> Result:
     """What `work` gives, called in a thread that is gone when this returns, as are its helpers.
 
-    Ctrl-C is heard while it works.
+    Ctrl-C ends the work as it would have in the caller's thread, and then reaches the caller: with
+    work under way the process couldn't end in good order.
     """
     future: Future[Result] = Future()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except Exception as error:
+        except BaseException as error:  # handed on, whatever it is
             future.set_exception(error)
 
     thread = Thread(target=run, name="passing", daemon=True)
-    thread.start()
-    result = future.result()
-    thread.join()
-    return result
+    try:
+        thread.start()
+        return future.result()
+    except KeyboardInterrupt:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
+        )
+        raise
+    finally:
+        if thread.ident is not None:
+            thread.join()
 
 
 def usable_cores(
