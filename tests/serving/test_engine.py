@@ -428,7 +428,7 @@ def test_errors_that_are_told_late_end_their_own_sequences(model, monkeypatch, p
 def test_a_defect_fails_what_runs_and_the_engine_goes_on(model, monkeypatch, capsys):
     with Bench(model) as bench:
         with monkeypatch.context() as patched:
-            patched.setattr(bench.engine._forward, "decode", lambda ids, cache: 1 / 0)
+            patched.setattr(bench.engine._forward, "decode", lambda *inputs: 1 / 0)
             failed = bench.run(GenerationRequest([4, 5], 5))[0]
         assert failed.end == Failed("internal_error", "Internal error: ZeroDivisionError.")
         again = bench.run(GenerationRequest([4, 5], 5))[0]
