@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM
 
 import lookup_experts as le
 from lookup_experts.errors import TableError, UserError
+from lookup_experts.folders import by_table
 from lookup_experts.folders.by_table import ByTableMixin
+from lookup_experts.table.reader import read_table
 
 TABLES = {
     "novels": {"num_experts": 4, "row_size": 8},
@@ -302,6 +304,24 @@ def test_a_table_that_is_gone(llama, tmp_path):
     shutil.rmtree(tmp_path / "novels" / "table")
     with pytest.raises(TableError):
         le.load(llama / "backbone", tables={"novels": tmp_path / "novels"})
+
+
+def test_what_was_opened_before_one_that_cannot_be_is_closed(llama, tmp_path, monkeypatch):
+    fold(llama / "backbone", tmp_path / "other", 3, num_experts=3)
+    opened = []
+
+    def read_once(*arguments, **options):
+        if opened:
+            raise TableError("It can't be opened.")
+        opened.append(read_table(*arguments, **options))
+        return opened[0]
+
+    monkeypatch.setattr(by_table, "read_table", read_once)
+    tables = {"novels": llama / "novels", "other": tmp_path / "other"}
+    with pytest.raises(TableError, match="It can't be opened"):
+        le.load(llama / "backbone", tables=tables, store="direct")
+    with pytest.raises(ValueError, match="is closed"):
+        opened[0].rows(token_ids(1, 2))
 
 
 def test_weights_that_are_missing(llama, tmp_path):

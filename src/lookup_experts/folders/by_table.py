@@ -6,6 +6,7 @@ holds its backbone too is asked for that of its own.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,10 +137,13 @@ def put_tables_on(
     reading = one_store_for(layouts.values(), options)
     weight = model.get_input_embeddings().weight
     sources = []
-    for group, table in joined.items():
-        cache = shares[" ".join(group)]
-        reader = read_table(table, weight.dtype, weight.device, **{**reading, "cache": cache})
-        sources.append(Group(group, reader, found[group[0]].facts.layout.shape.vocab_size))
+    with ExitStack() as opened:
+        for group, table in joined.items():
+            reading["cache"] = shares[" ".join(group)]
+            reader = read_table(table, weight.dtype, weight.device, **reading)
+            opened.callback(reader.close)
+            sources.append(Group(group, reader, found[group[0]].facts.layout.shape.vocab_size))
+        opened.pop_all()
     model.base_model.lookup_entrance.source = SourceByTable(sources)
     backbone: Any = type(model)
     model.__class__ = by_table_class(backbone)

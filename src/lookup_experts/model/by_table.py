@@ -12,7 +12,7 @@ Shapes: B sequences, T tokens of each, P positions of a part, N rows of a token 
 size, V ids of a table.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -80,6 +80,7 @@ class RowsByTable:
     def __init__(self, parts: Sequence[Part], shape: torch.Size) -> None:
         self.parts = parts
         self._shape = shape
+        # By this a forward pass knows that `BlockByTable.begin` may be asked.
         if self.only is not None and hasattr(self.only.rows, "begin_routed"):
             self.begin_routed = self.only.rows.begin_routed
 
@@ -265,17 +266,13 @@ class BlockByTable(LookupBlock):
         self, hidden_states: Tensor, rows: Any, observe: RowObserver | None = None
     ) -> Tensor:
         """See `LookupBlock.forward`; rows: `RowsByTable`."""
-        observer = None if observe is None else _Observer(rows.num_positions)
-        added = torch.zeros_like(hidden_states)
-        for part in rows.parts:
-            block = self.block(part.group)
-            if block is not None:
-                states = _of_part(hidden_states, part)
-                told = None if observer is None else observer.of(part)
-                added = _put(added, part, block(states, part.rows, told).view(states.shape))
-        if observer is not None:
-            observer.tell(self.layer, observe)
-        return added
+
+        def added(block: Any, part: Part, told: RowObserver | None) -> Tensor:
+            states = _of_part(hidden_states, part)
+            own: Tensor = block(states, part.rows, told).view(states.shape)
+            return own
+
+        return self._of_parts(added, torch.zeros_like(hidden_states), rows, observe)
 
     def begin(self, hidden_states: Tensor, rows: Any) -> Addition | None:
         """See `LookupBlock.begin`; of a batch that has one table."""
@@ -295,21 +292,35 @@ class BlockByTable(LookupBlock):
     ) -> Tensor:
         """See `LookupBlock.add_to`; where a position has no table, or this block nothing of it, the
         output stays to the bit."""
-        observer = None if observe is None else _Observer(rows.num_positions)
-        # Not for a single part, whose sum is a tensor of its own.
+
+        def added_to(block: Any, part: Part, told: RowObserver | None) -> Tensor:
+            states, own = _of_part(hidden_states, part), _of_part(output, part)
+            total: Tensor
+            if is_unhooked(block):
+                total = block.add_to(own, states, part.rows, told)
+            else:
+                total = own + block(states, part.rows, told).view(own.shape)
+            return total
+
+        # A copy, unless a single part's sum, a tensor of its own, takes its place.
         total = output if rows.only is not None else output.clone()
+        return self._of_parts(added_to, total, rows, observe)
+
+    def _of_parts(
+        self,
+        compute: Callable[[Any, Part, RowObserver | None], Tensor],
+        total: Tensor,
+        rows: RowsByTable,
+        observe: RowObserver | None,
+    ) -> Tensor:
+        """`total` [..., d] with what `compute` gives for each part in its place; written to, or
+        replaced."""
+        observer = _Observer(observe, rows.num_positions)
         for part in rows.parts:
             block = self.block(part.group)
             if block is not None:
-                states, own = _of_part(hidden_states, part), _of_part(output, part)
-                told = None if observer is None else observer.of(part)
-                if is_unhooked(block):
-                    added = block.add_to(own, states, part.rows, told)
-                else:
-                    added = own + block(states, part.rows, told).view(own.shape)
-                total = _put(total, part, added)
-        if observer is not None:
-            observer.tell(self.layer, observe)
+                total = _put(total, part, compute(block, part, observer.of(part)))
+        observer.tell(self.layer)
         return total
 
 
@@ -333,21 +344,25 @@ class _Observer:
     """Gathers the weights of a layer's parts.
 
     Args:
+        observe: told of all of them at once; None: nobody is.
         num_positions: B·T.
     """
 
-    def __init__(self, num_positions: int) -> None:
+    def __init__(self, observe: RowObserver | None, num_positions: int) -> None:
+        self._observe = observe
         self._num_positions = num_positions
         self._seen: list[tuple[Part, Tensor]] = []
 
-    def of(self, part: Part) -> RowObserver:
+    def of(self, part: Part) -> RowObserver | None:
         """What hears of a part."""
+        if self._observe is None:
+            return None
         return lambda layer, weights: self._seen.append((part, weights))
 
-    def tell(self, layer: int, observe: RowObserver | None) -> None:
+    def tell(self, layer: int) -> None:
         """Weights [B·T, N] of the table that has the most rows; nan where there are none. Nothing,
         if no part had any."""
-        if not self._seen or observe is None:
+        if self._observe is None or not self._seen:
             return
         most = max(weights.shape[1] for _, weights in self._seen)
         like = self._seen[0][1]
@@ -355,7 +370,7 @@ class _Observer:
         for part, weights in self._seen:
             places = slice(None) if part.flat is None else part.flat
             full[places, : weights.shape[1]] = weights
-        observe(layer, full)
+        self._observe(layer, full)
 
 
 def install_tables(model: Any, settings: Mapping[Key, LookupSettings]) -> None:

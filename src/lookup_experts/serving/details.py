@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from math import isnan
 from typing import Any
 
@@ -98,12 +99,11 @@ class LookupWatch:
         """
         of_row = None
         if weights:
-            last = [
-                layer.view(num_rows, -1, layer.shape[-1])[row, -1].tolist() for layer in weights
-            ]
+            last = [layer.view(num_rows, -1, layer.shape[-1])[row, -1] for layer in weights]
+            flat = iter(torch.cat(last).tolist())  # at once, from a GPU
             # Where several tables are, a layer's own weights may be fewer, or none.
-            own = [[round(one, 4) for one in layer if not isnan(one)] for layer in last]
-            of_row = [layer for layer in own if layer] or None
+            own = [[w for w in islice(flat, len(layer)) if not isnan(w)] for layer in last]
+            of_row = [[round(w, 4) for w in layer] for layer in own if layer] or None
         cached, num_bytes = self._was_cached(token_id, table)
         return LookupDetail(of_row, num_bytes, cached, seconds * 1e3)
 

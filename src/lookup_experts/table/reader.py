@@ -518,7 +518,7 @@ def open_reader(
     Raises:
         TableError: the table is missing, damaged, or of another model.
     """
-    parse_cache(cache)  # before anything is opened
+    budget = parse_cache(cache)  # before anything is opened
     table = open_table_of_model(
         folder,
         num_layers=num_layers,
@@ -533,7 +533,7 @@ def open_reader(
         device,
         rows_per_token=rows_per_token,
         store=store,
-        cache=cache,
+        cache=budget,
         verify_checksums=verify_checksums,
         notify=notify,
     )
